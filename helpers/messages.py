@@ -1,0 +1,153 @@
+"""A row becomes chat messages and a target text; a model's text becomes boxes.
+
+The format and its parser stand together, so that what is asked for is what is read. It is Qwen2-VL's own
+grounding format: one unit a box, x first, whole thousandths of the picture's width and height, no spaces:
+
+    <|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(278,495),(726,625)<|box_end|>
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from helpers.boxes import area, reading_order, xyxy_unit_to_xyxy_1000, yxyx_unit_to_xyxy_unit
+
+NO_TABLE = "no nutrition table"  # the whole answer for a picture without one
+END_OF_TURN = "<|im_end|>"  # ends the answer; the chat template adds it to a target
+
+_NAME = re.compile(r"[^\W_][\w /&'-]*")
+_MARKUP = re.compile(r"<\|\w+\|>|</?(?:box|ref|obj)>")
+_PAIR = r"\(\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*\)"
+_BOX = re.compile(_PAIR + r"\s*,?\s*" + _PAIR)
+
+
+@dataclass(frozen=True, eq=False)
+class Parsed:
+    """What was read from one answer."""
+
+    labels: list[str]  # N names, in the order of the text
+    boxes_xyxy_unit: np.ndarray  # float64 [N, 4] in 0-1, each with an area
+    rejected: list[str]  # each piece of text that was not used, and why
+    empty_answer: bool  # the answer says that there is no table
+
+
+def target_text(objects: Mapping) -> str:
+    """The answer that a model should give, boxes in reading order, without the end-of-turn token.
+
+    `objects` has `bbox` (list of [y0, x0, y1, x1] in 0-1) and `category_name` (list of names, as many).
+    No box gives `NO_TABLE`. Coordinates are rounded to the nearest thousandth; a side that would vanish is
+    widened to one thousandth. Raises `ValueError` for boxes without area, outside 0-1 or malformed, and for
+    names that the format cannot carry: the audit removes such rows.
+    """
+    names, boxes = list(objects["category_name"]), yxyx_unit_to_xyxy_unit(objects["bbox"])
+    if len(names) != len(boxes):
+        raise ValueError(f"{len(boxes)} boxes but {len(names)} category names; each box needs one")
+    for name in names:
+        if not _NAME.fullmatch(name) or name != name.strip() or name.lower() == NO_TABLE:
+            raise ValueError(f"category name {name!r} cannot stand in an answer; use letters, digits, spaces, hyphens")
+    if (area(boxes) == 0).any():
+        raise ValueError(f"box {boxes[area(boxes) == 0][0].tolist()} has no area; drop it before making messages")
+    if not names:
+        return NO_TABLE
+    whole = _whole_thousandths(boxes)
+    return "".join(_unit(names[i], whole[i]) for i in reading_order(boxes))
+
+
+def _whole_thousandths(boxes: np.ndarray) -> np.ndarray:
+    """Rounded thousandths [N, 4]; where rounding made two edges meet, they are rounded outwards instead."""
+    whole = xyxy_unit_to_xyxy_1000(boxes)
+    outward = np.concatenate([np.floor(boxes[:, :2] * 1000), np.ceil(boxes[:, 2:] * 1000)], axis=1)
+    meet = np.tile(whole[:, :2] == whole[:, 2:], 2)
+    return np.where(meet, outward.clip(0, 1000), whole).astype(np.int64)
+
+
+def _unit(name: str, box: np.ndarray) -> str:
+    x0, y0, x1, y1 = box.tolist()
+    return f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>"
+
+
+def to_messages(row: Mapping, prompt: str) -> dict:
+    """One row as TRL's conversational prompt and completion, with the picture.
+
+    Returns `{"prompt": [user message], "completion": [assistant message], "images": [PIL image]}`. The picture
+    stands before the text. The chat template adds system message and end-of-turn tokens.
+    """
+    question = [{"type": "image"}, {"type": "text", "text": prompt}]
+    answer = [{"type": "text", "text": target_text(row["objects"])}]
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+        "images": [row["image"]],
+    }
+
+
+def parse_text(text: str) -> Parsed:
+    """Reads the boxes out of a model's answer; never raises, and reports each piece that it did not use.
+
+    Special tokens, `<box>` in its variants and stray `>` are optional, so answers decoded with or without
+    special tokens read alike. The name of a box is the text before it on its line, or the last name when there
+    is none. Boxes count as written or not at all: coordinates outside 0-1000, swapped corners and boxes without
+    area are rejected, not repaired.
+    """
+    plain = _MARKUP.sub("\n", text)
+    labels, boxes, rejected = [], [], []
+    label, end = "", 0
+    for match in _BOX.finditer(plain):
+        label = _read_label(plain[end : match.start()], rejected) or label
+        end = match.end()
+        fault = _fault(match.groups())
+        if fault:
+            rejected.append(_piece(match.group(), fault))
+        else:
+            labels.append(label)
+            boxes.append([int(number) / 1000 for number in match.groups()])
+    empty_answer = _read_rest(plain[end:], bool(end), rejected)
+    return Parsed(labels, np.array(boxes, dtype=np.float64).reshape(-1, 4), rejected, empty_answer)
+
+
+def _read_label(gap: str, rejected: list[str]) -> str:
+    """The name in the text before a box: its last line. Earlier lines, and lines that are no name, are rejected."""
+    lines = [line for line in (line.strip(" \t\r>,;:.") for line in gap.split("\n")) if line]
+    label = lines.pop() if lines else ""
+    rejected.extend(_piece(line, _why_unread(line)) for line in lines)
+    if label.lower() == NO_TABLE:
+        rejected.append(_piece(label, "denies a table, and a box follows"))
+        return ""
+    if label and not _NAME.fullmatch(label):
+        rejected.append(_piece(label, _why_unread(label)))
+        return ""
+    return label
+
+
+def _read_rest(rest: str, after_box: bool, rejected: list[str]) -> bool:
+    """Reads what stands after the last box; True where the whole answer is `NO_TABLE`."""
+    lines = [line for line in (line.strip(" \t\r>,;:.") for line in rest.split("\n")) if line]
+    if not after_box and len(lines) == 1 and lines[0].lower() == NO_TABLE:
+        return True
+    if not after_box and not lines:
+        rejected.append(_piece("", "no answer"))
+    rejected.extend(_piece(line, _why_unread(line)) for line in lines)
+    return False
+
+
+def _why_unread(line: str) -> str:
+    if "(" in line or ")" in line:
+        return "not a whole box, (x0,y0),(x1,y1)"
+    return "a name without a box" if _NAME.fullmatch(line) else "neither name nor box"
+
+
+def _fault(numbers: tuple[str, ...]) -> str:
+    """Why four written numbers are no box, or nothing."""
+    if any(len(number) > 6 or not 0 <= int(number) <= 1000 for number in numbers):
+        return "coordinate outside 0-1000"
+    x0, y0, x1, y1 = map(int, numbers)
+    if x1 < x0 or y1 < y0:
+        return "swapped corners"
+    return "no area" if x0 == x1 or y0 == y1 else ""
+
+
+def _piece(text: str, why: str) -> str:
+    short = text if len(text) <= 80 else text[:77] + "..."
+    return f"{short!r}: {why}"
