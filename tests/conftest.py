@@ -1,0 +1,49 @@
+"""Every test runs offline, without a GPU, on one thread, in a temporary folder of its own."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRATCH = "PYTEST_SHARED_SCRATCH"
+
+# Set before torch, transformers or datasets are imported; processes that a test starts inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[SCRATCH] = tempfile.mkdtemp(prefix="nutrition-tests-")
+os.environ.update(
+    CUDA_VISIBLE_DEVICES="",
+    HF_HOME=f"{os.environ[SCRATCH]}/huggingface",
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    IPYTHONDIR=f"{os.environ[SCRATCH]}/ipython",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    TQDM_DISABLE="1",
+    WANDB_MODE="disabled",
+)
+for secret in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(secret, None)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the caches that the workers shared."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ[SCRATCH], ignore_errors=True)
+
+
+@pytest.fixture
+def repo() -> Path:
+    """The root of the repository. Read from it; never write into it."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path that a test writes to lies in its own temporary folder."""
+    monkeypatch.chdir(tmp_path)
