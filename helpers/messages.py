@@ -29,6 +29,7 @@ class Parsed:
 
     labels: list[str]  # N names, in the order of the text
     boxes_xyxy_unit: np.ndarray  # float64 [N, 4] in 0-1, each with an area
+    spans: list[tuple[int, int]]  # N ranges of characters: where in the text each box's coordinates stand
     rejected: list[str]  # each piece of text that was not used, and why
     empty_answer: bool  # the answer says that there is no table
 
@@ -91,8 +92,8 @@ def parse_text(text: str) -> Parsed:
     is none. Boxes count as written or not at all: coordinates outside 0-1000, swapped corners and boxes without
     area are rejected, not repaired.
     """
-    plain = _MARKUP.sub("\n", text)
-    labels, boxes, rejected = [], [], []
+    plain = _MARKUP.sub(lambda tag: "\n" * len(tag.group()), text)
+    labels, boxes, spans, rejected = [], [], [], []
     label, end = "", 0
     for match in _BOX.finditer(plain):
         label = _read_label(plain[end : match.start()], rejected) or label
@@ -103,8 +104,9 @@ def parse_text(text: str) -> Parsed:
         else:
             labels.append(label)
             boxes.append([int(number) / 1000 for number in match.groups()])
+            spans.append(match.span())
     empty_answer = _read_rest(plain[end:], bool(end), rejected)
-    return Parsed(labels, np.array(boxes, dtype=np.float64).reshape(-1, 4), rejected, empty_answer)
+    return Parsed(labels, np.array(boxes, dtype=np.float64).reshape(-1, 4), spans, rejected, empty_answer)
 
 
 def _read_label(gap: str, rejected: list[str]) -> str:

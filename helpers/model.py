@@ -1,0 +1,136 @@
+"""The model at a stated precision: where it lives, what is quantised, what trains, whether an adapter really loaded."""
+
+import gc
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from helpers.recipes import Stage
+
+TOWERS = {"vision": "model.visual.", "language": "model.language_model.", "head": "lm_head."}
+
+
+def device_map() -> str | dict[str, int | str]:
+    """Where `from_pretrained` puts the weights: one GPU a process under a launcher, balanced over all otherwise."""
+    if not torch.cuda.is_available():
+        return {"": "cpu"}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return {"": int(os.environ["LOCAL_RANK"])}
+    return "balanced" if torch.cuda.device_count() > 1 else {"": 0}
+
+
+def tower_of(name: str) -> str:
+    """`vision`, `language` or `head`, from a parameter's or module's full name (PEFT's prefix allowed)."""
+    name = name.removeprefix("base_model.model.")
+    for tower, prefix in TOWERS.items():
+        if name.startswith(prefix):
+            return tower
+    raise ValueError(f"{name!r} belongs to no tower; expected a name starting with {', '.join(TOWERS.values())}.")
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Weights in a parameter; bitsandbytes packs two 4-bit weights into one byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def parameters_by_tower(model: nn.Module) -> dict[str, dict[str, int]]:
+    """`{tower: {"total": weights, "trainable": weights}}`; LoRA's weights count in the tower they sit in."""
+    table = {tower: {"total": 0, "trainable": 0} for tower in TOWERS}
+    for name, parameter in model.named_parameters():
+        row = table[tower_of(name)]
+        row["total"] += count(parameter)
+        row["trainable"] += count(parameter) if parameter.requires_grad else 0
+    return table
+
+
+def nf4_layers(model: nn.Module) -> list[str]:
+    """Full names of the layers that are really held in NF4."""
+    from bitsandbytes.nn import Linear4bit
+
+    return [name for name, layer in model.named_modules()
+            if isinstance(layer, Linear4bit) and layer.weight.quant_type == "nf4"]
+
+
+def check_precision(model: nn.Module, precision: str) -> list[str]:
+    """The NF4 layers, after a check: every linear layer of the language model and no other (`nf4`), or none (`bf16`).
+
+    Raises ValueError that names a layer which is held otherwise.
+    """
+    quantised = set(nf4_layers(model))
+    linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    expected = {name for name in linear if precision == "nf4" and tower_of(name) == "language"}
+    for name in sorted(quantised ^ expected):
+        held = "is NF4 and should not be" if name in quantised else "is not NF4 and should be"
+        raise ValueError(f"{name} {held}: with precision={precision}, NF4 belongs in the language model's linear "
+                         "layers alone (llm_int8_skip_modules decides).")
+    return sorted(quantised)
+
+
+def check_trainable(model: nn.Module, stage: Stage) -> dict[str, dict[str, int]]:
+    """`parameters_by_tower`, after a check: what should train does, nothing else does, all of it in fp32.
+
+    Raises ValueError that names the tower or the parameter.
+    """
+    table = parameters_by_tower(model)
+    for tower, row in table.items():
+        if tower in stage.towers and not row["trainable"]:
+            raise ValueError(f"no weight of the {tower} tower trains, and this stage trains {', '.join(stage.towers)}; "
+                             "look at target_modules.")
+        if tower not in stage.towers and row["trainable"]:
+            raise ValueError(f"{row['trainable']} weights of the {tower} tower train, and this stage trains "
+                             f"{', '.join(stage.towers)} alone.")
+    if stage.trains == "full" and table["vision"]["total"] != table["vision"]["trainable"]:
+        raise ValueError("a part of the vision tower is frozen, and this stage trains all of it.")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise ValueError(f"{name} trains in {parameter.dtype}: trainable weights must be float32, or a step of "
+                             "1e-5 is rounded away.")
+        if parameter.requires_grad and stage.trains == "lora" and "lora_" not in name:
+            raise ValueError(f"{name} trains, and this stage trains LoRA adapters alone.")
+    return table
+
+
+def trainable_to_fp32(model: nn.Module) -> None:
+    """Hold every trainable weight in fp32 (TRL casts LoRA to bf16 on a quantised base)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
+    """`base` with the adapter in `folder`, after a check that every key of the file found its place.
+
+    Raises ValueError that names the keys: after a rename of modules PEFT loads what fits and only warns.
+    """
+    model = PeftModel.from_pretrained(base, str(folder))
+    file = load_file(Path(folder) / "adapter_model.safetensors")
+    loaded = get_peft_model_state_dict(model)
+    lost = sorted(set(file) ^ set(loaded))
+    if lost:
+        raise ValueError(f"adapter {folder}: {len(lost)} keys fit only the file or only the model, such as {lost[0]}.")
+    wrong = [name for name in file if not torch.equal(file[name].float(), loaded[name].float().cpu())]
+    if wrong:
+        raise ValueError(f"adapter {folder}: {len(wrong)} weights differ from the file after loading: {wrong[0]}.")
+    return model.eval()
+
+
+def layer_kinds(names: list[str]) -> dict[str, int]:
+    """`{"model.language_model.layers.N.mlp.up_proj": 28, ...}`: names with their numbers folded, counted."""
+    kinds: dict[str, int] = {}
+    for name in names:
+        folded = re.sub(r"\.\d+\.", ".N.", name)
+        kinds[folded] = kinds.get(folded, 0) + 1
+    return kinds
+
+
+def free_memory() -> None:
+    """Give memory back after a model went out of use (delete your own references first)."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,153 @@
+"""Parameters: what each may be, where the values came from, what is refused before any work starts."""
+
+import ast
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from helpers.recipes import RECIPES, SCALES
+
+Rule = tuple[str, Callable[[Any], bool]]  # (what is expected, as a reader would say it; the test)
+
+
+class ParameterError(ValueError):
+    """One sentence: the parameter, its value, the valid choices."""
+
+
+def one_of(*choices: str) -> Rule:
+    return f"one of {', '.join(choices)}", lambda value: value in choices
+
+
+def whole(low: int, high: int) -> Rule:
+    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
+
+
+def number(low: float, high: float) -> Rule:
+    def test(value: Any) -> bool:
+        return type(value) in (int, float) and low < value <= high
+
+    return f"a number above {low} and at most {high}", test
+
+
+def text(expected: str) -> Rule:
+    return expected, lambda value: isinstance(value, str) and bool(value.strip())
+
+
+def flag() -> Rule:
+    return "True or False", lambda value: type(value) is bool
+
+
+def gpu_list() -> Rule:
+    return "GPU numbers such as 0 or 0,1", lambda value: re.fullmatch(r"\d+(,\d+)*", str(value)) is not None
+
+
+def default(rule: Rule) -> Rule:
+    """The rule, or None for the scale's own value."""
+    return f"{rule[0]} (or None for the default)", lambda value: value is None or rule[1](value)
+
+
+PARAMETERS: dict[str, Rule] = {
+    "recipe": one_of(*RECIPES),
+    "scale": one_of("auto", *SCALES),
+    "model_id": default(text("a Hub id, a local folder, or embedded")),
+    "model_revision": default(text("a commit, branch or tag")),
+    "dataset_id": default(text("a Hub id, a local folder or file, or embedded")),
+    "dataset_revision": default(text("a commit, branch or tag")),
+    "prompt": text("the question asked of every picture"),
+    "loss_scope": one_of("assistant", "all-text"),
+    "precision": default(one_of("nf4", "bf16")),
+    "epochs": default(number(0, 1000)),
+    "learning_rate": default(number(0, 1)),
+    "batch_size": default(whole(1, 4096)),
+    "accumulation": default(whole(1, 4096)),
+    "lora_rank": default(whole(1, 4096)),
+    "lora_alpha": default(whole(1, 8192)),
+    "min_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
+    "max_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
+    "gradient_checkpointing": default(flag()),
+    "seed": whole(0, 2**31 - 1),
+    "train_limit": default(whole(1, 10**9)),
+    "val_limit": default(whole(1, 10**9)),
+    "save_steps": default(whole(1, 10**9)),
+    "predict_batch_size": default(whole(1, 4096)),
+    "max_new_tokens": whole(8, 4096),
+    "merge_base": one_of("full", "dequantised"),
+    "gpus": default(gpu_list()),
+    "output_root": text("a folder that can be written"),
+    "run_name": default((
+        "letters, digits, dots, dashes and underscores",
+        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
+    )),
+    "report_to": one_of("auto", "wandb", "tensorboard", "none"),
+}
+
+
+def read_value(written: str) -> Any:
+    """A value from the command line as papermill reads it: whole number, number, True, False, None, else text."""
+    named = {"True": True, "False": False, "None": None}
+    if written in named:
+        return named[written]
+    for kind in (int, float):
+        try:
+            return kind(written)
+        except ValueError:
+            pass
+    return written
+
+
+def refuse_unknown(names: list[str], known: dict[str, Rule]) -> None:
+    """Raise ParameterError for the first name that is not a parameter, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ParameterError(f"{name} is not a parameter; {hint}The parameters are {', '.join(known)}.")
+
+
+def given(namespace: dict, known: dict[str, Rule] = PARAMETERS) -> dict[str, Any]:
+    """The parameters that someone set from outside: papermill's injected cell, or `key=value` of a script.
+
+    papermill only warns about names that the notebook does not have, so its cell is read from IPython's `In`
+    (`globals()` would show a reader's own names too). A script's values are also put into `namespace`.
+    """
+    if "In" in namespace:
+        injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
+        nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+        values = {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+        refuse_unknown(list(values), known)
+        return values
+    values = {}
+    for argument in sys.argv[1:]:
+        name, equals, written = argument.partition("=")
+        if not equals:
+            raise ParameterError(f"{argument!r} is not of the form name=value, such as recipe=r4-joint.")
+        values[name] = read_value(written)
+    refuse_unknown(list(values), known)
+    namespace.update(values)
+    return values
+
+
+def check(values: dict[str, Any], known: dict[str, Rule] = PARAMETERS) -> None:
+    """Raise ParameterError for the first value that its rule does not accept."""
+    for name, (expected, accepts) in known.items():
+        if not accepts(values[name]):
+            raise ParameterError(f"{name}={values[name]!r} is not valid: expected {expected}.")
+    low, high = values.get("min_pixels"), values.get("max_pixels")
+    if low and high and low > high:
+        raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
+
+
+def choose_gpus(gpus: Any) -> None:
+    """Make only `gpus` visible. Must run before CUDA starts in this process, or raises ParameterError."""
+    if gpus is None:
+        return
+    wanted = str(gpus)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != wanted:
+        raise ParameterError(f"gpus={wanted} comes too late: CUDA has started in this process; restart the kernel.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ParameterError(f"gpus={wanted} cannot be combined with a launcher: use its own option (--gpu_ids).")
+    os.environ["CUDA_VISIBLE_DEVICES"] = wanted

@@ -1,0 +1,135 @@
+"""Batched greedy generation: one JSON line a picture, with a confidence for every box. Goes on where it was killed."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from helpers.messages import parse_text, to_messages
+
+
+def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str, **generation) -> list[dict]:
+    """Ask `model` about every row and write one JSON line a picture to `path`, in the order of `rows`.
+
+    Args:
+        rows: a `datasets.Dataset` of the project's schema, N pictures.
+        key: a hash over all that the answers depend on. Lines of a killed call with the same key are kept.
+        generation: arguments of `model.generate`, such as `max_new_tokens` and `do_sample`.
+
+    Under a launcher each process takes every world-size-th picture, and rank 0 writes the file; all return all lines:
+    `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences" (0-1), "rejected", "stopped",
+    "new_tokens"}`. A batch that does not fit into the GPU's memory is halved.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parts = path.with_suffix(".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    longest_first = sorted(range(len(rows)), key=lambda i: -_tokens(rows[i]["image"].size, processor))
+    mine = longest_first[rank::world]
+    done = _read_parts(parts, key)
+    todo = [i for i in mine if rows[i]["image_id"] not in done]
+    model.eval()
+    bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=path.stem, unit="picture", disable=rank > 0)
+    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+        while todo:
+            batch, rest = todo[:batch_size], todo[batch_size:]
+            try:
+                lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation)
+            except torch.cuda.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                torch.cuda.empty_cache()
+                batch_size = max(1, batch_size // 2)
+                print(f"out of GPU memory: going on with batches of {batch_size}")
+                continue
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            todo = rest
+            bar.update(len(batch))
+    bar.close()
+    _wait_for_all(world)
+    if rank == 0:
+        _join(parts, key, [row_id for row_id in rows["image_id"]], path)
+    _wait_for_all(world)
+    return read_jsonl(path)
+
+
+@torch.inference_mode()
+def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict) -> list[dict]:
+    """One batch, padded on the left: the lines of `predict`, in the order of `rows`."""
+    chats = [to_messages(row, prompt)["prompt"] for row in rows]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    images = [row["image"].convert("RGB") for row in rows]
+    batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    batch = batch.to(model.device)
+    out = model.generate(**batch, **generation, return_dict_in_generate=True, output_logits=True)
+    scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
+    answers = out.sequences[:, batch["input_ids"].shape[1] :]
+    return [line(row["image_id"], tokens, logs, processor.tokenizer)
+            for row, tokens, logs in zip(rows, answers.tolist(), scores.tolist(), strict=True)]
+
+
+def line(image_id: str, tokens: list[int], log_probabilities: list[float], tokenizer) -> dict:
+    """One answer (token ids and their log-probabilities, padding behind) as a line of `predictions.jsonl`."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    stopped = end in tokens
+    tokens = tokens[: tokens.index(end)] if stopped else tokens
+    pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
+    text = "".join(pieces)
+    parsed = parse_text(text)
+    return {
+        "image_id": image_id, "text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(),
+        "confidences": [round(_confidence(span, pieces, log_probabilities), 4) for span in parsed.spans],
+        "rejected": parsed.rejected, "stopped": stopped, "new_tokens": len(tokens) + stopped,
+    }
+
+
+def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: list[float]) -> float:
+    """exp of the mean log-probability of the tokens that carry a box's digits (0-1)."""
+    digits, at = [], 0
+    for piece, log_probability in zip(pieces, log_probabilities, strict=False):
+        if span[0] <= at < span[1] and re.search(r"\d", piece):
+            digits.append(log_probability)
+        at += len(piece)
+    return math.exp(sum(digits) / len(digits))
+
+
+def _tokens(size: tuple[int, int], processor) -> int:
+    """Image tokens of a picture of `size` (width, height) under the processor's pixel budget."""
+    patches = processor.image_processor.get_number_of_image_patches(size[1], size[0])
+    return patches // processor.image_processor.merge_size**2
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def _whole_lines(path: Path) -> Iterator[dict]:
+    for text in path.read_text().splitlines():
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:  # the process was killed while writing it
+            return
+
+
+def _read_parts(parts: Path, key: str) -> dict[str, dict]:
+    return {row["image_id"]: row for path in sorted(parts.glob(f"{key}.*.jsonl")) for row in _whole_lines(path)}
+
+
+def _join(parts: Path, key: str, image_ids: list[str], path: Path) -> None:
+    lines = _read_parts(parts, key)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(lines[image_id], ensure_ascii=False) + "\n" for image_id in image_ids))
+    part.replace(path)
+    for old in parts.iterdir():
+        old.unlink()
+    parts.rmdir()
+
+
+def _wait_for_all(world: int) -> None:
+    if world > 1:
+        torch.distributed.barrier()

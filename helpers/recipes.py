@@ -1,0 +1,80 @@
+"""The four recipes and the two scales, as plain data: read them as a table."""
+
+from dataclasses import dataclass
+
+# A regular expression works in PEFT only where `target_modules` is ONE string that matches the whole module name;
+# inside a list it matches nothing, without a word.
+LORA_TARGETS = {
+    "language": r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)",
+    "vision": r"model\.visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])|merger\.mlp\.[02])",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training: what is held how, what trains, what comes out."""
+
+    trains: str  # "lora": adapters on `towers`; "full": all weights of `towers`, in fp32
+    towers: tuple[str, ...]  # of "vision" (blocks, patch embedding, merger) and "language"
+    precision: str  # how the frozen base is held: "nf4" (the vision tower stays in bf16) or "bf16"
+    learning_rate: dict[str, float]  # per scale
+    suffix: str = ""  # appended to the run's name
+
+    @property
+    def lora_targets(self) -> str:
+        """PEFT's `target_modules`: one pattern over the full module names of all `towers`."""
+        return "|".join(LORA_TARGETS[tower] for tower in self.towers)
+
+
+RECIPES: dict[str, tuple[Stage, ...]] = {
+    # nothing trains: the zero-shot row, held as r1 holds it
+    "base": (),
+    # published .835 mean IoU (7B, first 50 pictures of val, 2 x RTX 6000 Ada)
+    "r1-llm-only": (Stage("lora", ("language",), "nf4", {"7b": 2e-5, "tiny": 2e-3}),),
+    # published .833
+    "r2-vision-only": (Stage("full", ("vision",), "bf16", {"7b": 1e-5, "tiny": 5e-4}),),
+    # published .837
+    "r3-two-stage": (
+        Stage("full", ("vision",), "bf16", {"7b": 1e-5, "tiny": 5e-4}, suffix="-stage1"),
+        Stage("lora", ("language",), "nf4", {"7b": 1e-5, "tiny": 1e-3}, suffix="-stage2"),
+    ),
+    # published .864
+    "r4-joint": (Stage("lora", ("vision", "language"), "nf4", {"7b": 2e-5, "tiny": 2e-3}),),
+}
+
+IMAGE_TOKEN = 28 * 28  # pixels: a patch is 14 x 14 and 2 x 2 patches are merged into one image token
+
+SCALES: dict[str, dict] = {
+    "7b": {
+        "model_id": "Qwen/Qwen2-VL-7B-Instruct",
+        "dataset_id": "openfoodfacts/nutrition-table-detection",
+        "epochs": 3,
+        "batch_size": 2,
+        "accumulation": 8,
+        "lora_rank": 64,
+        "lora_alpha": 128,
+        "min_pixels": 256 * IMAGE_TOKEN,
+        "max_pixels": 1280 * IMAGE_TOKEN,
+        "save_steps": 25,
+        "predict_batch_size": 16,
+    },
+    "tiny": {  # found by measurement on the embedded scenes (README.md, "Recipes")
+        "model_id": "embedded",
+        "dataset_id": "embedded",
+        "epochs": 3,
+        "batch_size": 16,
+        "accumulation": 1,
+        "lora_rank": 16,
+        "lora_alpha": 32,
+        "min_pixels": 16 * IMAGE_TOKEN,
+        "max_pixels": 100 * IMAGE_TOKEN,
+        "save_steps": 50,
+        "predict_batch_size": 32,
+    },
+}
+
+# What must be free to start: GPU memory in GiB for the 7B model at the published batch (r2 and r3 hold the base in
+# bf16, and fp32 master weights, gradients and Adam's two moments for 675 M weights beside it), disk in GiB for the
+# checkpoints, the model saved or merged, and the Hub's download.
+GPU_GIB = {"base": 12, "r1-llm-only": 22, "r2-vision-only": 32, "r3-two-stage": 32, "r4-joint": 22}
+DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40}}
