@@ -1,0 +1,87 @@
+"""pyproject.toml is the one list of dependencies; the other files follow from it."""
+
+import ast
+import re
+import shutil
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from helpers.dev import environment
+from helpers.dev.environment import closure, portable, requirements
+
+
+def pinned(repo: Path) -> dict[str, str]:
+    pins = [Requirement(pin) for pin in requirements(repo / "pyproject.toml")[2]]
+    return {canonicalize_name(pin.name): str(pin.specifier) for pin in pins}
+
+
+def test_the_portable_files_are_current(repo):
+    for name, text in portable(repo / "pyproject.toml").items():
+        assert (repo / name).read_text() == text, f"{name} is stale; run make env"
+
+
+def test_every_dependency_is_pinned_exactly_and_locked_at_that_version(repo):
+    lock = yaml.safe_load((repo / "environment.lock.yml").read_text())
+    locked = dict(line.split("==") for line in lock["dependencies"][-1]["pip"] if "==" in line)
+    for name, specifier in pinned(repo).items():
+        assert specifier == f"=={locked.get(name)}", f"{name}{specifier} is locked at {locked.get(name)}; run make env"
+    assert len(locked) > len(pinned(repo))  # what the dependencies pull in is locked too
+
+
+def test_the_conda_files_are_yaml_with_the_project_itself(repo):
+    for name in ("environment.yml", "environment.lock.yml"):
+        content = yaml.safe_load((repo / name).read_text())
+        assert content["name"] == "qwen2vl-nutrition-detection"
+        assert content["channels"] == ["conda-forge"]
+        assert content["dependencies"][-1]["pip"][-1] == "-e ."
+
+
+def test_no_file_names_a_registry(repo):
+    for name in ("pyproject.toml", "environment.yml", "environment.lock.yml", "requirements.txt"):
+        assert not re.search(r"https?://|file:|index-url|find-links|prefix:", (repo / name).read_text()), name
+
+
+def test_everything_that_is_imported_is_declared(repo):
+    files = [*repo.glob("helpers/**/*.py"), *repo.glob("tests/*.py"), *repo.glob("notebooks/*.py"), *repo.glob("*.py")]
+    distributions = packages_distributions()
+    missing = set()
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"helpers", "tests"}
+            owners = {top: {canonicalize_name(name) for name in distributions.get(top, [top])} for top in tops}
+            missing |= {f"{top} in {path.relative_to(repo)}" for top in tops if not owners[top] & set(pinned(repo))}
+    assert missing == set()
+
+
+def test_the_closure_follows_extras_and_ends():
+    found = closure(["papermill"])
+    assert {"papermill", "nbclient", "traitlets"} <= found
+    assert "boto3" not in found  # an extra that nobody asked for
+    assert closure(["papermill", "nbclient"]) == found
+
+
+def test_the_command_writes_the_files_and_names_a_package_that_is_missing(repo, tmp_path, capsys):
+    assert environment.main() == 1  # no pyproject.toml here
+    shutil.copy(repo / "pyproject.toml", tmp_path)
+    assert environment.main() == 0
+    for name in ("requirements.txt", "environment.yml"):
+        assert (tmp_path / name).read_text() == (repo / name).read_text()
+    text = (tmp_path / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(text.replace('"torch==', '"no-such-package==1", "torch=='))
+    assert environment.main() == 1
+    assert "no-such-package is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["helpers/tiny", "helpers/scenes/fonts"])
+def test_the_data_files_of_the_package_are_declared(repo, name):
+    text = (repo / "pyproject.toml").read_text()
+    assert (repo / name).is_dir()
+    assert f'"helpers.{name.split("/")[1]}"' in text
