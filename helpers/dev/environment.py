@@ -1,7 +1,7 @@
-"""Write environment.yml, environment.lock.yml and requirements.txt from pyproject.toml: `python -m helpers.dev.environment`.
+"""Write the environment files from pyproject.toml: `python -m helpers.dev.environment`.
 
-The first and the last are a function of pyproject.toml alone. The lock names the exact version of every package that
-the project's dependencies pull in, as installed in the environment that runs this command.
+environment.yml and requirements.txt are a function of pyproject.toml alone. environment.lock.yml names the exact version
+of every package that the project's dependencies pull in, as installed in the environment that runs this command.
 """
 
 import platform
