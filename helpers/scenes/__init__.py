@@ -1,0 +1,95 @@
+"""The embedded photos: rendered packaging with nutrition tables, a function of (seed, split, index) alone.
+
+`render_scene` draws one; `SPLITS` says how many there are; `THINGS` are the names of everything else on the packs
+that can be asked for; `planted_faults` says where the audit has something to find.
+"""
+
+import random
+import re
+import zlib
+from dataclasses import dataclass, field
+
+from helpers.scenes.layout import compose_scene
+from helpers.scenes.things import SHAPES
+
+SPLITS = {"train": 1083, "selection": 100, "val": 123}
+THINGS = tuple(SHAPES)
+_MOST = 10**8
+
+
+@dataclass
+class Scene:
+    """One photo and what is in it. Boxes are xyxy in 0-1 of the picture as shown (after the EXIF orientation).
+
+    tables: (category name of `boxes.CATEGORIES`, box), one per nutrition panel. things: (name of `THINGS`, box). Every
+    box is the tight axis-aligned hull of what is visible. rotation: degrees by which the pack stands turned
+    counter-clockwise in the picture as shown.
+    """
+
+    image_id: str
+    jpeg: bytes
+    width: int
+    height: int
+    meta: dict[str, str]
+    tables: list[tuple[str, tuple[float, float, float, float]]] = field(default_factory=list)
+    things: list[tuple[str, tuple[float, float, float, float]]] = field(default_factory=list)
+    rotation: int = 0
+
+
+def planted_faults(seed: int, split: str) -> dict[str, list]:
+    """What is wrong on purpose, as often as in the real data: indices in `split` (none outside of SPLITS).
+
+    zero_area: one box there has no area. exif: stored unrotated with an EXIF orientation tag; width, height and boxes
+    follow the picture as shown. same_product: pairs (first, second), two photos of one barcode.
+    """
+    _check(seed, 0, split)
+    if split not in SPLITS:
+        return {"zero_area": [], "exif": [], "same_product": []}
+    empty, turned, pairs = (2, 3, 2) if split == "train" else (1, 1, 1)
+    indices = random.Random(f"{seed}/{split}/faults").sample(range(SPLITS[split]), empty + turned + 2 * pairs)
+    twins = indices[empty + turned:]
+    return {"zero_area": sorted(indices[:empty]), "exif": sorted(indices[empty:empty + turned]),
+            "same_product": sorted(tuple(sorted(twins[i:i + 2])) for i in range(0, 2 * pairs, 2))}
+
+
+def _check(seed: int, index: int, split: str) -> None:
+    whole = isinstance(seed, int) and isinstance(index, int) and not isinstance(seed, bool)
+    if not whole or seed < 0:
+        raise ValueError(f"scenes: seed and index must be whole numbers of at least 0, got seed={seed!r}, index={index!r}.")
+    if not isinstance(split, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", split):
+        raise ValueError(f"scenes: split {split!r} is not a name; use one of {', '.join(SPLITS)} or lower-case letters.")
+    count = SPLITS.get(split, _MOST)
+    if not 0 <= index < count:
+        raise ValueError(f"scenes: index {index} is outside of split {split!r}; it holds 0 to {count - 1}.")
+
+
+def barcode_of(seed: int, split: str, product: int) -> str:
+    """The 13 digits of a product: different for every product of every split of SPLITS (a product is an index)."""
+    code = list(SPLITS).index(split) if split in SPLITS else 3 + zlib.crc32(split.encode()) % 9997
+    number = ((code * _MOST + product) * 387_420_489_007 + zlib.crc32(str(seed).encode()) * 1_000_003) % 10**12
+    digits = f"{number:012d}"
+    total = sum(int(d) * (3 if i % 2 else 1) for i, d in enumerate(digits))
+    return digits + str(-total % 10)
+
+
+def render_scene(seed: int, index: int, split: str, long_side: int = 512) -> Scene:
+    """Draw scene `index` of `split`: the same bytes for the same arguments in any process, in any order.
+
+    seed >= 0. index: below SPLITS[split], or below 10**8 for a split of another name (such as "base"). long_side: of
+    the photo in pixels, 192 to 1024. Raises ValueError for anything else.
+    """
+    _check(seed, index, split)
+    if not isinstance(long_side, int) or not 192 <= long_side <= 1024:
+        raise ValueError(f"scenes: long_side must be 192 to 1024 pixels, got {long_side!r}.")
+    faults = planted_faults(seed, split)
+    product = next((a for a, b in faults["same_product"] if b == index), index)
+    digits = barcode_of(seed, split, product)
+    drawn = compose_scene(f"{seed}/{split}", index, product, digits, long_side, stored_turned=index in faults["exif"],
+                          needs_panel=index in faults["zero_area"])
+    tables = drawn.tables
+    if index in faults["zero_area"]:
+        name, (x0, y0, _, y1) = tables[-1]
+        tables[-1] = (name, (x0, y0, x0, y1))
+    number = 1 if product == index else 2
+    meta = {"barcode": digits, "off_image_id": str(number), "image_url": f"embedded://scenes/{seed}/{split}/{index}"}
+    return Scene(f"{digits}_{number}", drawn.jpeg, *drawn.size, meta, tables, drawn.things, drawn.rotation)
