@@ -1,0 +1,30 @@
+"""Predictions and truth in, matches, metrics and intervals out. Reads files; needs no GPU and no model.
+
+python -m helpers.evaluate table [RUNS_DIR]
+python -m helpers.evaluate compare A B
+python -m helpers.evaluate score FOLDER
+python -m helpers.evaluate reference FILE.csv
+"""
+
+from helpers.evaluate.confidence import keep_confident, reliability, threshold_for_precision
+from helpers.evaluate.constant import best_constant_box, constant_predictions
+from helpers.evaluate.intervals import interval, paired_bootstrap
+from helpers.evaluate.reports import compare, find_runs, load_score, rescore, results_table, write_metrics
+from helpers.evaluate.scoring import score
+
+__all__ = [
+    "best_constant_box",
+    "compare",
+    "constant_predictions",
+    "find_runs",
+    "interval",
+    "keep_confident",
+    "load_score",
+    "paired_bootstrap",
+    "reliability",
+    "rescore",
+    "results_table",
+    "score",
+    "threshold_for_precision",
+    "write_metrics",
+]

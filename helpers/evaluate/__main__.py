@@ -1,0 +1,51 @@
+"""The evaluation's command line; `python -m helpers.evaluate --help` lists the commands."""
+
+import argparse
+import sys
+
+from helpers.evaluate.reference import check_reference
+from helpers.evaluate.reports import compare, rescore, results_table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and print its result; a fault in the input ends in one sentence and exit status 1."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.evaluate", description="Scores of finished runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    table = commands.add_parser("table", help="the results of all runs found")
+    table.add_argument("runs_dir", nargs="?", default="runs")
+    pair = commands.add_parser("compare", help="two runs on the same pictures, by a paired bootstrap")
+    pair.add_argument("a", help="a run's name or folder; name:base for its baseline")
+    pair.add_argument("b")
+    pair.add_argument("--runs-dir", default="runs")
+    again = commands.add_parser("score", help="score the predictions in a run's folder again, rewrite metrics.json")
+    again.add_argument("folder")
+    reference = commands.add_parser("reference", help="this evaluator against another project's published numbers")
+    reference.add_argument("file", help="CSV with image_id, iou, prediction, pred_boxes, gt_boxes")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "table":
+            print(results_table(given.runs_dir))
+        elif given.command == "compare":
+            print(compare(given.a, given.b, given.runs_dir))
+        elif given.command == "score":
+            _print_scores(rescore(given.folder))
+        else:
+            for name, value in check_reference(given.file).items():
+                print(f"{name}: {value}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{error}")
+
+
+def _print_scores(metrics: dict) -> None:
+    for name, result in metrics["scores"].items():
+        print(f"{name}, {result['pictures']} pictures")
+        for metric, numbers in result["summary"].items():
+            if numbers["value"] is not None:
+                low, high = (f"{numbers[end]:.3f}" if numbers[end] is not None else "–" for end in ("low", "high"))
+                print(f"  {metric}: {numbers['value']:.3f} ({low} to {high}), n = {numbers['n']}")
+        for problem, names in result["problems"].items():
+            print(f"  problem, {len(names)} x {problem}: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+if __name__ == "__main__":
+    main()

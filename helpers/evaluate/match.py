@@ -1,0 +1,124 @@
+"""Truth and predictions of one picture brought together: bad input named, boxes matched one to one."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from helpers.boxes import area, pairwise_iou
+from helpers.messages import parse_text
+
+FOUND = 0.5  # a true box is found by a box with IoU above this
+
+Problems = dict[str, list[str]]
+
+
+def pair_up(truth: list[dict], predictions: list[dict]) -> tuple[list[tuple[dict, dict | None]], Problems]:
+    """Each true row with its prediction, in the order of the truth; None where there is none.
+
+    Returns the pairs and the problems: unknown, missing and repeated ids. Of a repeated id the first counts.
+    """
+    problems: Problems = defaultdict(list)
+    rows = _by_id(truth, "repeated ids in the truth", problems)
+    answers = _by_id(predictions, "repeated ids in the predictions", problems)
+    problems["predictions for unknown ids"] += [image_id for image_id in answers if image_id not in rows]
+    problems["pictures without a prediction"] += [image_id for image_id in rows if image_id not in answers]
+    if not rows:
+        problems["no truth"].append("the truth has no pictures; nothing can be scored")
+    return [(row, answers.get(image_id)) for image_id, row in rows.items()], problems
+
+
+def _by_id(rows: Iterable[dict], kind: str, problems: Problems) -> dict[str, dict]:
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["image_id"] in found:
+            problems[kind].append(row["image_id"])
+        found.setdefault(row["image_id"], row)
+    return found
+
+
+def match_picture(row: dict, answer: dict | None, problems: Problems) -> dict:
+    """One picture's record; `problems` grows by what is wrong with its boxes and confidences.
+
+    A box that is no box (not finite, corners swapped, not four numbers) stays in every count with IoU 0.
+    """
+    image_id = row["image_id"]
+    truth = [[box[i] for i in (1, 0, 3, 2)] for box in row["objects"]["bbox"]]  # y first to x first
+    truth = _countable(truth, f"{image_id}, truth", problems)
+    names = list(row["objects"]["category_name"])
+    labels, boxes, rejected = _read_answer(answer)
+    boxes = _countable(boxes, f"{image_id}, prediction", problems)
+    iou = pairwise_iou(truth, boxes)  # [true, predicted]
+    matched = _assign(iou, iou)
+    found = _assign(iou, iou + 10.0 * (iou > FOUND))  # first as many found boxes as can be, then IoU
+    partners = {i: j for i, j in found.items() if iou[i, j] > FOUND}
+    named = [
+        i in partners and partners[i] < len(labels) and labels[partners[i]] == name for i, name in enumerate(names)
+    ]
+    ious = [float(iou[i, matched[i]]) if i in matched else 0.0 for i in range(len(truth))]
+    return {
+        "image_id": image_id,
+        "iou": float(np.mean(ious)) if ious else None,  # mean over the picture's true boxes; None without a table
+        "detected": bool((area(boxes) > 0).any()),
+        "box_ious": ious,
+        "box_found": [i in partners for i in range(len(truth))],
+        "box_named": named,
+        "box_categories": names,
+        "box_areas": area(truth).tolist(),  # shares of the picture
+        "rotation": row.get("rotation"),
+        "true": truth.tolist(),  # x first, unit
+        "predicted": boxes.tolist(),
+        "predicted_correct": [j in partners.values() for j in range(len(boxes))],
+        "confidences": _confidences(answer, len(boxes), image_id, problems),
+        "surplus": max(len(boxes) - len(truth), 0),
+        "format_error": answer is None or bool(rejected),
+        "stopped": None if answer is None else answer.get("stopped"),
+    }
+
+
+def _read_answer(answer: dict | None) -> tuple[list[str], list, list[str]]:
+    """Labels, boxes and rejected pieces of a prediction; read from its text where the boxes are not given."""
+    if answer is None:
+        return [], [], []
+    if "boxes" in answer:
+        return list(answer.get("labels", [])), list(answer["boxes"]), list(answer.get("rejected", []))
+    parsed = parse_text(answer["text"])
+    return parsed.labels, parsed.boxes_xyxy_unit.tolist(), parsed.rejected
+
+
+def _countable(boxes: list, where: str, problems: Problems) -> np.ndarray:
+    """Boxes [N, 4]; what is no box becomes a box without area, so that it still counts. All faults are named."""
+    countable = np.zeros((len(boxes), 4))
+    for i, box in enumerate(boxes):
+        if len(box) != 4 or None in box or not np.isfinite(box).all():
+            problems["boxes with missing or non-finite numbers"].append(f"{where}: {list(box)}")
+        elif box[2] < box[0] or box[3] < box[1]:
+            problems["boxes with swapped corners"].append(f"{where}: {list(box)}")
+        else:
+            countable[i] = box
+            if box[2] == box[0] or box[3] == box[1]:
+                problems["boxes without area"].append(f"{where}: {list(box)}")
+            elif min(box) < -1e-6 or max(box) > 1 + 1e-6:
+                problems["boxes outside the picture"].append(f"{where}: {list(box)}")
+    return countable
+
+
+def _confidences(answer: dict | None, count: int, image_id: str, problems: Problems) -> list[float] | None:
+    """One confidence a box, None where the prediction carries none; NaN counts as 0 and is named."""
+    given = (answer or {}).get("confidences")
+    if not given and count:
+        return None
+    given = list(given or [])
+    if len(given) != count:
+        problems["confidences that do not fit the boxes"].append(f"{image_id}: {len(given)} for {count} boxes")
+        return None
+    if any(value is None or not 0 <= value <= 1 for value in given):
+        problems["confidences that are NaN or outside 0-1 (count as 0)"].append(f"{image_id}: {given}")
+    return [float(value) if value is not None and 0 <= value <= 1 else 0.0 for value in given]
+
+
+def _assign(iou: np.ndarray, worth: np.ndarray) -> dict[int, int]:
+    """Optimal one-to-one matching: true box -> predicted box with the greatest sum of `worth`, IoU above 0."""
+    true, predicted = linear_sum_assignment(worth, maximize=True)
+    return {int(i): int(j) for i, j in zip(true, predicted, strict=True) if iou[i, j] > 0}

@@ -1,0 +1,200 @@
+"""Scores on disk: a run's metrics.json, the table of all runs, two runs compared."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
+from helpers.evaluate.scoring import score
+
+FILES = {"fine-tuned": "predictions.jsonl", "base": "baseline.jsonl", "constant box": "constant.jsonl"}
+PREFIX = "qwen2vl-nutrition-detection-"
+ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")
+METRICS = {
+    "median": "median_iou",
+    "detection": "detection_rate",
+    "IoU > .5": "iou_over_50",
+    "IoU > .7": "iou_over_70",
+    "F1": "f1",
+    "AP": "ap",
+}
+
+
+def write_metrics(
+    folder: str | Path,
+    named_predictions: dict[str, list[dict]],
+    truth: list[dict],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """Score each of "fine-tuned", "base", "constant box" that is given and write `folder/metrics.json`.
+
+    Also writes truth.jsonl (the rows without their pictures), and the predictions' own files where they are not
+    there yet. Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
+    """
+    unknown = [name for name in named_predictions if name not in FILES]
+    if unknown:
+        raise ValueError(f"predictions named {unknown[0]!r}; the names are {', '.join(FILES)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{key: value for key, value in row.items() if key != "image"} for row in truth]
+    _write_lines(folder / "truth.jsonl", rows)
+    for name, predictions in named_predictions.items():
+        if not (folder / FILES[name]).exists():
+            _write_lines(folder / FILES[name], predictions)
+    options = {"resamples": resamples, "seed": seed}
+    scores = {name: score(rows, predictions, **options) for name, predictions in named_predictions.items()}
+    boxes = json.dumps([[row["image_id"], row["objects"]["bbox"]] for row in rows])
+    about_truth = {
+        "pictures": len(rows),
+        "tables": sum(bool(row["objects"]["bbox"]) for row in rows),
+        "hash": hashlib.sha256(boxes.encode()).hexdigest()[:12],  # two runs compare when this is equal
+    }
+    metrics = {"truth": about_truth, "scores": scores}
+    (folder / "metrics.json").write_text(json.dumps(metrics, allow_nan=False) + "\n", encoding="utf-8")
+    return metrics
+
+
+def rescore(folder: str | Path) -> dict:
+    """Score the predictions in a run's folder again and rewrite its metrics.json."""
+    folder = Path(folder)
+    present = {name: folder / file for name, file in FILES.items() if (folder / file).exists()}
+    if not (folder / "truth.jsonl").exists() or not present:
+        raise FileNotFoundError(f"{folder}: expected truth.jsonl and one of {', '.join(FILES.values())}")
+    predictions = {name: _read_lines(path) for name, path in present.items()}
+    return write_metrics(folder, predictions, _read_lines(folder / "truth.jsonl"))
+
+
+def _write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _read_lines(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    return rows
+
+
+def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
+    """Every scored run: `{"run", "recipe", "scale", "command", "metrics"}`, sorted by name."""
+    runs = []
+    for path in sorted(Path(runs_dir).glob(f"{PREFIX}*/metrics.json")):
+        manifest_path = path.with_name("manifest.json")
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.exists() else {}
+        name = path.parent.name.removeprefix(PREFIX)
+        command = manifest.get("command", "not recorded")
+        runs.append(
+            {
+                "run": name,
+                "recipe": manifest.get("recipe", name),
+                "scale": manifest.get("scale", "unknown"),
+                "command": command if isinstance(command, str) else " ".join(command),
+                "metrics": json.loads(path.read_text(encoding="utf-8")),
+            }
+        )
+    return runs
+
+
+def results_table(runs_dir: str | Path = "runs") -> str:
+    """The results of all runs found, in Markdown, a table for each scale; says what is missing and how to make it."""
+    runs = find_runs(runs_dir)
+    if not runs:
+        return f"No scored run in {runs_dir}. Make one: `make run RECIPE=r4-joint`; all of them: `make recipes`."
+    scales = sorted({run["scale"] for run in runs})
+    return "\n\n".join(_scale_table(scale, [run for run in runs if run["scale"] == scale]) for scale in scales)
+
+
+def _scale_table(scale: str, runs: list[dict]) -> str:
+    rows, missing, shown = [], [], []
+    for name in ROWS:
+        run = _run_of_row(name, runs)
+        if run is None:
+            missing.append(name)
+        else:
+            rows.append(_row(name, run, name if name in FILES else "fine-tuned"))
+            shown.append(run["run"])
+    own = [run for run in runs if run["run"] not in shown and "fine-tuned" in run["metrics"]["scores"]]
+    rows += [_row(run["recipe"], run, "fine-tuned") for run in own]
+    head = ["model", "n", "mean IoU (95 %)", *METRICS, "run", "command"]
+    lines = [f"Scale `{scale}`, intervals by bootstrap over pictures:", "", _line(head), _line(["---"] * len(head))]
+    notes = [f"Missing: {name}. Make it: `make run RECIPE={name}`." for name in missing if name != "constant box"]
+    if len({run["metrics"]["truth"]["hash"] for run in runs}) > 1:
+        notes.append("These runs were not all scored on the same truth: compare only those that share it.")
+    return "\n".join([*lines, *rows, *([""] if notes else []), *notes])
+
+
+def _run_of_row(row: str, runs: list[dict]) -> dict | None:
+    """The run that a row of the table shows: the recipe's own, or for base and constant box any that has them."""
+    if row in FILES:
+        having = [run for run in runs if row in run["metrics"]["scores"]]
+        return next((run for run in having if run["run"] == "base"), having[0] if having else None)
+    own_name = "r3-stage2" if row == "r3-two-stage" else row
+    return next((run for run in runs if run["run"] == own_name and "fine-tuned" in run["metrics"]["scores"]), None)
+
+
+def _row(name: str, run: dict, which: str) -> str:
+    summary = run["metrics"]["scores"][which]["summary"]
+    iou = summary["mean_iou"]
+    numbers = [_number(summary[metric]["value"], percent=metric in _PERCENT) for metric in METRICS.values()]
+    return _line([name, str(iou["n"]), _with_interval(iou), *numbers, run["run"], f"`{run['command']}`"])
+
+
+_PERCENT = ("detection_rate", "iou_over_50", "iou_over_70")
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def _number(value: float | None, percent: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f} %" if percent else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def _with_interval(metric: dict) -> str:
+    return f"{_number(metric['value'])} ({_number(metric['low'])} to {_number(metric['high'])})"
+
+
+def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
+    """Two runs on the same pictures, in Markdown: means, paired difference, verdict, what 50 pictures could tell.
+
+    Each is a run's name or folder, with `:base` or `:constant box` behind it for that score of the run.
+    """
+    (name_a, score_a), (name_b, score_b) = load_score(a, runs_dir), load_score(b, runs_dir)
+    result = paired_bootstrap(score_a["per_picture"], score_b["per_picture"])
+    difference, needed = result["difference"], result["pictures_needed"]
+    lines = [
+        f"- {name_a}: mean IoU {_with_interval(score_a['summary']['mean_iou'])}",
+        f"- {name_b}: mean IoU {_with_interval(score_b['summary']['mean_iou'])}",
+        f"- difference on the same {difference['n']} pictures: {difference['value']:+.3f} "
+        f"({_number(difference['low'])} to {_number(difference['high'])})",
+        f"- verdict: {result['verdict']}",
+        f"- 50 pictures would have told them apart {100 * result['power_50']:.0f} times in 100",
+    ]
+    if needed is not None:
+        lines.append(f"- pictures needed to see this difference four times in five: about {needed}")
+    if result["left_out"]:
+        lines.append(f"- left out, in one run only: {', '.join(result['left_out'])}")
+    return "\n".join(lines)
+
+
+def load_score(name: str, runs_dir: str | Path = "runs") -> tuple[str, dict]:
+    """A run's score by name or folder: `("r4-joint", score)`; "name:base" takes another score than the run's own."""
+    run, _, which = name.partition(":")
+    folder = Path(run) if (Path(run) / "metrics.json").exists() else Path(runs_dir) / f"{PREFIX}{run}"
+    if not (folder / "metrics.json").exists() and run == "r3-two-stage":
+        folder = Path(runs_dir) / f"{PREFIX}r3-stage2"
+    if not (folder / "metrics.json").exists():
+        found = ", ".join(known["run"] for known in find_runs(runs_dir)) or "none yet"
+        raise FileNotFoundError(f"no scored run {run!r} in {runs_dir}; the runs there: {found}")
+    scores = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["scores"]
+    which = which or next(iter(scores))
+    if which not in scores:
+        raise ValueError(f"run {run!r} has no score {which!r}; it has {', '.join(scores)}")
+    return name, scores[which]
