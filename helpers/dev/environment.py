@@ -1,7 +1,7 @@
 """Write the environment files from pyproject.toml: `python -m helpers.dev.environment`.
 
-environment.yml and requirements.txt are a function of pyproject.toml alone. environment.lock.yml names the exact version
-of every package that the project's dependencies pull in, as installed in the environment that runs this command.
+environment.yml and requirements.txt are a function of pyproject.toml alone. environment.lock.yml names the exact
+version of every package that the project's dependencies pull in, as installed where this command runs.
 """
 
 import platform
