@@ -1,0 +1,116 @@
+"""Picture files of a local folder: where they are, how large, which split; shared by the annotation formats."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import List, Value
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from helpers.data.schema import DataError, meta_of, objects_of, safe_path, split_name
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
+_SPLITS = ("train", "selection", "val", "test")
+
+
+def _orientation(picture: PILImage.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; 1 where there is none or another value."""
+    value = picture.getexif().get(0x0112, 1)
+    return value if value in range(2, 9) else 1
+
+
+def shown_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels as EXIF shows the picture, from the file's head; (0, 0) where it cannot be read."""
+    try:
+        with PILImage.open(path) as picture:
+            width, height = picture.size
+            return (height, width) if _orientation(picture) in SIDEWAYS else (width, height)
+    except Exception:  # the audit reads every picture to its end and names what it finds
+        return 0, 0
+
+
+def split_of(path: Path, root: Path) -> str:
+    """The split named by a file or the nearest folder of it below `root` ("instances_val2017.json": val), or ""."""
+    for part in reversed(path.relative_to(root).parts):
+        words = part.replace("-", "_").replace(".", "_").split("_")
+        for name in (split_name(word.rstrip("0123456789")) for word in words):
+            if name in _SPLITS:
+                return name
+    return ""
+
+
+class Pictures:
+    """The picture files below `root`, found by the names that annotations use for them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in self.files:
+            self._by_name[path.name].append(path)
+
+    def find(self, name: str, base: Path, split: str, where: str) -> Path:
+        """The file that `name` means: beside the annotation (`base`), else anywhere below `root`, best in `split`.
+
+        A file that is not there gets the path where it should be: the audit names it. `DataError` where `name`
+        leads out of `root`.
+        """
+        direct = safe_path(self.root, str(base / name), where)
+        if direct.exists():
+            return direct
+        found = [
+            path for path in self._by_name[Path(name).name] if path.as_posix().endswith("/" + Path(name).as_posix())
+        ]
+        found = found or self._by_name[Path(name).name]
+        same = [path for path in found if split_of(path, self.root) == split]
+        return safe_path(self.root, str((same or found or [direct])[0]), where)
+
+
+def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[Any, Any] = (0, 0)) -> dict[str, Any]:
+    """A row of the schema without boxes; a size that is not given is read from the picture."""
+    image_id = str(image_id or path.stem)
+    try:
+        width, height = (int(value or 0) for value in size)
+    except (TypeError, ValueError):
+        raise DataError(f"{path.name}: width and height are {size!r}; expected whole numbers of pixels") from None
+    if width <= 0 or height <= 0:
+        width, height = shown_size(path)
+    image = {"path": str(path), "bytes": None}
+    return {
+        "image_id": image_id,
+        "image": image,
+        "width": width,
+        "height": height,
+        "meta": meta_of(image_id, meta),
+        "objects": objects_of([], []),
+    }
+
+
+FACTS = datasets.Features(
+    {"error": Value("string"), "stored": List(Value("int64")), "orientation": Value("int64"), "thumb": Value("binary")}
+)
+
+
+def open_picture(image: dict[str, Any]) -> PILImage.Image:
+    """A picture of an undecoded `Image` column ({"bytes", "path"}), opened but not yet decoded, EXIF not applied."""
+    return PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
+def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:
+    """Decode a picture once: its error or its stored size, EXIF orientation and 16 x 16 RGB thumbnail as shown."""
+    try:
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise ValueError("the row has no picture")
+        with open_picture(image) as picture:
+            stored, orientation = list(picture.size), _orientation(picture)
+            picture.draft("RGB", (64, 64))  # a JPEG decodes straight to about this size
+            small = ImageOps.exif_transpose(picture.convert("RGB").resize((16, 16), PILImage.Resampling.BOX))
+        return {"error": None, "stored": stored, "orientation": orientation, "thumb": small.tobytes()}
+    except Exception as error:  # Pillow's readers raise many kinds; one bad picture must not end the run
+        return {"error": f"{type(error).__name__}: {error}", "stored": [0, 0], "orientation": 1, "thumb": b""}

@@ -1,0 +1,74 @@
+"""Pictures decoded and brought to the pixel budget once, and cached, instead of in every epoch."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import datasets
+from datasets import Image
+from PIL import Image as PILImage
+from PIL import ImageOps
+
+from helpers.data.pictures import open_picture
+from helpers.data.schema import workers
+
+BATCH = 16  # rows a process holds at once
+
+
+def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: int = 28) -> datasets.DatasetDict:
+    """Rows whose picture is the one that the processor would make of it, as a JPEG (quality 95); written once, cached.
+
+    A picture over `max_pixels` is turned by its EXIF tag and resized as Qwen2-VL's processor does (sides a multiple of
+    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes.
+    Boxes are in 0-1 and stay; `width` and `height` stay those of the original. A picture that cannot be read is left
+    out and named: `clean` has already dropped them.
+    """
+    if not 0 < min_pixels <= max_pixels:
+        raise ValueError(f"min_pixels {min_pixels}, max_pixels {max_pixels}; expected 0 < min_pixels <= max_pixels")
+    budget = {"min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
+    prepared = {}
+    for name, split in ds.items():
+        undecoded = split.cast_column("image", Image(decode=False))
+        small = undecoded.map(
+            _shrink_batch,
+            batched=True,
+            batch_size=BATCH,
+            writer_batch_size=64,
+            fn_kwargs=budget,
+            features=undecoded.features,
+            num_proc=workers(len(split)),
+            desc=f"Preparing pictures ({name})",
+        )
+        prepared[name] = small.cast_column("image", Image())
+    return datasets.DatasetDict(prepared)
+
+
+def _shrink_batch(rows: dict[str, list], **budget: int) -> dict[str, list]:
+    images: list[dict[str, Any] | None] = []
+    for image_id, image in zip(rows["image_id"], rows["image"], strict=True):
+        try:
+            images.append(_shrink(image, **budget))
+        except Exception as error:  # Pillow's readers raise many kinds; one bad picture must not end the run
+            print(f"data: {image_id} is left out, its picture cannot be read: {type(error).__name__}: {error}")
+            images.append(None)
+    whole = [index for index, image in enumerate(images) if image is not None]
+    return {name: [column[i] for i in whole] for name, column in (rows | {"image": images}).items()}
+
+
+def _shrink(image: dict[str, Any], min_pixels: int, max_pixels: int, factor: int) -> dict[str, Any]:
+    """The undecoded picture ({"bytes", "path"}) within the budget; the same bytes where it is already."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # slow to import
+
+    with open_picture(image) as picture:
+        width, height = picture.size
+        if width * height <= max_pixels:
+            picture.load()
+            return image
+        new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
+        picture.draft("RGB", (new_width, new_height))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is enough
+        small = picture.convert("RGB").resize((new_width, new_height), PILImage.Resampling.BICUBIC)
+        small = ImageOps.exif_transpose(small)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=95, subsampling=0)
+    return {"bytes": file.getvalue(), "path": None}

@@ -1,0 +1,115 @@
+"""The one row schema, the errors, and what every source shares: split names, groups, safe paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Features, Image, List, Value
+
+from helpers.boxes import CATEGORIES
+
+SPLIT_NAMES = ("train", "selection", "val")
+
+FEATURES = Features(
+    {
+        "image_id": Value("string"),
+        "image": Image(),
+        "width": Value("int64"),  # pixels, of the picture as shown
+        "height": Value("int64"),
+        "meta": {"barcode": Value("string"), "off_image_id": Value("string"), "image_url": Value("string")},
+        "objects": {
+            "bbox": List(List(Value("float64"))),  # [[y_min, x_min, y_max, x_max]] in 0-1, top-left origin
+            "category_id": List(Value("int64")),
+            "category_name": List(Value("string")),
+        },
+    }
+)
+
+_SPLIT_ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
+_OFF_ID = re.compile(r"(\d{8,14})_([\w.]+)")  # Open Food Facts: barcode, underscore, number of the picture
+
+
+class DataError(ValueError):
+    """A data set that cannot be used: one sentence with the file or field, what was found, what was expected."""
+
+
+def split_name(name: str) -> str:
+    """`name` of a folder, file or split as this project says it: "validation" becomes "val"; others are kept."""
+    name = name.lower()
+    return _SPLIT_ALIASES.get(name, name)
+
+
+def empty_split() -> datasets.Dataset:
+    """A split of the schema without rows."""
+    return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
+
+
+def workers(rows: int) -> int | None:
+    """Processes for work on `rows` pictures; None (no pool) where starting one would cost more than it saves."""
+    count = min(os.cpu_count() or 1, 16, rows // 64)
+    return count if count > 1 else None
+
+
+def group_of(image_id: str, meta: dict[str, Any] | None) -> str:
+    """What must not be torn apart by a split: the barcode where there is one, else the picture itself."""
+    return (meta or {}).get("barcode") or image_id
+
+
+def meta_of(image_id: str, found: dict[str, Any] | None = None) -> dict[str, str]:
+    """The `meta` of a row; barcode and picture number are read from ids that look like Open Food Facts'."""
+    match = _OFF_ID.fullmatch(image_id)
+    meta = {"barcode": match[1] if match else "", "off_image_id": match[2] if match else "", "image_url": ""}
+    return meta | {key: str(value) for key, value in (found or {}).items() if key in meta and value is not None}
+
+
+def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
+    """The `objects` of a row from boxes [y0, x0, y1, x1] in 0-1 and names; an unknown name has the id -1.
+
+    "Nutrition_Table" and "nutrition table" are taken for "nutrition-table".
+    """
+    plain = [re.sub(r"[\s_]+", "-", name.strip().lower()) for name in names]
+    names = [same if same in CATEGORIES else name for same, name in zip(plain, names, strict=True)]
+    ids = [CATEGORIES.index(name) if name in CATEGORIES else -1 for name in names]
+    return {"bbox": boxes, "category_id": ids, "category_name": names}
+
+
+def safe_path(root: Path, name: str, where: str) -> Path:
+    """`name` inside the folder `root`; `DataError` for a path, `..` or link that leads out of it."""
+    path = Path(root, name)
+    if not path.resolve().is_relative_to(Path(root).resolve()):
+        raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")
+    return path
+
+
+def carve(split: datasets.Dataset, count: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(the rest, about `count` rows) of `split`: whole groups (`group_of`), drawn with `seed`, in the old order."""
+    keys = [group_of(*row) for row in zip(split["image_id"], split["meta"], strict=True)]
+    groups = sorted(set(keys))  # sorted, so that the draw does not hang on the rows' order
+    np.random.default_rng(seed).shuffle(groups)
+    sizes = Counter(keys)
+    drawn, total = set(), 0
+    for key in groups[:-1]:  # the last group stays: the rest is never empty
+        if total >= count:
+            break
+        drawn.add(key)
+        total += sizes[key]
+    taken = [index for index, key in enumerate(keys) if key in drawn]
+    rest = [index for index, key in enumerate(keys) if key not in drawn]
+    return split.select(rest), split.select(taken)
+
+
+def check_limit(limit: dict[str, int] | None) -> dict[str, int]:
+    """`limit` as a dict; `DataError` for a split that does not exist or a count that is not a whole number >= 0."""
+    limit = dict(limit or {})
+    for name, count in limit.items():
+        if name not in SPLIT_NAMES:
+            raise DataError(f"limit names the split {name!r}; expected some of: {', '.join(SPLIT_NAMES)}")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise DataError(f"limit for {name!r} is {count!r}; expected a whole number of pictures, 0 or more")
+    return limit

@@ -1,0 +1,226 @@
+"""Where rows come from: embedded scenes, the Hub, a local file or folder (its annotation formats: formats.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import PIL
+import pyarrow.compute
+import pyarrow.parquet
+from datasets.fingerprint import Hasher
+
+from helpers import scenes
+from helpers.data import formats
+from helpers.data.pictures import split_of
+from helpers.data.schema import FEATURES, DataError, empty_split, meta_of, objects_of, safe_path, workers
+
+HUB_ID = "openfoodfacts/nutrition-table-detection"
+HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
+SCENE_FEATURES = datasets.Features({**FEATURES, "rotation": datasets.Value("int64")})  # degrees, counter-clockwise
+Splits = dict[str, datasets.Dataset]
+
+
+def _scene_rows(indices: list[int], seed: int, split: str) -> Iterator[dict[str, Any]]:
+    for index in indices:
+        scene = scenes.render_scene(seed, index, split)
+        objects = objects_of(
+            [[y0, x0, y1, x1] for _, (x0, y0, x1, y1) in scene.tables], [name for name, _ in scene.tables]
+        )
+        image = {"bytes": scene.jpeg, "path": None}
+        yield {
+            "image_id": scene.image_id,
+            "image": image,
+            "width": scene.width,
+            "height": scene.height,
+            "meta": scene.meta,
+            "objects": objects,
+            "rotation": scene.rotation,
+        }
+
+
+def _renderer_hash() -> str:
+    """Hash of everything a scene depends on besides its numbers: the renderer's files, this file, Pillow's version."""
+    folder = Path(scenes.__file__).parent
+    files = [Path(__file__), *sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc")]
+    digest = hashlib.sha256(PIL.__version__.encode())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def load_embedded(seed: int, limit: dict[str, int], cache_dir: str | None) -> Splits:
+    """The embedded photos, rendered once by all cores and cached; an edited renderer is rendered anew."""
+    splits, renderer = {}, _renderer_hash()
+    for name, size in scenes.SPLITS.items():
+        count = min(limit.get(name, size), size)
+        splits[name] = empty_split()
+        if count:
+            splits[name] = datasets.Dataset.from_generator(
+                _scene_rows,
+                features=SCENE_FEATURES,
+                gen_kwargs={"indices": list(range(count)), "seed": seed, "split": name},
+                num_proc=workers(count),
+                split=datasets.NamedSplit(name),
+                cache_dir=cache_dir,
+                fingerprint=Hasher.hash(["scenes", seed, name, count, renderer]),
+            )
+    return splits
+
+
+# --- tables that already have columns ---------------------------------------------------------------------------------
+
+
+def _to_schema(split: datasets.Dataset, where: str, root: Path | None) -> datasets.Dataset:
+    """`split` with the schema's columns alone; `DataError` names the columns it lacks or that have another type."""
+    missing = [name for name in FEATURES if name not in split.column_names and name != "meta"]
+    if missing:
+        raise DataError(f"{where} has the columns {split.column_names}; it lacks {missing}, expected {list(FEATURES)}")
+    if "meta" not in split.column_names:
+        split = split.map(lambda image_id: {"meta": meta_of(image_id)}, input_columns="image_id")
+    split = split.select_columns(list(FEATURES))
+    try:
+        split = split if split.features == FEATURES else split.cast(FEATURES)
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        found = {name: split.features[name] for name in FEATURES if split.features[name] != FEATURES[name]}
+        raise DataError(f"{where}: the columns {found} cannot be read as {[FEATURES[n] for n in found]}") from error
+    return _only_own_pictures(split, where, root)
+
+
+def _only_own_pictures(split: datasets.Dataset, where: str, root: Path | None) -> datasets.Dataset:
+    """Pictures given by path must lie in `root`; from the Hub (`root` None) each must bring its bytes."""
+    if not len(split) or not pyarrow.compute.struct_field(split.data.column("image"), "bytes").null_count:
+        return split
+
+    def own(image: dict[str, Any] | None) -> dict[str, Any]:
+        if image is None or image["bytes"] is not None or image["path"] is None:
+            return {"image": image}
+        if root is None:
+            return {"image": None}  # the audit lists it as unreadable
+        return {"image": {"bytes": None, "path": str(safe_path(root, image["path"], where))}}
+
+    undecoded = split.cast_column("image", datasets.Image(decode=False))
+    return undecoded.map(own, input_columns="image", features=undecoded.features).cast_column("image", datasets.Image())
+
+
+def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Splits:
+    """A data set of the Hub that has the schema. Offline, gated or missing: a `DataError` that says what to do."""
+    revision = revision or (HUB_REVISION if dataset_id == HUB_ID else None)
+    name = f"{dataset_id} at revision {revision or 'main'}"
+    try:
+        found = datasets.load_dataset(dataset_id, revision=revision, cache_dir=cache_dir)
+    except Exception as error:  # huggingface_hub, datasets, requests and fsspec each have their own
+        reason = " ".join(str(error).split())[:300]
+        offline = "HF_HUB_OFFLINE is set and it is not in the cache" if datasets.config.HF_HUB_OFFLINE else ""
+        raise DataError(
+            f"the data set {name} cannot be loaded ({offline or f'{type(error).__name__}: {reason}'}); expected an "
+            "existing local path, or a Hub id with access to the Hub (a gated one needs a token: HF_TOKEN or "
+            "`hf auth login`); offline, bring its Parquet files and give their folder as dataset_id"
+        ) from error
+    for split in found.values():
+        sources = list(split.info.download_checksums or {})
+        if revision and sources and not any(revision in source for source in sources):
+            raise DataError(f"the cache holds {dataset_id} from {sources[0]}; expected revision {revision}")
+    return {split: _to_schema(rows, f"{name}, {split}", None) for split, rows in found.items()}
+
+
+def _load_parquet(root: Path, files: list[Path], cache_dir: str | None) -> Splits:
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        try:
+            pyarrow.parquet.ParquetFile(file).close()
+        except Exception as error:
+            raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
+        by_split.setdefault(split_of(file, root), []).append(str(file))
+    splits = {}
+    for name, own in by_split.items():
+        try:
+            rows = datasets.load_dataset("parquet", data_files=own, split="train", cache_dir=cache_dir)
+        except Exception as error:
+            reason = " ".join(str(error.__cause__ or error).split())[:300]
+            raise DataError(f"{', '.join(own)}: cannot be read as Parquet ({reason})") from error
+        splits[name] = _to_schema(rows, ", ".join(own), root)
+    return splits
+
+
+def _load_saved(root: Path) -> Splits:
+    try:
+        found = datasets.load_from_disk(str(root))
+    except Exception as error:
+        raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error})") from error
+    found = found if isinstance(found, dict) else {str(found.split or ""): found}
+    return {name: _to_schema(rows, f"{root}, {name or 'its rows'}", root) for name, rows in found.items()}
+
+
+# --- a local path -----------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "Parquet": "*.parquet files, as the Hub serves them",
+    "save_to_disk": "state.json or dataset_dict.json, written by datasets",
+    "metadata.jsonl": "a Hugging Face imagefolder",
+    "YOLO": "a .yaml with names, or classes.txt",
+    "Pascal VOC": "*.xml",
+    "COCO": "*.json with images, annotations, categories",
+}
+
+
+def detect_format(path: Path) -> str:
+    """The key of `FORMATS` that fits `path`; `DataError` for none or for several."""
+    if path.is_file():
+        found = {".parquet": ["Parquet"], ".json": ["COCO"]}.get(path.suffix.lower(), [])
+    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        found = ["save_to_disk"]
+    else:
+        marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml", "COCO": "*.json"}
+        found = [name for name, mark in marks.items() if any(path.rglob(mark))]
+        found += ["YOLO"] if formats.yolo_files(path) else []
+    if len(found) != 1:
+        known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
+        raise DataError(f"{path} holds {' and '.join(found) or 'no known format'}; expected one of: {known}")
+    return found[0]
+
+
+def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
+    yield from rows
+
+
+def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Dataset:
+    """Rows whose pictures are files, as a cached split; a picture file that changes is read anew."""
+    files = [Path(row["image"]["path"]) for row in rows]
+    stamps = [(stat.st_size, stat.st_mtime_ns) if (stat := _stat(file)) else None for file in files]
+    if not any(stamps):
+        raise DataError(f"none of the {len(rows)} pictures exists, such as {files[0]}; expected picture files there")
+    return datasets.Dataset.from_generator(
+        _rows,
+        features=FEATURES,
+        gen_kwargs={"rows": tuple(rows)},
+        cache_dir=cache_dir,
+        fingerprint=Hasher.hash(["files", rows, stamps]),
+    )
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    return file.stat() if file.is_file() else None
+
+
+def load_local(path: Path, cache_dir: str | None) -> Splits:
+    """Every split of a local file or folder under the name it has there ("" without one), its format said out loud."""
+    path = path.resolve()
+    root = path if path.is_dir() else path.parent
+    kind = detect_format(path)
+    print(f"data: {path} is read as {kind} ({FORMATS[kind]})")
+    if kind == "Parquet":
+        return _load_parquet(root, sorted(path.rglob("*.parquet")) if path.is_dir() else [path], cache_dir)
+    if kind == "save_to_disk":
+        return _load_saved(root)
+    if kind == "COCO":
+        found = formats.read_coco(root, None if path.is_dir() else path)
+    else:
+        found = {"metadata.jsonl": formats.read_metadata, "YOLO": formats.read_yolo, "Pascal VOC": formats.read_voc}[
+            kind
+        ](root)
+    return {name: _cached(rows, cache_dir) for name, rows in found.items() if rows}
