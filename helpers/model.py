@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import is_flash_attn_2_available
 
 from helpers.recipes import Stage
 
-TOWERS = {"vision": "model.visual.", "language": "model.language_model.", "head": "lm_head."}
+TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
 
 
 def device_map() -> str | dict[str, int | str]:
@@ -22,6 +23,11 @@ def device_map() -> str | dict[str, int | str]:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return {"": int(os.environ["LOCAL_RANK"])}
     return "balanced" if torch.cuda.device_count() > 1 else {"": 0}
+
+
+def attention() -> str:
+    """`flash_attention_2` where the package is installed and a GPU is there, else PyTorch's `sdpa`."""
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
 
 def tower_of(name: str) -> str:
@@ -47,6 +53,14 @@ def parameters_by_tower(model: nn.Module) -> dict[str, dict[str, int]]:
         row["total"] += count(parameter)
         row["trainable"] += count(parameter) if parameter.requires_grad else 0
     return table
+
+
+def dtypes_by_tower(model: nn.Module) -> dict[str, str]:
+    """How each tower's weights are held, such as `"uint8, bfloat16"` (uint8: two NF4 weights in a byte)."""
+    held: dict[str, dict[str, None]] = {tower: {} for tower in TOWERS}
+    for name, parameter in model.named_parameters():
+        held[tower_of(name)][str(parameter.dtype).removeprefix("torch.")] = None
+    return {tower: ", ".join(dtypes) for tower, dtypes in held.items()}
 
 
 def nf4_layers(model: nn.Module) -> list[str]:

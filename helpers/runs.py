@@ -1,4 +1,4 @@
-"""A run: its parameters settled, its folder, its manifest, what is done already and what goes on from where."""
+"""A run's folder: its manifest, what is done already and what goes on from where; and several processes as one."""
 
 import contextlib
 import hashlib
@@ -8,164 +8,69 @@ import platform
 import re
 import resource
 import shlex
-import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from helpers import parameters
-from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import DISK_GIB, GPU_GIB, RECIPES, SCALES, Stage
+from filelock import FileLock
 
-PROJECT = "qwen2vl-nutrition-detection"
+from helpers.parameters import ParameterError
+from helpers.settings import Run, is_main
+
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-# These may differ between two starts of one run; every other parameter makes it another run.
-FREE = {"gpus", "output_root", "run_name", "report_to", "save_steps", "predict_batch_size"}
-TINY_BASE = Path(__file__).parent / "tiny"
+# What a training depends on. In one folder these stay the same; the other parameters may change between two starts.
+TRAINING = (
+    "recipe", "scale", "model_id", "model_revision", "dataset_id", "dataset_revision", "prompt", "loss_scope",
+    "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation", "lora_rank", "lora_alpha",
+    "precision", "seed", "train_limit",
+)  # fmt: skip
 
 
-@dataclass
-class StageRun:
-    """One stage of this run: the recipe's stage, with its folder."""
+def quiet_libraries() -> None:
+    """Keep notices that no reader can act on out of the outputs; errors and this project's own words stay."""
+    import datasets
+    import transformers
 
-    stage: Stage
-    name: str
-    folder: Path
-    learning_rate: float
-
-
-@dataclass
-class Run:
-    """The parameters with every default filled in (`run.epochs`), and what follows from them."""
-
-    values: dict[str, Any]
-    given: dict[str, Any]
-    stages: list[StageRun]
-    folder: Path  # of the last stage: predictions, metrics, figures
-    manifest: dict = field(default_factory=dict)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["values"][name]
-        except KeyError:
-            raise AttributeError(f"a run has no parameter {name}; it has {', '.join(PARAMETERS)}") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # of weights being loaded
+    datasets.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
 
 
-def is_main() -> bool:
-    """True in the one process that writes (rank 0 under a launcher, or the only one)."""
-    return int(os.environ.get("RANK", 0)) == 0
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Under a launcher the main process runs the block first and the others find what it has cached."""
+    with _processes().main_process_first():
+        yield
 
 
-def say(*words: Any) -> None:
-    """print, in one process only."""
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock beside `path`: two runs started side by side never make the same file at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
     if is_main():
-        print(*words, flush=True)
+        lock.acquire()
+    _processes().wait_for_everyone()
+    try:
+        yield
+        _processes().wait_for_everyone()
+    finally:
+        lock.release()
 
 
-def settle(namespace: dict) -> Run:
-    """Read the parameters from `namespace` (a notebook's or script's `globals()`), check them, fill in the rest.
-
-    Raises ParameterError, before any work, for an unknown or misspelled name, a value of the wrong type or out of
-    range, no GPU for the 7B scale, a folder that cannot be written, too little room on its disk.
-    """
-    given = parameters.given(namespace)
-    values = {name: namespace[name] for name in PARAMETERS}
-    parameters.check(values)
-    parameters.choose_gpus(values["gpus"])
-    values["scale"] = _choose_scale(values["scale"], values["recipe"])
-    for name, default in SCALES[values["scale"]].items():
-        values[name] = default if values[name] is None else values[name]
-    parameters.check(values)
-    if values["model_id"] == "embedded":
-        values["model_id"] = str(TINY_BASE)
-    elif values["model_id"].startswith((".", "/", "~")) and not Path(values["model_id"]).expanduser().is_dir():
-        raise ParameterError(f"model_id={values['model_id']!r}: there is no such folder.")
-    _check_output(values)
-    name = values["run_name"] or values["recipe"]
-    stages = [_stage_run(stage, name, values) for stage in RECIPES[values["recipe"]]]
-    folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{name}"
-    return Run(values, given, stages, folder)
-
-
-def _stage_run(stage: Stage, name: str, values: dict) -> StageRun:
-    if values["precision"] and stage.trains == "lora":
-        stage = replace(stage, precision=values["precision"])
-    short = name.replace("r3-two-stage", "r3") + stage.suffix
-    folder = Path(values["output_root"]) / f"{PROJECT}-{short}"
-    return StageRun(stage, short, folder, values["learning_rate"] or stage.learning_rate[values["scale"]])
-
-
-def _choose_scale(scale: str, recipe: str) -> str:
-    """`auto` -> `7b` where the visible GPUs have room for this recipe, else `tiny`; says which and why."""
+def _processes() -> Any:
     import torch
+    from accelerate import PartialState
 
-    need = GPU_GIB[recipe]
-    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
-    seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
-    if scale == "7b" and room < need:
-        raise ParameterError(f"scale=7b with recipe={recipe} needs {need} GiB of GPU memory, and this machine shows "
-                             f"{seen}; take a larger GPU, or scale=tiny.")
-    if scale == "auto":
-        scale = "7b" if room >= need else "tiny"
-        say(f"scale auto -> {scale}: {recipe} at 7B needs {need} GiB of GPU memory, and there is {seen}.")
-    return scale
-
-
-def _check_output(values: dict) -> None:
-    root = Path(values["output_root"]).expanduser()
-    values["output_root"] = str(root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ParameterError(f"output_root={str(root)!r} cannot be written ({error.strerror}).") from None
-    need = DISK_GIB.get(values["scale"], {}).get(values["recipe"], 0.5)
-    free = shutil.disk_usage(root).free / 2**30
-    if free < need:
-        raise ParameterError(f"output_root={str(root)!r} has {free:.1f} GiB free, and recipe={values['recipe']} at "
-                             f"scale={values['scale']} needs about {need}; choose another disk.")
-
-
-def check_model(model_id: str, revision: str | None) -> None:
-    """Raise ParameterError unless the model's config.json is there: a cheap test of the folder or of Hub access."""
-    if Path(model_id).expanduser().is_dir():
-        if not (Path(model_id).expanduser() / "config.json").is_file():
-            raise ParameterError(f"model_id={model_id!r} is a folder without config.json; is it a model's folder?")
-        return
-    from huggingface_hub import hf_hub_download
-
-    try:
-        hf_hub_download(model_id, "config.json", revision=revision)
-    except Exception as error:
-        why = str(error).strip().split("\n")[0]
-        raise ParameterError(
-            f"model_id={model_id!r} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the "
-            "network and HF_TOKEN, or give a local folder, or scale=tiny.") from None
-
-
-def report_target(report_to: str, scale_folder: Path) -> str:
-    """`auto` -> `wandb` where there are credentials, else `tensorboard`; never a login prompt."""
-    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
-    netrc = Path.home() / ".netrc"
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
-    if report_to == "wandb" and not (logged_in or offline):
-        raise ParameterError("report_to=wandb finds no credentials: set WANDB_API_KEY or run `wandb login`, or set "
-                             "WANDB_MODE=offline, or choose tensorboard or none.")
-    if report_to == "auto":
-        report_to = "wandb" if logged_in and not offline else "tensorboard"
-    os.environ.setdefault("WANDB_PROJECT", PROJECT)
-    os.environ.setdefault("WANDB_DIR", str(scale_folder))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(scale_folder / "tensorboard"))
-    return report_to
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -185,6 +90,17 @@ def key(**inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def rows_hash(rows: Any) -> str:
+    """A hash over a `datasets.Dataset` of the project's schema: every picture's bytes, every box."""
+    from datasets import Image
+
+    digest = hashlib.sha256()
+    for row in rows.cast_column("image", Image(decode=False)):
+        digest.update(row["image"]["bytes"] or row["image"]["path"].encode())
+        digest.update(json.dumps([row["image_id"], row["objects"]]).encode())
+    return digest.hexdigest()[:16]
+
+
 def files_hash(folder: str | Path) -> str:
     """A hash over a model folder's files (name and content; for a Hub id, of the name)."""
     folder = Path(folder)
@@ -200,12 +116,17 @@ def files_hash(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def training_values(run: Run) -> dict[str, Any]:
+    """The parameters that a training depends on."""
+    return {name: run.values[name] for name in TRAINING}
+
+
 def open_folder(run: Run, **inputs: Any) -> None:
     """Make the run's folders and manifests; refuse a folder that holds a run with other parameters or inputs.
 
     `inputs` are hashes of what the run reads (data, base model). Raises ParameterError that names the differences.
     """
-    fixed = {name: value for name, value in run.values.items() if name not in FREE} | inputs
+    fixed = training_values(run) | inputs
     for folder in {run.folder, *(stage.folder for stage in run.stages)}:
         before = read_json(folder / "manifest.json")
         if before:
@@ -215,15 +136,14 @@ def open_folder(run: Run, **inputs: Any) -> None:
             if changed:
                 raise ParameterError(f"{folder} holds a run with other parameters ({'; '.join(changed)}); give this "
                                      "one a run_name of its own, or delete that folder.")
-        run.manifest = before or {}
-        run.manifest |= {
+        manifest = before | {
             "run": folder.name, "recipe": run.recipe, "scale": run.scale, "command": command(run),
             "parameters": run.values, "inputs": inputs, "versions": {name: version(name) for name in PACKAGES},
             "python": platform.python_version(), "git": git_revision(), "machine": machine(),
-            "timings": run.manifest.get("timings", {}), "peak_memory": run.manifest.get("peak_memory", {}),
+            "timings": before.get("timings", {}), "peak_memory": before.get("peak_memory", {}),
         }
         if is_main():
-            write_json(folder / "manifest.json", run.manifest)
+            write_json(folder / "manifest.json", manifest)
 
 
 @contextlib.contextmanager
@@ -238,7 +158,7 @@ def timed(folder: Path, step: str) -> Iterator[None]:
     manifest["peak_memory"] |= {where: max(gib, manifest["peak_memory"].get(where, 0)) for where, gib in memory.items()}
     if is_main():
         write_json(folder / "manifest.json", manifest)
-    say(f"{step}: {seconds:.1f} s, peak memory " + ", ".join(f"{gib:.2f} GiB {name}" for name, gib in memory.items()))
+    print(f"{step}: {seconds:.1f} s, peak memory " + ", ".join(f"{gib:.2f} GiB {name}" for name, gib in memory.items()))
 
 
 def peak_memory() -> dict[str, float]:
@@ -250,6 +170,13 @@ def peak_memory() -> dict[str, float]:
     for i in range(torch.cuda.device_count()):
         peaks[f"gpu{i}"] = round(torch.cuda.max_memory_allocated(i) / 2**30, 2)
     return peaks
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Seconds of each step and peak memory in GiB of all stages, from their manifests."""
+    folders = [stage.folder for stage in run.stages] or [run.folder]
+    manifests = [read_json(folder / "manifest.json") for folder in folders]
+    return {m["run"]: {"seconds": m["timings"], "peak memory (GiB)": m["peak_memory"]} for m in manifests}
 
 
 def is_done(folder: Path, step: str, step_key: str) -> bool:

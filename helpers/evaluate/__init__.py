@@ -9,7 +9,7 @@ python -m helpers.evaluate reference FILE.csv
 from helpers.evaluate.confidence import keep_confident, reliability, threshold_for_precision
 from helpers.evaluate.constant import best_constant_box, constant_predictions
 from helpers.evaluate.intervals import interval, paired_bootstrap
-from helpers.evaluate.reports import compare, find_runs, load_score, rescore, results_table, write_metrics
+from helpers.evaluate.reports import compare, find_runs, load_score, metrics_table, rescore, results_table, with_interval, write_metrics
 from helpers.evaluate.scoring import score
 
 __all__ = [
@@ -20,11 +20,13 @@ __all__ = [
     "interval",
     "keep_confident",
     "load_score",
+    "metrics_table",
     "paired_bootstrap",
     "reliability",
     "rescore",
     "results_table",
     "score",
     "threshold_for_precision",
+    "with_interval",
     "write_metrics",
 ]

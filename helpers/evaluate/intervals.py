@@ -1,5 +1,6 @@
 """How sure a number is: bootstrap intervals over pictures, and two runs compared on the same pictures."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -41,16 +42,18 @@ def interval(
 
 
 def _bootstrap(statistic: Callable, columns: tuple, resamples: int, seed: int) -> tuple[float, float]:
-    result = stats.bootstrap(
-        columns,
-        statistic,
-        paired=True,
-        vectorized=True,
-        n_resamples=resamples,
-        confidence_level=1 - ALPHA,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
+    with warnings.catch_warnings():  # no spread at all is an answer here: low = high
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        result = stats.bootstrap(
+            columns,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            confidence_level=1 - ALPHA,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
     drawn = result.bootstrap_distribution
     drawn = drawn[np.isfinite(drawn)]  # a resample may hold no box at all, where a ratio has no value
     low, high = np.quantile(drawn, [ALPHA / 2, 1 - ALPHA / 2]) if len(drawn) else (np.nan, np.nan)

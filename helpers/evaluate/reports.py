@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import pandas as pd
+
 from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
 from helpers.evaluate.scoring import score
 
@@ -30,8 +32,7 @@ def write_metrics(
 ) -> dict:
     """Score each of "fine-tuned", "base", "constant box" that is given and write `folder/metrics.json`.
 
-    Also writes truth.jsonl (the rows without their pictures), and the predictions' own files where they are not
-    there yet. Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
+    Also writes truth.jsonl (the rows without their pictures) and the predictions' own files. Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
     """
     unknown = [name for name in named_predictions if name not in FILES]
     if unknown:
@@ -41,8 +42,7 @@ def write_metrics(
     rows = [{key: value for key, value in row.items() if key != "image"} for row in truth]
     _write_lines(folder / "truth.jsonl", rows)
     for name, predictions in named_predictions.items():
-        if not (folder / FILES[name]).exists():
-            _write_lines(folder / FILES[name], predictions)
+        _write_lines(folder / FILES[name], predictions)
     options = {"resamples": resamples, "seed": seed}
     scores = {name: score(rows, predictions, **options) for name, predictions in named_predictions.items()}
     boxes = json.dumps([[row["image_id"], row["objects"]["bbox"]] for row in rows])
@@ -54,6 +54,16 @@ def write_metrics(
     metrics = {"truth": about_truth, "scores": scores}
     (folder / "metrics.json").write_text(json.dumps(metrics, allow_nan=False) + "\n", encoding="utf-8")
     return metrics
+
+
+def metrics_table(metrics: dict) -> pd.DataFrame:
+    """What `write_metrics` returned, to look at: a row a score, mean IoU with its 95 % interval."""
+    rows = {}
+    for name, scored in metrics["scores"].items():
+        summary = scored["summary"]
+        numbers = {head: _number(summary[metric]["value"], metric in _PERCENT) for head, metric in METRICS.items()}
+        rows[name] = {"n": summary["mean_iou"]["n"], "mean IoU (95 %)": with_interval(summary["mean_iou"]), **numbers}
+    return pd.DataFrame(rows).T
 
 
 def rescore(folder: str | Path) -> dict:
@@ -141,7 +151,7 @@ def _row(name: str, run: dict, which: str) -> str:
     summary = run["metrics"]["scores"][which]["summary"]
     iou = summary["mean_iou"]
     numbers = [_number(summary[metric]["value"], percent=metric in _PERCENT) for metric in METRICS.values()]
-    return _line([name, str(iou["n"]), _with_interval(iou), *numbers, run["run"], f"`{run['command']}`"])
+    return _line([name, str(iou["n"]), with_interval(iou), *numbers, run["run"], f"`{run['command']}`"])
 
 
 _PERCENT = ("detection_rate", "iou_over_50", "iou_over_70")
@@ -157,7 +167,8 @@ def _number(value: float | None, percent: bool = False) -> str:
     return f"{100 * value:.0f} %" if percent else f"{value:.3f}".replace("0.", ".", 1)
 
 
-def _with_interval(metric: dict) -> str:
+def with_interval(metric: dict) -> str:
+    """A metric as ".864 (.821 to .901)"."""
     return f"{_number(metric['value'])} ({_number(metric['low'])} to {_number(metric['high'])})"
 
 
@@ -170,8 +181,8 @@ def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
     result = paired_bootstrap(score_a["per_picture"], score_b["per_picture"])
     difference, needed = result["difference"], result["pictures_needed"]
     lines = [
-        f"- {name_a}: mean IoU {_with_interval(score_a['summary']['mean_iou'])}",
-        f"- {name_b}: mean IoU {_with_interval(score_b['summary']['mean_iou'])}",
+        f"- {name_a}: mean IoU {with_interval(score_a['summary']['mean_iou'])}",
+        f"- {name_b}: mean IoU {with_interval(score_b['summary']['mean_iou'])}",
         f"- difference on the same {difference['n']} pictures: {difference['value']:+.3f} "
         f"({_number(difference['low'])} to {_number(difference['high'])})",
         f"- verdict: {result['verdict']}",
