@@ -1,0 +1,169 @@
+"""Parameters -> a run that is settled: the scale, every default, the folders; refused here if it cannot work."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from helpers import parameters
+from helpers.parameters import PARAMETERS, ParameterError
+from helpers.recipes import DISK_GIB, GPU_GIB, RECIPES, SCALES, Stage
+
+PROJECT = "qwen2vl-nutrition-detection"
+TINY_BASE = Path(__file__).parent / "tiny"
+
+
+@dataclass
+class StageRun:
+    """One stage of this run: the recipe's stage, with its folder."""
+
+    stage: Stage
+    name: str
+    folder: Path
+    learning_rate: float
+
+
+@dataclass
+class Run:
+    """The parameters with every default filled in (`run.epochs`), and what follows from them."""
+
+    values: dict[str, Any]
+    given: dict[str, Any]
+    stages: list[StageRun]
+    folder: Path  # of the last stage: predictions, metrics, figures
+
+    @property
+    def model_path(self) -> str:
+        """What `from_pretrained` takes: a folder or a Hub id."""
+        model_id = self.values["model_id"]
+        if model_id == "embedded":
+            return str(TINY_BASE)
+        return str(Path(model_id).expanduser()) if _local(model_id) else model_id
+
+    @property
+    def merged_folder(self) -> Path:
+        """Where the merged model goes."""
+        return Path(self.values["output_root"]) / f"{PROJECT}-{_short(self.values)}-merged"
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(f"a run has no parameter {name}; it has {', '.join(PARAMETERS)}") from None
+
+
+def is_main() -> bool:
+    """True in the one process that writes (rank 0 under a launcher, or the only one)."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def settle(namespace: dict) -> Run:
+    """Read the parameters from `namespace` (a notebook's or script's `globals()`), check them, fill in the rest.
+
+    Raises ParameterError, before any work, for an unknown or misspelled name, a value of the wrong type or out of
+    range, no GPU for the 7B scale, a folder that cannot be written, too little room on its disk.
+    """
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process of many speaks; errors go to stderr as ever
+    given = parameters.given(namespace)
+    values = {name: namespace[name] for name in PARAMETERS}
+    parameters.check(values)
+    parameters.choose_gpus(values["gpus"])
+    values["scale"] = _choose_scale(values["scale"], values["recipe"])
+    for name, default in SCALES[values["scale"]].items():
+        values[name] = default if values[name] is None else values[name]
+    parameters.check(values)
+    _check_output(values)
+    stages = [_stage_run(stage, values) for stage in RECIPES[values["recipe"]]]
+    folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
+    values["report_to"] = _report_target(values["report_to"], folder)
+    run = Run(values, given, stages, folder)
+    _check_model(run.model_path, values["model_revision"])
+    return run
+
+
+def _short(values: dict) -> str:
+    """The run's name in folders: r3's two stages are r3-stage1 and r3-stage2."""
+    return values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
+
+
+def _stage_run(stage: Stage, values: dict) -> StageRun:
+    if values["precision"] and stage.trains == "lora":
+        stage = replace(stage, precision=values["precision"])
+    name = _short(values) + stage.suffix
+    folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
+    return StageRun(stage, name, folder, values["learning_rate"] or stage.learning_rate[values["scale"]])
+
+
+def _choose_scale(scale: str, recipe: str) -> str:
+    """`auto` -> `7b` where the visible GPUs have room for this recipe, else `tiny`; says which and why."""
+    import torch
+
+    need = GPU_GIB[recipe]
+    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
+    seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
+    if scale == "7b" and room < need:
+        raise ParameterError(f"scale=7b with recipe={recipe} needs {need} GiB of GPU memory, and this machine shows "
+                             f"{seen}; take a larger GPU, or scale=tiny.")
+    if scale == "auto":
+        scale = "7b" if room >= need else "tiny"
+        print(f"scale auto -> {scale}: {recipe} at 7B needs {need} GiB of GPU memory, and there is {seen}.")
+    return scale
+
+
+def _check_output(values: dict) -> None:
+    root = Path(values["output_root"]).expanduser()
+    values["output_root"] = str(root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ParameterError(f"output_root={str(root)!r} cannot be written ({error.strerror}).") from None
+    need = DISK_GIB.get(values["scale"], {}).get(values["recipe"], 0.5)
+    free = shutil.disk_usage(root).free / 2**30
+    if free < need:
+        raise ParameterError(f"output_root={str(root)!r} has {free:.1f} GiB free, and recipe={values['recipe']} at "
+                             f"scale={values['scale']} needs about {need}; choose another disk.")
+
+
+def _local(model_id: str) -> bool:
+    return model_id == "embedded" or model_id.startswith((".", "/", "~")) or Path(model_id).is_dir()
+
+
+def _check_model(path: str, revision: str | None) -> None:
+    """Raise ParameterError unless the model's config.json is there: a cheap test of the folder or of Hub access."""
+    if _local(path):
+        if not (Path(path) / "config.json").is_file():
+            raise ParameterError(f"model_id={path!r} is not a model's folder: it has no config.json.")
+        return
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(path, "config.json", revision=revision)
+    except Exception as error:
+        why = str(error).strip().split("\n")[0]
+        raise ParameterError(
+            f"model_id={path!r} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the "
+            "network and HF_TOKEN, or give a local folder, or scale=tiny.") from None
+
+
+def _report_target(report_to: str, folder: Path) -> str:
+    """`auto` -> `wandb` where there are credentials or WANDB_MODE=offline, else `tensorboard`; never a login prompt."""
+    mode = os.environ.get("WANDB_MODE")
+    netrc = Path.home() / ".netrc"
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+    if report_to == "wandb" and not (logged_in or mode in ("offline", "disabled")):
+        raise ParameterError("report_to=wandb finds no credentials: set WANDB_API_KEY or run `wandb login`, or set "
+                             "WANDB_MODE=offline, or choose tensorboard or none.")
+    if report_to == "auto":
+        report_to = "wandb" if mode == "offline" or (logged_in and mode != "disabled") else "tensorboard"
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    return report_to
