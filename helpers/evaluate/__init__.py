@@ -9,7 +9,16 @@ python -m helpers.evaluate reference FILE.csv
 from helpers.evaluate.confidence import keep_confident, reliability, threshold_for_precision
 from helpers.evaluate.constant import best_constant_box, constant_predictions
 from helpers.evaluate.intervals import interval, paired_bootstrap
-from helpers.evaluate.reports import compare, find_runs, load_score, metrics_table, rescore, results_table, with_interval, write_metrics
+from helpers.evaluate.reports import (
+    compare,
+    find_runs,
+    load_score,
+    metrics_table,
+    rescore,
+    results_table,
+    with_interval,
+    write_metrics,
+)
 from helpers.evaluate.scoring import score
 
 __all__ = [

@@ -32,7 +32,8 @@ def write_metrics(
 ) -> dict:
     """Score each of "fine-tuned", "base", "constant box" that is given and write `folder/metrics.json`.
 
-    Also writes truth.jsonl (the rows without their pictures) and the predictions' own files. Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
+    Also writes truth.jsonl (the rows without their pictures) and the predictions' own files.
+    Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
     """
     unknown = [name for name in named_predictions if name not in FILES]
     if unknown:
