@@ -79,6 +79,15 @@ def test_a_notebook_alone_gets_a_script_without_a_header(pair):
     assert pair.py.read_text() == SCRIPT
 
 
+def test_a_header_that_an_editor_put_into_the_script_goes(pair):
+    header = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: other\n#     name: other\n# ---\n\n"
+    pair.py.write_text(header + SCRIPT)
+    assert check(pair) == ""
+    sync(pair)
+    assert pair.py.read_text() == SCRIPT
+    assert read_notebook(pair.ipynb).metadata.kernelspec.name == "python3"
+
+
 def test_the_changed_script_wins_although_it_is_older_and_outputs_of_unchanged_cells_stay(pair):
     edit(pair.py, "print(a)", "print(a + 1)")
     age(pair.py)

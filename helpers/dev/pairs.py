@@ -92,6 +92,8 @@ def write_script(path: Path, notebook: NotebookNode) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -155,14 +157,13 @@ def sync(pair: Pair, take: str | None = None) -> str:
     side, why = state(pair)
     if side in ("both", "unknown") and take is None:
         raise PairError(f"{pair.name}: both sides may have changed: {why}. Make one side right and take it: "
-                        "python -m helpers.dev.pairs sync --take py (or ipynb).")
+                        "make sync TAKE=py (or TAKE=ipynb).")
     winner = take if side in ("both", "unknown") else side
     script = read_script(pair.py) if pair.py.exists() else None
     notebook = read_notebook(pair.ipynb) if pair.ipynb.exists() else nbformat.v4.new_notebook()
     if winner == "py":
         notebook = merge_outputs(script, notebook)
-    if winner == "ipynb":
-        write_script(pair.py, notebook)
+    write_script(pair.py, notebook)  # also where it won: without the header that an editor may have put there
     if winner != "same":
         notebook.metadata.pop("jupytext", None)  # jupytext.toml says it, and run outputs must not inherit it
         notebook.metadata["kernelspec"] = KERNEL

@@ -1,0 +1,79 @@
+# Every target makes the environment first where it is missing or older than pyproject.toml; nothing needs activating.
+
+RECIPE ?= r4-joint
+RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint
+SCALE ?= auto
+GPUS ?=
+ARGS ?=
+PYTEST_ARGS ?=
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Outputs reach the terminal as they are made; a run that fails ends with its error.
+PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
+ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint sync lab run recipes table compare notebooks tiny-base env clean
+
+help: ## show the targets and what they take
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install the project into it (again when pyproject.toml changes)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes, about 7 GB"
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
+	mkdir -p runs/demo
+	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r4-joint -p scale tiny -p output_root runs/demo $(ARGS)
+
+test: lint ## run all tests (PYTEST_ARGS='-k boxes')
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(PYTEST_ARGS)
+
+lint: $(STAMP) ## check the code's style
+	$(BIN)/ruff check .
+
+sync: $(STAMP) ## make each notebook and its .py the same; the side that changed wins (TAKE=py|ipynb where both have)
+	$(BIN)/python -m helpers.dev.pairs sync $(if $(TAKE),--take $(TAKE))
+
+lab: sync ## open the pipeline in JupyterLab
+	$(BIN)/jupyter lab pipeline.ipynb
+
+run: run-$(RECIPE) ## run one recipe: RECIPE=r4-joint GPUS=0,1 SCALE=auto ARGS='-p epochs 1'
+
+recipes: $(RECIPES:%=run-%) ## run all four recipes; side by side: make -j2 recipes GPUS='0,1 2,3'
+
+run-%: sync
+	@mkdir -p runs
+	$(ON_GPUS) $(PAPERMILL) pipeline.ipynb runs/$*.ipynb -p recipe $* -p scale $(SCALE) $(ARGS)
+
+table: $(STAMP) ## show the results of all runs found in runs/
+	$(BIN)/python -m helpers.runs table $(ARGS)
+
+compare: $(STAMP) ## compare two runs on the same pictures: A=runs/... B=runs/...
+	$(BIN)/python -m helpers.runs compare $(if $(A),$(A),$(error A= is missing; make compare A=runs/... B=runs/...)) \
+		$(if $(B),$(B),$(error B= is missing; make compare A=runs/... B=runs/...))
+
+notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)
+	$(BIN)/python -m helpers.dev.execute $(ARGS)
+
+tiny-base: $(STAMP) ## train the tiny base again and write its weights into helpers/tiny
+	mkdir -p runs/tiny-base
+	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True $(ARGS)
+
+env: $(STAMP) ## write environment.yml, environment.lock.yml and requirements.txt from pyproject.toml
+	$(BIN)/python -m helpers.dev.environment
+
+clean: ## remove caches and the demo's run; keeps .venv and every other run
+	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
