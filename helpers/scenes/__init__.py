@@ -9,7 +9,7 @@ import re
 import zlib
 from dataclasses import dataclass, field
 
-from helpers.scenes.layout import compose_scene
+from helpers.scenes.compose import compose_scene
 from helpers.scenes.things import SHAPES
 
 SPLITS = {"train": 1083, "selection": 100, "val": 123}
@@ -88,8 +88,8 @@ def render_scene(seed: int, index: int, split: str, long_side: int = 512) -> Sce
                           needs_panel=index in faults["zero_area"])
     tables = drawn.tables
     if index in faults["zero_area"]:
-        name, (x0, y0, _, y1) = tables[-1]
-        tables[-1] = (name, (x0, y0, x0, y1))
+        name, (x0, y0, _, y1) = tables[-1] if tables else ("nutrition-table", (0.3, 0.3, 0.7, 0.6))
+        tables[-1:] = [(name, (x0, y0, x0, y1))]
     number = 1 if product == index else 2
     meta = {"barcode": digits, "off_image_id": str(number), "image_url": f"embedded://scenes/{seed}/{split}/{index}"}
     return Scene(f"{digits}_{number}", drawn.jpeg, *drawn.size, meta, tables, drawn.things, drawn.rotation)

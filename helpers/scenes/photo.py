@@ -10,25 +10,27 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from helpers.scenes.text import Color
 
 _TILE = 640
+_BILINEAR = Image.Resampling.BILINEAR
 
 
-@lru_cache(maxsize=8)
-def _noise(kind: int) -> Image.Image:
-    """A tile of noise about 128 (kinds: 0, 1 fine grey and coloured, 2, 3 coarse), the same in every process."""
-    rng = np.random.default_rng(kind)
-    coarse, coloured = kind >= 2, kind % 2
+@lru_cache(maxsize=32)
+def _noise(level: int, coarse: bool, coloured: bool) -> Image.Image:
+    """A tile of noise about 128 with a standard deviation of `level`, the same in every process."""
+    rng = np.random.default_rng(level)
     side = _TILE // 2 if coarse else _TILE
-    values = rng.normal(128, 12, (side, side, 3 if coloured else 1))
+    values = rng.normal(128, level, (side, side, 3 if coloured else 1))
     values = np.broadcast_to(np.clip(values, 0, 255), (side, side, 3)).astype(np.uint8)
-    return Image.fromarray(values).resize((_TILE, _TILE), Image.Resampling.BILINEAR)
+    return Image.fromarray(values).resize((_TILE, _TILE), _BILINEAR)
 
 
-def _tile(rng: random.Random, kind: int, size: tuple[int, int]) -> Image.Image:
-    tile = _noise(kind)
-    if size[0] > _TILE or size[1] > _TILE:
-        return tile.resize(size)
-    x, y = rng.randint(0, _TILE - size[0]), rng.randint(0, _TILE - size[1])
-    return tile.crop((x, y, x + size[0], y + size[1]))
+def add_noise(rng: random.Random, image: Image.Image, levels: list[int]) -> Image.Image:
+    """Grey or coloured, fine or coarse noise of one of the `levels` (standard deviation of 255)."""
+    tile, (w, h) = _noise(rng.choice(levels), rng.random() < 0.4, rng.random() < 0.5), image.size
+    x, y = rng.random(), rng.random()
+    if w > _TILE or h > _TILE:
+        return ImageChops.add(image, tile.resize((w, h)), 1, -128)
+    x, y = int(x * (_TILE - w)), int(y * (_TILE - h))
+    return ImageChops.add(image, tile.crop((x, y, x + w, y + h)), 1, -128)
 
 
 def shade(color: Color, factor: float) -> Color:
@@ -38,134 +40,166 @@ def shade(color: Color, factor: float) -> Color:
 
 def gradient(size: tuple[int, int], corners: list[Color]) -> Image.Image:
     """A picture that runs between four colours: top left, top right, bottom left, bottom right."""
-    return Image.fromarray(np.array(corners, dtype=np.uint8).reshape(2, 2, 3)).resize(size, Image.Resampling.BICUBIC)
+    return Image.fromarray(np.array(corners, dtype=np.uint8).reshape(2, 2, 3)).resize(size, _BILINEAR)
+
+
+def _shelf(rng: random.Random, draw: ImageDraw.ImageDraw, w: int, h: int, board: Color) -> None:
+    y = rng.randint(-h // 4, 0)
+    while y < h:
+        tall, x = rng.randint(h // 4, h // 2), rng.randint(-10, 0)
+        while x < w:
+            wide, fill = rng.randint(6, 26), tuple(rng.randint(20, 235) for _ in range(3))
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                top = y + rng.randint(0, tall // 5)
+                draw.rectangle((x, top, x + wide - 2, y + tall - 3), fill=fill)
+                draw.rectangle((x + 1, top + tall // 4, x + wide - 4, top + tall // 2), fill=shade(fill, 1.5))
+                draw.line((x + wide - 2, top, x + wide - 2, y + tall - 3), fill=shade(fill, 0.5))
+                x += wide
+        draw.rectangle((0, y + tall - 3, w, y + tall), fill=board)
+        draw.line((0, y + tall - 3, w, y + tall - 3), fill=(235, 235, 230))
+        y += tall
+
+
+def _planks(rng: random.Random, draw: ImageDraw.ImageDraw, w: int, h: int, base: Color) -> None:
+    step, upright = rng.randint(10, 45), rng.random() < 0.5
+    for k in range(-rng.randint(0, 9), max(w, h), step):
+        tone = shade(base, rng.uniform(0.85, 1.15))
+        draw.rectangle((k, 0, k + step, h) if upright else (0, k, w, k + step), fill=tone)
+        for _ in range(step // 3):
+            a, grain = k + rng.randint(1, step), shade(tone, rng.uniform(0.85, 1.1))
+            draw.line((a, 0, a + rng.randint(-2, 2), h) if upright else (0, a, w, a + rng.randint(-2, 2)), fill=grain)
+        draw.line((k, 0, k, h) if upright else (0, k, w, k), fill=shade(base, 0.45))
 
 
 def background(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     """A table-top, a shelf of other packs, a cloth or a kitchen, out of focus; painted small and enlarged."""
     w, h = max(8, size[0] // 4), max(8, size[1] // 4)
     base = rng.choice([(120, 84, 56), (190, 160, 120), (225, 222, 215), (70, 70, 75), (150, 155, 160), (40, 32, 30),
-                       (200, 205, 210), (90, 110, 130), (160, 120, 90), (235, 235, 235), (105, 120, 95)])
+                       (200, 205, 210), (90, 110, 130), (160, 120, 90), (240, 240, 238), (105, 120, 95)])
     small = gradient((w, h), [shade(base, rng.uniform(0.7, 1.2)) for _ in range(4)])
-    draw, kind = ImageDraw.Draw(small), rng.randrange(5)
-    if kind == 0:  # planks
-        step, upright = rng.randint(10, 40), rng.random() < 0.5
-        for k in range(0, max(w, h), step):
-            line = (k, 0, k, h) if upright else (0, k, w, k)
-            draw.line(line, fill=shade(base, 0.5), width=1)
-            for _ in range(3):
-                a = k + rng.randint(1, step)
-                draw.line((a, 0, a, h) if upright else (0, a, w, a), fill=shade(base, rng.uniform(0.8, 1.15)), width=1)
-    elif kind == 1:  # shelf with packs
-        y = 0
-        while y < h:
-            tall, x = rng.randint(h // 4, h // 2), 0
-            while x < w:
-                wide = rng.randint(6, 22)
-                top = y + rng.randint(0, tall // 3)
-                fill = tuple(rng.randint(20, 235) for _ in range(3))
-                draw.rectangle((x, top, x + wide - 2, y + tall - 3), fill=fill)
-                draw.rectangle((x + 1, top + tall // 4, x + wide - 4, top + tall // 2), fill=shade(fill, 1.5))
-                x += wide
-            draw.rectangle((0, y + tall - 3, w, y + tall), fill=shade(base, 0.8))
-            y += tall
+    draw, kind = ImageDraw.Draw(small), rng.randrange(6)
+    if kind == 0:
+        _planks(rng, draw, w, h, base)
+    elif kind == 1:
+        _shelf(rng, draw, w, h, shade(base, 0.8))
     elif kind == 2:  # things on a table
         for _ in range(rng.randint(2, 7)):
             x, y, r = rng.randint(0, w), rng.randint(0, h), rng.randint(5, 40)
             fill = tuple(rng.randint(15, 240) for _ in range(3))
-            rng.choice([draw.ellipse, draw.rectangle])((x - r, y - r * 0.7, x + r, y + r * 0.7), fill=fill)
+            box = (x - r, y - r * 0.7, x + r, y + r * 0.7)
+            shape = rng.choice([draw.ellipse, draw.rectangle])
+            shape((box[0] + 2, box[1] + 3, box[2] + 2, box[3] + 3), fill=shade(base, 0.6))
+            shape(box, fill=fill)
     elif kind == 3:  # tiles or checked cloth
         step, fill = rng.randint(8, 30), shade(base, rng.choice([0.75, 1.25]))
+        thick = rng.choice([1, 1, step // 2])
         for k in range(0, max(w, h), step):
-            draw.line((k, 0, k + rng.randint(-3, 3), h), fill=fill, width=rng.choice([1, 1, step // 2]))
+            draw.line((k, 0, k + rng.randint(-3, 3), h), fill=fill, width=thick)
             draw.line((0, k, w, k + rng.randint(-3, 3)), fill=fill, width=1)
-    small = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
-    image = small.resize(size, Image.Resampling.BICUBIC)
-    return ImageChops.add(image, _tile(rng, rng.randrange(4), size), 1, -128)
+    elif kind == 4:  # a wall behind a table's edge
+        y = rng.randint(h // 3, h)
+        small.paste(gradient((w, h), [shade(base, rng.uniform(0.4, 0.8)) for _ in range(4)]), (0, y))
+    image = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2))).resize(size, _BILINEAR)
+    return add_noise(rng, image, [4, 6, 9]) if rng.random() < 0.5 else image
 
 
-def compose(rng: random.Random, ground: Image.Image, pack: Image.Image, mask: Image.Image) -> Image.Image:
-    """The pack before the background, with its shadow."""
+def compose(rng: random.Random, ground: Image.Image, pack: Image.Image, mask: Image.Image,
+            side: tuple[list, Color] | None) -> Image.Image:
+    """The pack before the background with its shadow and, where given, its side: a polygon (points, colour)."""
     w, h = ground.size
-    small = mask.resize((max(1, w // 4), max(1, h // 4)))
-    small = ImageChops.offset(small, rng.randint(-6, 6), rng.randint(-2, 8)).filter(ImageFilter.GaussianBlur(rng.uniform(2, 6)))
+    small = mask.resize((max(1, w // 4), max(1, h // 4)), Image.Resampling.BOX)
+    small = ImageChops.offset(small, rng.randint(-6, 6), rng.randint(-2, 8))
     depth = rng.uniform(0.3, 0.8)
-    shadow = small.point(lambda v: int(v * depth)).resize((w, h), Image.Resampling.BILINEAR)
-    ground.paste((8, 8, 10), (0, 0), shadow)
+    shadow = small.filter(ImageFilter.GaussianBlur(rng.uniform(2, 6))).point(lambda v: int(v * depth))
+    ground.paste((8, 8, 10), (0, 0), shadow.resize((w, h), _BILINEAR))
+    if side:
+        ImageDraw.Draw(ground).polygon(side[0], fill=side[1])
     ground.paste(pack, (0, 0), mask)
     return ground
 
 
 def hand(rng: random.Random, image: Image.Image, face: tuple[float, float, float, float], keep: list) -> None:
-    """Finger tips over a side of the pack, where they cover no box of `keep` (xyxy pixels)."""
+    """Fingers over the left or right edge of the pack's face, where they cover no box of `keep` (xyxy pixels)."""
     side, w = rng.choice([0, 2]), image.size[0]
-    edge, reach = face[side], rng.uniform(0.05, 0.16) * w
     skin = rng.choice([(224, 172, 140), (198, 134, 100), (141, 85, 60), (240, 200, 175), (90, 56, 40)])
-    thick = rng.uniform(0.06, 0.12) * w
-    y = rng.uniform(face[1], max(face[1] + 1, face[3] - 3 * thick))
+    thick, slope = rng.uniform(0.07, 0.13) * w, rng.uniform(-14, 14)
+    y = rng.uniform(max(0, face[1]), max(1, min(image.size[1], face[3]) - 3 * thick))
     for _ in range(rng.choice([1, 3, 4])):
-        inner = edge + reach * rng.uniform(0.6, 1.1) * (1 if side == 0 else -1)
-        outer = edge - 2.5 * w * (1 if side == 0 else -1)
-        box = (min(inner, outer), y, max(inner, outer), y + thick)
+        size = int(1.1 * w), max(6, int(thick))
+        tones = np.interp(np.linspace(0, 1, 24), [0, 0.35, 1], [0.92, 1.06, 0.62])[:, None] * np.array(skin)
+        finger = Image.fromarray(np.clip(tones, 0, 255).astype(np.uint8)[:, None, :]).resize(size, _BILINEAR)
+        mask = Image.new("L", size, 0)
+        ImageDraw.Draw(mask).rounded_rectangle((1, 1, size[0] - 2, size[1] - 2), radius=size[1] / 2, fill=255)
+        nail = (size[0] - 0.7 * size[1], 0.2 * size[1], size[0] - 0.12 * size[1], 0.8 * size[1])
+        ImageDraw.Draw(finger).ellipse(nail, fill=shade(skin, 1.12))
+        if side == 2:
+            finger, mask = finger.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        finger, mask = (part.rotate(slope, _BILINEAR, expand=True) for part in (finger, mask))
+        reach = face[side] + rng.uniform(0.04, 0.15) * w * (1 if side == 0 else -1)
+        x = int(reach - finger.size[0] if side == 0 else reach)
+        box = (x, y, x + finger.size[0], y + finger.size[1])
         if not any(box[0] < k[2] and box[2] > k[0] and box[1] < k[3] and box[3] > k[1] for k in keep):
-            patch = Image.new("L", image.size, 0)
-            ImageDraw.Draw(patch).rounded_rectangle(box, radius=thick / 2, fill=255)
-            tones = [shade(skin, f) for f in (1.08, 1.0, 0.8, 0.72)]
-            image.paste(gradient(image.size, tones), (0, 0), patch.filter(ImageFilter.GaussianBlur(1)))
+            image.paste(finger, (x, int(y)), mask.filter(ImageFilter.BoxBlur(1)))
         y += thick * rng.uniform(0.95, 1.15)
 
 
-def light(rng: random.Random, image: Image.Image, round_at: tuple[float, float] | None) -> Image.Image:
-    """Uneven light, colour cast, vignette, the shading of a cylinder at (middle x, radius), glare and cast shadow."""
-    w, h = image.size
+def _gain(rng: random.Random, size: tuple[int, int], can: tuple[float, float] | None, crumpled: bool) -> np.ndarray:
+    """How much light falls where [40, 40, 3]."""
     x, y = np.meshgrid(np.linspace(-1, 1, 40), np.linspace(-1, 1, 40))
     angle, slope = rng.uniform(0, 6.28), rng.uniform(0, 0.25)
-    gain = 1 + slope * (np.cos(angle) * x + np.sin(angle) * y) - rng.uniform(0, 0.22) * (x * x + y * y)
-    if round_at:
-        across = np.clip(((x + 1) / 2 * w - round_at[0]) / round_at[1], -1, 1)
-        gain = gain * (0.45 + 0.55 * np.sqrt(1 - 0.96 * across**2))
+    gain = 1.02 + slope * (np.cos(angle) * x + np.sin(angle) * y) - rng.uniform(0, 0.2) * (x * x + y * y)
+    if can:
+        across = np.clip(((x + 1) / 2 * size[0] - can[0]) / can[1], -1, 1)
+        gain = gain * (0.4 + 0.62 * np.sqrt(1 - 0.96 * np.clip(across + rng.uniform(-0.2, 0.2), -1, 1) ** 2))
+    if crumpled:
+        for _ in range(4):
+            turn, often = rng.uniform(0, 3.14), rng.uniform(2, 9)
+            fold = np.sin(often * (np.cos(turn) * x + np.sin(turn) * y) + rng.uniform(0, 6) + np.sin(3 * y + 2 * x))
+            gain = gain * (1 + rng.uniform(0.02, 0.14) * np.sign(fold) * np.abs(fold) ** 3)
     if rng.random() < 0.25:
         edge = np.cos(angle + 1) * x + np.sin(angle + 1) * y - rng.uniform(-0.5, 0.5)
         gain = gain * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-edge * rng.uniform(4, 30))))
-    cast = np.array([rng.uniform(0.82, 1.0), rng.uniform(0.88, 1.0), rng.uniform(0.75, 1.0)])
-    gain = gain[:, :, None] * cast * rng.uniform(0.6, 1.05)
-    multiply = Image.fromarray((255 * np.clip(gain, 0, 1)).astype(np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
-    image = ImageChops.multiply(image, multiply)
-    if rng.random() < 0.45:
-        glare = np.zeros((40, 40))
+    cast = np.array([rng.uniform(0.86, 1.0), rng.uniform(0.9, 1.0), rng.uniform(0.76, 1.0)])
+    return gain[:, :, None] * (cast if rng.random() < 0.7 else np.ones(3)) * rng.choice([rng.uniform(0.6, 1), 0.95, 1.05])
+
+
+def light(rng: random.Random, image: Image.Image, can: tuple[float, float] | None, crumpled: bool) -> Image.Image:
+    """Uneven light, colour cast, vignette, the shading of a can at (middle x, radius), folds, glare, a cast shadow."""
+    multiply = Image.fromarray((255 * np.clip(_gain(rng, image.size, can, crumpled), 0, 1)).astype(np.uint8))
+    image = ImageChops.multiply(image, multiply.resize(image.size, _BILINEAR))
+    if rng.random() < 0.4:
+        x, y = np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48))
+        glare = np.zeros((48, 48))
         for _ in range(rng.randint(1, 3)):
-            gx, gy, turn = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.uniform(0, 3.14)
+            gx, gy, turn = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.gauss(1.57, 0.12) if can else rng.uniform(0, 3.14)
             along = (x - gx) * np.cos(turn) + (y - gy) * np.sin(turn)
             across = -(x - gx) * np.sin(turn) + (y - gy) * np.cos(turn)
             spot = np.exp(-((along / rng.uniform(0.15, 0.9)) ** 2 + (across / rng.uniform(0.05, 0.2)) ** 2))
-            glare += rng.uniform(0.2, 0.8) * spot
-        flare = Image.fromarray((255 * np.clip(glare, 0, 0.9)).astype(np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+            glare += rng.uniform(0.2, 0.75) * spot
+        flare = Image.fromarray((255 * np.clip(glare, 0, 0.88)).astype(np.uint8)).resize(image.size, _BILINEAR)
         image = ImageChops.screen(image, Image.merge("RGB", (flare, flare, flare)))
     return image
 
 
 def develop(rng: random.Random, image: Image.Image) -> Image.Image:
     """Focus, movement, contrast and sensor noise."""
-    draw = rng.random()
-    if draw < 0.35:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.3)))
-    elif draw < 0.45:
-        shift = rng.choice([(2, 0), (0, 2), (2, 2), (3, 0)])
-        image = Image.blend(image, ImageChops.offset(image, *shift), 0.5)
+    kind = rng.random()
+    if kind < 0.12:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.7, 1.5)))
+    elif kind < 0.35:
+        less = rng.uniform(0.5, 0.8)
+        image = image.resize((int(image.size[0] * less), int(image.size[1] * less)), _BILINEAR).resize(image.size, _BILINEAR)
+    elif kind < 0.43:
+        image = Image.blend(image, ImageChops.offset(image, *rng.choice([(2, 0), (0, 2), (2, 2), (3, 0)])), 0.5)
     if rng.random() < 0.7:
-        low, high, gamma = rng.uniform(0, 35), rng.uniform(215, 255), rng.uniform(0.75, 1.3)
-        curve = [int(low + (high - low) * (v / 255) ** gamma) for v in range(256)]
-        image = image.point(curve * 3)
-    if rng.random() < 0.75:
-        image = ImageChops.add(image, _tile(rng, rng.randrange(4), image.size), rng.choice([1, 1, 1]), -128) \
-            if rng.random() < 0.4 else Image.blend(image, ImageChops.add(image, _tile(rng, 1, image.size), 1, -128), 0.5)
-    return image
+        low, high, gamma = rng.uniform(0, 30), rng.uniform(225, 255), rng.uniform(0.65, 1.2)
+        image = image.point([int(low + (high - low) * (v / 255) ** gamma) for v in range(256)] * 3)
+    return add_noise(rng, image, [2, 4, 4, 7, 11]) if rng.random() < 0.7 else image
 
 
 def to_jpeg(rng: random.Random, image: Image.Image, orientation: int = 1) -> bytes:
     """JPEG bytes at a quality of 45 to 92, with an EXIF orientation tag where it is not 1."""
     buffer, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    options = {"exif": exif} if orientation != 1 else {}
-    image.save(buffer, "JPEG", quality=rng.randint(45, 92), **options)
+    image.save(buffer, "JPEG", quality=rng.randint(45, 92), **({"exif": exif} if orientation != 1 else {}))
     return buffer.getvalue()

@@ -93,9 +93,9 @@ def running_text(rng: random.Random, image: Image.Image, style: Style, words: di
     pieces = words[body].split(", " if heading == "ingredients" else ". ")
     rng.shuffle(pieces)
     want = 2.05 * w * h / (1.2 * rng.uniform(5.5, 0.03 * w + 8) ** 2)
-    text = ""
+    text, turn = "", 0
     while len(text) < want and len(text) < 700:
-        text += pieces[len(text) % len(pieces)] + separator
+        text, turn = text + pieces[turn % len(pieces)] + separator, turn + 1
     flow = [(word, True) for word in words[heading].split()]
     flow += [(word, rng.random() < 0.04) for word in text.split()]
     paragraph(image, (0, 0, w, h), flow, style.family, style.ink, 16)

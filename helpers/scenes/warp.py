@@ -10,6 +10,9 @@ import numpy as np
 from PIL import Image
 
 
+_BILINEAR = Image.Resampling.BILINEAR
+
+
 @dataclass
 class Warp:
     """A pinhole camera before a flat or cylindrical label; label point (0, 0) is shown at scale 1.
@@ -42,7 +45,8 @@ class Warp:
     def _project(self, uv: np.ndarray) -> np.ndarray:
         u, v = uv[:, 0], uv[:, 1]
         if self.radius:
-            points = np.stack([self.radius * np.sin(u / self.radius), v, self.radius * (1 - np.cos(u / self.radius))], 1)
+            turn = u / self.radius
+            points = np.stack([self.radius * np.sin(turn), v, self.radius * (1 - np.cos(turn))], axis=1)
         else:
             points = np.stack([u, v, np.zeros_like(u)], axis=1)
         points = points @ self._turn.T
@@ -72,19 +76,32 @@ class Warp:
             uv = np.stack([self.radius * np.arctan2(hit[:, 0], self.radius - hit[:, 2]), hit[:, 1]], axis=1)
         return uv + self._shift(xy)
 
-    def mesh(self, origin: tuple[float, float], cell: int = 16) -> list:
-        """Cells and quads for `Image.transform(size, Image.Transform.MESH, …)`; the source's corner is label `origin`."""
+    def apply(self, image: Image.Image, origin: tuple[float, float]) -> Image.Image:
+        """What the camera sees of a picture whose corner is label point `origin`: `size` pixels, black elsewhere.
+
+        A flat label is one projective map; a curved one is cut into cells fine enough for half a pixel.
+        """
         width, height = self.size
-        xs, ys = [np.unique(np.append(np.arange(0, side, cell), side)) for side in (width, height)]
+        if not self.radius and not self.wrinkle[0]:
+            return image.transform(self.size, Image.Transform.PERSPECTIVE, self._coefficients(origin), _BILINEAR)
+        across, down = (16, 64) if self.radius and not self.wrinkle[0] else (26, 26)
+        xs, ys = np.append(np.arange(0, width, across), width), np.append(np.arange(0, height, down), height)
         grid = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2).astype(float)
         uv = (self.inverse(grid) - np.array(origin)).reshape(len(ys), len(xs), 2)
         quads = np.concatenate([uv[:-1, :-1], uv[1:, :-1], uv[1:, 1:], uv[:-1, 1:]], axis=2).tolist()
-        return [((int(xs[i]), int(ys[j]), int(xs[i + 1]), int(ys[j + 1])), quads[j][i])
-                for j in range(len(ys) - 1) for i in range(len(xs) - 1)]
+        xs, ys = xs.tolist(), ys.tolist()
+        cells = [((xs[i], ys[j], xs[i + 1], ys[j + 1]), quads[j][i])
+                 for j in range(len(ys) - 1) for i in range(len(xs) - 1)]
+        return image.transform(self.size, Image.Transform.MESH, cells, _BILINEAR)
 
-    def apply(self, image: Image.Image, mesh: list) -> Image.Image:
-        """The label's picture as the camera sees it, `size` pixels, black where the label is not."""
-        return image.transform(self.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+    def _coefficients(self, origin: tuple[float, float]) -> list[float]:
+        """The eight numbers of Pillow's PERSPECTIVE: u = (ax + by + c) / (gx + hy + 1), v likewise."""
+        w, h = self.size
+        xy = np.array([[0, 0], [w, 0], [w, h], [0, h]], dtype=float)
+        uv = self.inverse(xy) - np.array(origin)
+        rows = [[x, y, 1, 0, 0, 0, -u * x, -u * y] for (x, y), (u, v) in zip(xy, uv)]
+        rows += [[0, 0, 0, x, y, 1, -v * x, -v * y] for (x, y), (u, v) in zip(xy, uv)]
+        return np.linalg.solve(rows, np.concatenate([uv[:, 0], uv[:, 1]])).tolist()
 
 
 def outline(rect: tuple[float, float, float, float], step: float = 6.0) -> np.ndarray:
@@ -102,6 +119,9 @@ def visible_hull(points: np.ndarray, width: float, height: float) -> np.ndarray 
 
     Sutherland and Hodgman's clipping against the four edges in turn.
     """
+    low, high = points.min(0), points.max(0)
+    if low.min() >= 0 and high[0] <= width and high[1] <= height:
+        return np.concatenate([low, high])
     for axis, sign, limit in ((0, 1, 0.0), (0, -1, -width), (1, 1, 0.0), (1, -1, -height)):
         if not len(points):
             return None

@@ -1,0 +1,98 @@
+"""One scene from end to end: camera, label, photo, boxes."""
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from helpers.scenes import photo
+from helpers.scenes.label import Label, Product
+from helpers.scenes.layout import ASPECTS, MIX, Rect, around, camera, face_of, shown_boxes, target_box, turned, unwarped
+from helpers.scenes.warp import Warp, outline
+
+
+@dataclass
+class Drawn:
+    """What `compose_scene` gives back: size (width, height) as shown, boxes xyxy in 0-1 of it."""
+
+    jpeg: bytes
+    size: tuple[int, int]
+    rotation: int
+    tables: list = field(default_factory=list)
+    things: list = field(default_factory=list)
+
+
+def compose_scene(key: str, index: int, product_index: int, digits: str, long: int, stored_turned: bool,
+                  needs_panel: bool) -> Drawn:
+    """Draw one scene; `key` names seed and split, `product_index` the design, `index` the photo."""
+    product = Product(random.Random(f"{key}/product/{product_index}"))
+    rng = random.Random(f"{key}/photo/{index}")
+    aspect = rng.choices([a for a, _ in ASPECTS], [n for _, n in ASPECTS])[0]
+    category = rng.choices(list(MIX), list(MIX.values()))[0]
+    category = category or ("nutrition-table" if needs_panel else "")
+    turn = rng.choice([90, 180, 270]) if rng.random() < 0.1 else 0
+    shown = (long, round(long / aspect)) if aspect > 1 else (round(long * aspect), long)
+    size = shown[::-1] if turn in (90, 270) else shown
+    box = turned(target_box(rng, category, aspect), (360 - turn) % 360)
+    target = (box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1])
+    face = face_of(rng, target, size)
+    warp, kind = camera(rng, size, face, target)
+    label = print_label(rng, product, digits, warp, kind, face, target if category else None, category, long)
+    tables = shown_boxes(label.tables, warp, turn, 0.1)
+    things = shown_boxes(label.things, warp, turn, 0.35)
+    image = photograph(rng, label, warp, kind, face)
+    if turn:
+        image = image.transpose({90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180,
+                                 270: Image.Transpose.ROTATE_270}[turn])
+    orientation = rng.choice([3, 6, 8]) if stored_turned else 1
+    if stored_turned:
+        image = image.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
+                                 8: Image.Transpose.ROTATE_270}[orientation])
+    return Drawn(photo.to_jpeg(rng, image, orientation), shown, turn, tables, things)
+
+
+def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, kind: str, face: Rect,
+                target: Rect | None, category: str, long: int) -> Label:
+    """The flat label: the panel where the camera will show it at `target`, things around it."""
+    w, h = warp.size
+    seen = warp.inverse(outline((0, 0, w, h), 24))
+    seen = (*(seen.min(0) - 12), *(seen.max(0) + 12))
+    flat = unwarped(warp, face)
+    if warp.radius:
+        flat = (max(flat[0], -1.25 * warp.radius), flat[1], min(flat[2], 1.25 * warp.radius), flat[3])
+    panel = unwarped(warp, target) if target else None
+    if panel:
+        panel = tuple(min(max(v, 1.5 * seen[i % 2]), 1.5 * seen[2 + i % 2]) for i, v in enumerate(panel))
+    label = Label(rng, product, flat, seen, digits)
+    flat = label.decorate(kind, panel)
+    draw = rng.random()
+    extra = [] if not category or draw > 0.055 else [category] * (2 if draw < 0.009 else 1)
+    inner = (max(flat[0], seen[0] - 40) + 4, max(flat[1], seen[1] - 40) + 4,
+             min(flat[2], seen[2] + 40) - 4, min(flat[3], seen[3] + 40) - 4)
+    label.fill(around(rng, inner, panel), extra, long)
+    if panel:
+        label.panel(panel, category)
+    return label
+
+
+def side_of(rng: random.Random, label: Label, warp: Warp) -> tuple[list, tuple]:
+    """A box seen a little from the side: the polygon of its left or right face, and its colour."""
+    x0, y0, x1, y1 = label.face
+    x = rng.choice([x0, x1])
+    (ax, ay), (bx, by) = warp.forward(np.array([[x, y0], [x, y1]])).tolist()
+    deep, lift = rng.uniform(0.04, 0.25) * warp.size[0] * (1 if x == x1 else -1), rng.uniform(-0.03, 0.03) * warp.size[1]
+    points = [(ax, ay), (ax + deep, ay + lift + 5), (bx + deep, by + lift - 5), (bx, by)]
+    return points, photo.shade(label.product.paper, rng.uniform(0.45, 0.75))
+
+
+def photograph(rng: random.Random, label: Label, warp: Warp, kind: str, face: Rect) -> Image.Image:
+    """The label before a background, lit, held, blurred."""
+    seen = warp.apply(Image.merge("RGBX", (*label.image.split(), label.mask(kind))), label.origin).split()
+    side = side_of(rng, label, warp) if kind == "box" and rng.random() < 0.5 else None
+    image = photo.compose(rng, photo.background(rng, warp.size), Image.merge("RGB", seen[:3]), seen[3], side)
+    if rng.random() < 0.3:
+        keep = [warp.forward(outline(rect)) for _, rect in label.tables + label.things]
+        photo.hand(rng, image, face, [(*points.min(0), *points.max(0)) for points in keep])
+    can = (warp.middle[0], warp.radius) if warp.radius else None
+    return photo.develop(rng, photo.light(rng, image, can, kind == "bag"))
