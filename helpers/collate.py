@@ -63,7 +63,8 @@ class Collator:
             keep = torch.zeros_like(input_ids, dtype=torch.bool)
             for row, ids in enumerate(input_ids.tolist()):
                 start = answer_start(ids, self.header)
-                keep[row, start : ids.index(self.end, start) + 1] = True
+                stop = ids.index(self.end, start) + 1 if self.end in ids[start:] else len(ids)
+                keep[row, start:stop] = attention_mask[row, start:stop].bool()
         return input_ids.where(keep, torch.tensor(IGNORED))
 
 

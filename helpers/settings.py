@@ -80,7 +80,7 @@ def settle(namespace: dict) -> Run:
     folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
     values["report_to"] = _report_target(values["report_to"], folder)
     run = Run(values, given, stages, folder)
-    _check_model(run.model_path, values["model_revision"])
+    _check_model(values["model_id"], run.model_path, values["model_revision"])
     return run
 
 
@@ -136,11 +136,11 @@ def _local(model_id: str) -> bool:
     return model_id == "embedded" or model_id.startswith((".", "/", "~")) or Path(model_id).is_dir()
 
 
-def _check_model(path: str, revision: str | None) -> None:
+def _check_model(model_id: str, path: str, revision: str | None) -> None:
     """Raise ParameterError unless the model's config.json is there: a cheap test of the folder or of Hub access."""
-    if _local(path):
+    if _local(model_id):
         if not (Path(path) / "config.json").is_file():
-            raise ParameterError(f"model_id={path!r} is not a model's folder: it has no config.json.")
+            raise ParameterError(f"model_id={model_id!r} is not a model's folder: it has no config.json.")
         return
     from huggingface_hub import hf_hub_download
 
@@ -149,7 +149,7 @@ def _check_model(path: str, revision: str | None) -> None:
     except Exception as error:
         why = str(error).strip().split("\n")[0]
         raise ParameterError(
-            f"model_id={path!r} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the "
+            f"model_id={model_id!r} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the "
             "network and HF_TOKEN, or give a local folder, or scale=tiny.") from None
 
 

@@ -1,0 +1,159 @@
+"""Precision, towers, trainable weights, adapters: each check is broken on purpose and must say so."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from helpers import merge, model
+from helpers.recipes import LORA_TARGETS, RECIPES, Stage
+from helpers.settings import TINY_BASE
+
+R1, R2, R4 = (RECIPES[name][0] for name in ("r1-llm-only", "r2-vision-only", "r4-joint"))
+
+
+def base(precision="bf16", skip=("model.visual", "lm_head"), dtype=torch.bfloat16):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                             bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=list(skip))
+    return Qwen2VLForConditionalGeneration.from_pretrained(
+        TINY_BASE, quantization_config=nf4 if precision == "nf4" else None, dtype=dtype, device_map=model.device_map()
+    ).requires_grad_(False).eval()
+
+
+def with_lora(vlm, targets, **options):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
+    return get_peft_model(vlm, lora)
+
+
+def test_nf4_holds_the_language_model_and_nothing_else():
+    vlm = base("nf4")
+    layers = model.check_precision(vlm, "nf4")
+    depth = vlm.config.text_config.num_hidden_layers
+    assert len(layers) == 7 * depth and all(name.startswith("model.language_model.layers.") for name in layers)
+    assert model.dtypes_by_tower(vlm)["vision"] == "bfloat16"
+    assert model.check_precision(base("bf16"), "bf16") == []
+
+
+def test_the_old_skip_list_quantises_the_vision_tower_and_is_caught():
+    with pytest.raises(ValueError, match=r"model\.visual\..* is NF4 and should not be"):
+        model.check_precision(base("nf4", skip=("visual", "lm_head")), "nf4")
+    with pytest.raises(ValueError, match="is not NF4 and should be"):
+        model.check_precision(base("bf16"), "nf4")
+
+
+def test_counts_do_not_depend_on_the_packing():
+    packed, plain = model.parameters_by_tower(base("nf4")), model.parameters_by_tower(base())
+    assert packed == plain
+    assert sum(row["total"] for row in plain.values()) == base().num_parameters() < 8e6
+
+
+def test_lora_sits_where_the_recipe_says():
+    for stage in (R1, R4):
+        table = model.check_trainable(with_lora(base("nf4"), stage.lora_targets), stage)
+        assert [tower for tower, row in table.items() if row["trainable"]] == sorted(
+            stage.towers, key=list(table).index)
+
+
+def test_lora_covers_every_linear_layer_of_both_towers():
+    vlm = with_lora(base(), R4.lora_targets)
+    linear = {name for name, layer in base().named_modules() if isinstance(layer, torch.nn.Linear)}
+    hit = {name.removeprefix("base_model.model.") for name, layer in vlm.named_modules() if hasattr(layer, "lora_A")}
+    assert hit == linear - {"lm_head"}
+
+
+def test_what_should_not_train_or_does_not_train_is_named():
+    only_language = with_lora(base(), LORA_TARGETS["language"])
+    with pytest.raises(ValueError, match="no weight of the vision tower trains"):
+        model.check_trainable(only_language, R4)
+    with pytest.raises(ValueError, match="of the vision tower train, and this stage trains language alone"):
+        model.check_trainable(with_lora(base(), R4.lora_targets), R1)
+    half = base()
+    half.model.visual.blocks.float().requires_grad_(True)
+    with pytest.raises(ValueError, match="a part of the vision tower is frozen"):
+        model.check_trainable(half, R2)
+    whole = base().requires_grad_(True).float()
+    with pytest.raises(ValueError, match="trains LoRA adapters alone|of the head tower train"):
+        model.check_trainable(whole, Stage("lora", ("vision", "language", "head"), "bf16", {}))
+
+
+def test_bf16_trainables_are_refused_and_raised_to_fp32():
+    vlm = with_lora(base("nf4"), R1.lora_targets)
+    for weight in vlm.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.bfloat16()
+    with pytest.raises(ValueError, match="must be float32"):
+        model.check_trainable(vlm, R1)
+    model.trainable_to_fp32(vlm)
+    model.check_trainable(vlm, R1)
+
+
+def test_an_adapter_loads_whole_or_not_at_all(tmp_path):
+    vlm = with_lora(base(), R4.lora_targets)
+    vlm.save_pretrained(tmp_path)
+    model.load_adapter(base("nf4"), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    renamed = {name.replace("model.visual", "visual"): weight for name, weight in weights.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="keys fit only the file or only the model"):
+        model.load_adapter(base(), tmp_path)
+
+
+def test_merging_is_right_and_a_wrong_merge_is_caught(tmp_path):
+    vlm = with_lora(base(dtype=torch.float32), R4.lora_targets)
+    batch = text_batch(vlm)
+    merged, difference = merge.merge_adapter(vlm, batch)
+    merge.check_algebra(difference, torch.float32)
+    merge.save_whole(merged, Processor(), tmp_path / "merged")
+    merge.check_reload(merged, tmp_path / "merged")
+    assert not (tmp_path / "merged.part").exists()
+    merged.lm_head.weight.data[0] += 1
+    with pytest.raises(ValueError, match="lm_head.weight is not the weight that was saved"):
+        merge.check_reload(merged, tmp_path / "merged")
+    broken = with_lora(base(dtype=torch.float32), R4.lora_targets)
+    broken.merge_and_unload = lambda **kwargs: broken.unload()  # forgets the adapter
+    _, difference = merge.merge_adapter(broken, batch)
+    with pytest.raises(ValueError, match="the merge is wrong"):
+        merge.check_algebra(difference, torch.float32)
+
+
+class Processor:
+    def save_pretrained(self, folder) -> None:
+        """Nothing to save here."""
+
+
+def text_batch(vlm):
+    """A batch with one 4 x 4 token picture."""
+    image, pad = vlm.config.image_token_id, 16
+    ids = torch.tensor([[1, 2, *[image] * pad, 3, 4]])
+    kind = (ids == image).int()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kind,
+            "pixel_values": torch.randn(64, 1176), "image_grid_thw": torch.tensor([[1, 8, 8]])}
+
+
+def test_the_names_hold_at_7b_too():
+    """On the meta device: the same patterns hit all linear layers of the 7B architecture."""
+    import re
+
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064}
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 3584}
+    with torch.device("meta"):
+        vlm = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    total = {tower: row["total"] for tower, row in model.parameters_by_tower(vlm).items()}
+    assert sum(total.values()) == 8_291_375_616 and total["vision"] == 675_759_104
+    linear = [name for name, layer in vlm.named_modules() if isinstance(layer, torch.nn.Linear)]
+    assert sum(bool(re.fullmatch(R1.lora_targets, name)) for name in linear) == 28 * 7
+    assert sum(bool(re.fullmatch(R4.lora_targets, name)) for name in linear) == 28 * 7 + 32 * 4 + 2
+
+
+def test_device_map(monkeypatch):
+    assert model.device_map() == {"": "cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert model.device_map() == "balanced"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert model.device_map() == {"": 1}

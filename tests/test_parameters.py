@@ -1,0 +1,149 @@
+"""Parameters: read from papermill's cell or the command line, and refused with one sentence."""
+
+import ast
+import random
+import string
+
+import pytest
+
+from helpers import parameters, settings
+from helpers.parameters import PARAMETERS, ParameterError
+from helpers.recipes import RECIPES, SCALES
+
+
+@pytest.fixture
+def defaults(repo) -> dict:
+    """The parameters cell of pipeline.py, as a namespace."""
+    source = (repo / "pipeline.py").read_text().split('# %% tags=["parameters"]')[1].split("# %%")[0]
+    names = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    return names
+
+
+def test_the_cell_and_the_rules_name_the_same_parameters(defaults):
+    assert list(defaults) and set(defaults) == set(PARAMETERS)
+    parameters.check(defaults)
+
+
+def settle(defaults, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["pipeline.py", *arguments])
+    return settings.settle(dict(defaults))
+
+
+def test_defaults_of_the_tiny_scale(defaults, monkeypatch):
+    run = settle(defaults, monkeypatch)
+    assert run.scale == "tiny" and run.recipe == "r4-joint" and run.model_id == "embedded"
+    assert run.lora_rank == SCALES["tiny"]["lora_rank"]
+    assert run.folder.name == "qwen2vl-nutrition-detection-r4-joint"
+    assert run.merged_folder.name == "qwen2vl-nutrition-detection-r4-joint-merged"
+    assert None not in [run.values[name] for name in SCALES["tiny"]]
+
+
+def test_published_defaults_of_the_7b_scale():
+    scale = SCALES["7b"]
+    assert (scale["lora_rank"], scale["lora_alpha"], scale["epochs"]) == (64, 128, 3)
+    assert (scale["batch_size"], scale["accumulation"]) == (2, 8)
+    assert (scale["min_pixels"], scale["max_pixels"]) == (256 * 784, 1280 * 784)
+    assert {stage.learning_rate["7b"] for stages in RECIPES.values() for stage in stages} <= {1e-5, 2e-5}
+
+
+def test_r3_has_two_folders(defaults, monkeypatch):
+    run = settle(defaults, monkeypatch, "recipe=r3-two-stage")
+    names = [stage.folder.name for stage in run.stages]
+    assert names == ["qwen2vl-nutrition-detection-r3-stage1", "qwen2vl-nutrition-detection-r3-stage2"]
+    assert run.folder == run.stages[-1].folder and run.merged_folder.name.endswith("-r3-merged")
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("recipe=r5", ["recipe='r5'", "r1-llm-only", "r4-joint"]),
+        ("recpie=r4-joint", ["recpie", "did you mean recipe"]),
+        ("epochs=three", ["epochs='three'", "number above 0"]),
+        ("epochs=0", ["epochs=0"]),
+        ("lora_rank=0", ["lora_rank=0", "whole number from 1"]),
+        ("lora_rank=8.5", ["lora_rank=8.5"]),
+        ("batch_size=True", ["batch_size=True"]),
+        ("seed=None", ["seed=None"]),
+        ("learning_rate=nan", ["learning_rate=nan"]),
+        ("gpus=a", ["gpus='a'", "0,1"]),
+        ("report_to=mlflow", ["report_to='mlflow'", "tensorboard"]),
+        ("max_pixels=784", ["min_pixels", "max_pixels=784"]),
+        ("model_id=./nowhere", ["./nowhere", "config.json"]),
+        ("model_id=nobody/nothing", ["nobody/nothing", "Hub"]),
+        ("output_root=/proc/nowhere", ["output_root='/proc/nowhere'", "cannot be written"]),
+        ("scale=7b", ["scale=7b", "needs 22 GiB", "no GPU", "scale=tiny"]),
+        ("run_name=../x", ["run_name='../x'"]),
+        ("r4-joint", ["'r4-joint'", "name=value"]),
+    ],
+)
+def test_bad_input_is_refused_with_one_sentence(defaults, monkeypatch, argument, words):
+    with pytest.raises(ParameterError) as refusal:
+        settle(defaults, monkeypatch, argument)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    for word in words:
+        assert word in sentence
+
+
+def test_no_room_on_the_disk(defaults, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 2**20})())
+    with pytest.raises(ParameterError, match="GiB free"):
+        settle(defaults, monkeypatch)
+
+
+def test_papermill_cell_is_read_from_in_and_not_from_globals():
+    namespace = {"In": ["", "x = 1", "# Parameters\nrecpie = 'r4-joint'\n"], "other": 3}
+    with pytest.raises(ParameterError, match="did you mean recipe"):
+        parameters.given(namespace)
+    namespace["In"][2] = "# Parameters\nrecipe = 'r1-llm-only'\ngpus = 0\nseed = -1\n"
+    assert parameters.given(namespace) == {"recipe": "r1-llm-only", "gpus": 0, "seed": -1}
+
+
+def test_papermill_turns_one_gpu_into_a_number(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    parameters.choose_gpus(0)
+    import os
+
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ParameterError, match="launcher"):
+        parameters.choose_gpus("0,1")
+
+
+def test_seven_b_fits_only_where_the_recipe_fits(monkeypatch):
+    import torch
+
+    card = type("card", (), {"total_memory": 24 * 2**30})()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    assert settings._choose_scale("auto", "r4-joint") == "7b"
+    assert settings._choose_scale("auto", "r2-vision-only") == "tiny"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert settings._choose_scale("auto", "r2-vision-only") == "7b"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # one card a process: their memory does not add up
+    assert settings._choose_scale("auto", "r2-vision-only") == "tiny"
+
+
+def test_report_target_never_asks_for_a_login(monkeypatch, tmp_path):
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert settings._report_target("auto", tmp_path) == "tensorboard"
+    with pytest.raises(ParameterError, match="WANDB_API_KEY"):
+        settings._report_target("wandb", tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert settings._report_target("wandb", tmp_path) == settings._report_target("auto", tmp_path) == "wandb"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert settings._report_target("auto", tmp_path) == "tensorboard"
+
+
+def test_random_values_are_accepted_or_refused_in_words(defaults):
+    """No value leads to anything but acceptance or a ParameterError."""
+    draw = random.Random(0)
+    odd = [None, True, -1, 0, 1, 2**40, 0.5, -0.0, float("nan"), float("inf"), "", " ", "None", [], {}, "0,1", "r4-joint"]
+    for _ in range(500):
+        name = draw.choice(list(PARAMETERS))
+        value = draw.choice([*odd, "".join(draw.choices(string.printable, k=draw.randrange(20)))])
+        try:
+            parameters.check(defaults | {name: value})
+        except ParameterError as refusal:
+            assert name.split("_")[-1] in str(refusal)
