@@ -26,13 +26,16 @@ def average_precision(records: list[dict], true_boxes: list[np.ndarray], *, resa
     coco = _coco_eval(records, true_boxes)
     precision = coco.eval["precision"][:, :, 0, 0, 0].mean(axis=1)  # [10 thresholds]
     values = {"ap": float(precision.mean()), "ap50": float(precision[0]), "ap75": float(precision[5])}
-    spread = _resampled(coco, resamples, seed) if resamples and len(records) > 1 else None
+    spread = None
+    if resamples and len(records) > 1:
+        fair = np.full(len(records), 1 / len(records))
+        spread = _resampled(coco, np.random.default_rng(seed).multinomial(len(records), fair, size=resamples))
     result = {}
     for name, rows in (("ap", slice(None)), ("ap50", slice(0, 1)), ("ap75", slice(5, 6))):
-        low, high = (None, None) if spread is None else np.quantile(spread[:, rows].mean(axis=1), [0.025, 0.975])
+        low, high = (
+            (None, None) if spread is None else np.quantile(spread[:, rows].mean(axis=1), [0.025, 0.975]).tolist()
+        )
         result[name] = {"value": values[name], "low": low, "high": high, "n": n}
-        if spread is not None:
-            result[name] |= {"low": float(low), "high": float(high)}
     return result
 
 
@@ -73,8 +76,8 @@ def _annotation(number: int, picture: int, box: list[float]) -> dict:
     return {"id": number, "image_id": picture, "category_id": 1, "iscrowd": 0} | size
 
 
-def _resampled(coco: COCOeval, resamples: int, seed: int) -> np.ndarray:
-    """AP at each threshold [resamples, 10] for pictures drawn with replacement, from pycocotools' matches."""
+def _resampled(coco: COCOeval, drawn: np.ndarray) -> np.ndarray:
+    """AP at each threshold [R, 10] when each picture counts as often as `drawn` [R, pictures] says."""
     found = [(i, e) for i, e in enumerate(coco.evalImgs) if e is not None]
     picture = np.array([i for i, e in found for _ in e["dtScores"]], dtype=int)  # [detections]
     scores = np.array([score for _, e in found for score in e["dtScores"]])
@@ -84,8 +87,6 @@ def _resampled(coco: COCOeval, resamples: int, seed: int) -> np.ndarray:
         true[i] = len(e["gtIds"])
     order = np.argsort(-scores, kind="mergesort")
     picture, hits = picture[order], hits[:, order]
-    rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(true), np.full(len(true), 1 / len(true)), size=resamples)  # times each is drawn
     return np.array([_precision_at_recalls(hits, times[picture], times @ true) for times in drawn])
 
 
