@@ -58,11 +58,11 @@ run-%: sync
 	$(ON_GPUS) $(PAPERMILL) pipeline.ipynb runs/$*.ipynb -p recipe $* -p scale $(SCALE) $(ARGS)
 
 table: $(STAMP) ## show the results of all runs found in runs/
-	$(BIN)/python -m helpers.runs table $(ARGS)
+	$(BIN)/python -m helpers.evaluate table $(ARGS)
 
-compare: $(STAMP) ## compare two runs on the same pictures: A=runs/... B=runs/...
-	$(BIN)/python -m helpers.runs compare $(if $(A),$(A),$(error A= is missing; make compare A=runs/... B=runs/...)) \
-		$(if $(B),$(B),$(error B= is missing; make compare A=runs/... B=runs/...))
+compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-only
+	$(BIN)/python -m helpers.evaluate compare $(if $(A),$(A),$(error A= is missing; make compare A=r4-joint B=r1-llm-only)) \
+		$(if $(B),$(B),$(error B= is missing; make compare A=r4-joint B=r1-llm-only))
 
 notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)
 	$(BIN)/python -m helpers.dev.execute $(ARGS)
