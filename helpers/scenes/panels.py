@@ -65,7 +65,8 @@ def table(image: Image.Image, style: Style, title: str, head: list[str], rows: l
     size = fit(longest, style.family, False, share * (w - 2 * pad), 0.78 * step)
     rest = (w - 2 * pad) * (1 - share) / max(1, columns - 1)
     if columns > 1:
-        widest = sorted((cell for row in rows for cell in row[1:]), key=len)[-columns]
+        cells = sorted((cell for row in rows for cell in row[1:]), key=len)
+        widest = cells[-min(columns, len(cells))]
         size_of_values = min(size, fit(widest, style.family, False, 0.96 * rest, size))
     if style.frame:
         draw.rectangle((0, 0, w - 1, h - 1), fill=None, outline=style.ink, width=style.frame)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from helpers.scenes.panels import Style, lookalike
-from helpers.scenes.text import FAMILIES, Color, fit, paragraph, put
+from helpers.scenes.text import FAMILIES, fit, paragraph, put
 
 #: name -> (least, most) width over height that the thing is drawn at
 SHAPES = {

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-
 _BILINEAR = Image.Resampling.BILINEAR
 
 
@@ -131,4 +130,6 @@ def visible_hull(points: np.ndarray, width: float, height: float) -> np.ndarray 
         cut = points + (after - points) * (here / np.where(crosses, here - there, 1))[:, None]
         both = np.stack([points, cut], axis=1).reshape(-1, 2)
         points = both[np.stack([here >= 0, crosses], axis=1).reshape(-1)]
-    return np.concatenate([points.min(0), points.max(0)]) if len(points) else None
+    if not len(points):
+        return None
+    return np.clip(np.concatenate([points.min(0), points.max(0)]), 0, (width, height, width, height))
