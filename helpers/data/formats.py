@@ -16,7 +16,7 @@ import yaml
 
 from helpers.boxes import CATEGORIES
 from helpers.data.pictures import Pictures, row, split_of
-from helpers.data.schema import DataError, objects_of, split_name
+from helpers.data.schema import DataError, objects_of, safe_path, split_name
 
 Rows = dict[str, list[dict[str, Any]]]
 NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the audit names it
@@ -185,7 +185,7 @@ def read_yolo(root: Path) -> Rows:
         split = next(
             (name for folder, name in folders.items() if within.is_relative_to(folder)), split_of(path.parent, root)
         )
-        new = row(path)
+        new = row(safe_path(root, str(within), str(file)))
         new["objects"] = objects_of(*_yolo_objects(_label_file(path, root), names))
         splits.setdefault(split, []).append(new)
     return splits

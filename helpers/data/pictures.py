@@ -61,7 +61,7 @@ class Pictures:
         A file that is not there gets the path where it should be: the audit names it. `DataError` where `name`
         leads out of `root`.
         """
-        direct = safe_path(self.root, str(base / name), where)
+        direct = safe_path(self.root, name, where, base)
         if direct.exists():
             return direct
         found = [
@@ -102,6 +102,13 @@ def open_picture(image: dict[str, Any]) -> PILImage.Image:
     return PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
 
 
+def draft_resize(picture: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
+    """An opened picture as RGB of `size` (as stored); a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough."""
+    drafted = picture.draft("RGB", size)
+    box = drafted[1] if drafted else None  # the part that is picture: a drafted side is rounded up
+    return picture.convert("RGB").resize(size, PILImage.Resampling.BICUBIC, box=box)
+
+
 def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:
     """Decode a picture once: its error or its stored size, EXIF orientation and 16 x 16 RGB thumbnail as shown."""
     try:
@@ -109,8 +116,7 @@ def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:
             raise ValueError("the row has no picture")
         with open_picture(image) as picture:
             stored, orientation = list(picture.size), _orientation(picture)
-            picture.draft("RGB", (64, 64))  # a JPEG decodes straight to about this size
-            small = ImageOps.exif_transpose(picture.convert("RGB").resize((16, 16), PILImage.Resampling.BOX))
+            small = ImageOps.exif_transpose(draft_resize(picture, (64, 64)).resize((16, 16), PILImage.Resampling.BOX))
         return {"error": None, "stored": stored, "orientation": orientation, "thumb": small.tobytes()}
     except Exception as error:  # Pillow's readers raise many kinds; one bad picture must not end the run
         return {"error": f"{type(error).__name__}: {error}", "stored": [0, 0], "orientation": 1, "thumb": b""}

@@ -7,10 +7,9 @@ from typing import Any
 
 import datasets
 from datasets import Image
-from PIL import Image as PILImage
 from PIL import ImageOps
 
-from helpers.data.pictures import open_picture
+from helpers.data.pictures import draft_resize, open_picture
 from helpers.data.schema import workers
 
 BATCH = 16  # rows a process holds at once
@@ -66,9 +65,7 @@ def _shrink(image: dict[str, Any], min_pixels: int, max_pixels: int, factor: int
             picture.load()
             return image
         new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
-        picture.draft("RGB", (new_width, new_height))  # a JPEG decodes at 1/2, 1/4 or 1/8 where that is enough
-        small = picture.convert("RGB").resize((new_width, new_height), PILImage.Resampling.BICUBIC)
-        small = ImageOps.exif_transpose(small)
+        small = ImageOps.exif_transpose(draft_resize(picture, (new_width, new_height)))
     file = io.BytesIO()
     small.save(file, "JPEG", quality=95, subsampling=0)
     return {"bytes": file.getvalue(), "path": None}

@@ -79,10 +79,10 @@ def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
     return {"bbox": boxes, "category_id": ids, "category_name": names}
 
 
-def safe_path(root: Path, name: str, where: str) -> Path:
-    """`name` inside the folder `root`; `DataError` for a path, `..` or link that leads out of it."""
-    path = Path(root, name)
-    if not path.resolve().is_relative_to(Path(root).resolve()):
+def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Path:
+    """The path `name`, relative to `base` (else `root`); `DataError` where it, `..` or a link leads out of `root`."""
+    path = Path(base or root, name)
+    if not path.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")
     return path
 

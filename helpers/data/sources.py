@@ -211,6 +211,8 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
     """Every split of a local file or folder under the name it has there ("" without one), its format said out loud."""
     path = path.resolve()
     root = path if path.is_dir() else path.parent
+    if path.is_file() and root.name == "annotations":
+        root = root.parent  # COCO's usual layout: annotations/ beside the folders of pictures
     kind = detect_format(path)
     print(f"data: {path} is read as {kind} ({FORMATS[kind]})")
     if kind == "Parquet":

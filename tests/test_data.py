@@ -1,0 +1,326 @@
+"""The schema, the audit and what it does, splits without leaks, the embedded scenes, pictures prepared once."""
+
+import io
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import data, scenes
+from helpers.data import sources
+from helpers.data.audit import audit, clean
+from helpers.data.checks import RULES
+from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of
+
+TABLE = "nutrition-table"
+
+
+def jpeg(number: int, size: tuple[int, int] = (64, 48), orientation: int | None = None, quality: int = 90) -> bytes:
+    """A picture of its own for each `number`: a few large patches of random colour; `size` as stored."""
+    patches = np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality, exif=exif)
+    return file.getvalue()
+
+
+def row(number: int, boxes=((0.1, 0.2, 0.5, 0.6),), names=None, barcode: str | None = None, **other) -> dict:
+    """A row of the schema with the picture `number`; `other` replaces its fields."""
+    meta = {"barcode": f"{number:013d}" if barcode is None else barcode, "off_image_id": "1", "image_url": ""}
+    base = {
+        "image_id": f"{number:013d}_1",
+        "image": {"bytes": jpeg(number), "path": None},
+        "width": 64,
+        "height": 48,
+        "meta": meta,
+        "objects": objects_of([list(box) for box in boxes], list(names or [TABLE] * len(boxes))),
+    }
+    return base | other
+
+
+def splits(train=(), selection=(), val=()) -> datasets.DatasetDict:
+    """A raw data set of these rows."""
+    lists = zip(SPLIT_NAMES, (list(train), list(selection), list(val)), strict=True)
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows, features=FEATURES) if rows else empty_split() for name, rows in lists}
+    )
+
+
+def picture(value: bytes) -> dict:
+    return {"bytes": value, "path": None}
+
+
+def found(raw: datasets.DatasetDict) -> dict[str, list[str]]:
+    """{fault: image ids} of the audit's table."""
+    table = audit(raw).table()
+    return dict(zip(table["fault"], table["ids"], strict=True))
+
+
+def cleaned(raw: datasets.DatasetDict) -> datasets.DatasetDict:
+    return clean(raw, audit(raw))
+
+
+# --- boxes and categories ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "boxes", "names", "left"),
+    [
+        ("inverted-box", [[0.5, 0.6, 0.1, 0.2]], None, [[0.1, 0.2, 0.5, 0.6]]),
+        ("out-of-range-box", [[-0.1, 0.2, 1.3, 0.6]], None, [[0.0, 0.2, 1.0, 0.6]]),
+        ("empty-box", [[0.1, 0.2, 0.1, 0.6]], None, []),
+        ("empty-box", [[1.1, 0.2, 1.4, 0.6]], None, []),  # wholly outside
+        ("not-a-box", [[0.1, 0.2, 0.5]], None, []),
+        ("not-a-box", [[0.1, float("nan"), 0.5, 0.6]], None, []),
+        ("repeated-box", [[0.1, 0.2, 0.5, 0.6]] * 2, None, [[0.1, 0.2, 0.5, 0.6]]),
+        ("unknown-category", [[0.1, 0.2, 0.5, 0.6], [0.6, 0.1, 0.9, 0.9]], [TABLE, "logo"], [[0.1, 0.2, 0.5, 0.6]]),
+        ("no-table", [], None, []),
+    ],
+)
+def test_a_planted_box_fault_is_named_and_treated_as_its_rule_says(fault, boxes, names, left):
+    raw = splits(val=[row(1), row(2, boxes, names)])
+    assert found(raw)[fault] == ["0000000000002_1"]
+    assert cleaned(raw)["val"][1]["objects"]["bbox"] == left
+    assert cleaned(raw)["val"][0]["objects"] == raw["val"][0]["objects"]
+    assert raw["val"].to_list()[1]["objects"]["bbox"][0:1] == boxes[0:1] or np.isnan(boxes[0]).any()  # raw stays raw
+
+
+def test_float32_rounding_is_no_fault_and_leaves_the_unit_square():
+    raw = splits(val=[row(1, [[-1e-8, 0.2, 1.0000001, 0.6]])])
+    assert found(raw) == {}
+    assert cleaned(raw)["val"][0]["objects"]["bbox"] == [[0.0, 0.2, 1.0, 0.6]]
+
+
+def test_where_category_id_and_name_disagree_the_name_counts():
+    objects = {"bbox": [[0.1, 0.2, 0.5, 0.6]], "category_id": [0], "category_name": ["nutrition-table-text"]}
+    raw = splits(val=[row(1, objects=objects)])
+    assert list(found(raw)) == ["category-mismatch"]
+    assert cleaned(raw)["val"][0]["objects"]["category_id"] == [3]
+
+
+def test_category_names_are_known_in_other_spellings():
+    assert objects_of([[0, 0, 1, 1]], ["Nutrition_Table Small"])["category_id"] == [1]
+    assert objects_of([[0, 0, 1, 1]], ["logo"]) == {
+        "bbox": [[0, 0, 1, 1]],
+        "category_id": [-1],
+        "category_name": ["logo"],
+    }
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_does_not_decode_to_its_end_is_dropped_and_the_others_stay():
+    whole = jpeg(2)
+    raw = splits(
+        val=[
+            row(1),
+            row(2, image=picture(whole[: len(whole) // 2])),
+            row(3, image=picture(b"not a picture")),
+            row(4, image=None),
+            row(5, image={"bytes": None, "path": "/nowhere/5.jpg"}),
+            row(6, image=picture(jpeg(6, (1000, 4))), width=1000, height=4),
+        ]
+    )
+    result = audit(raw)
+    assert found(raw)["unreadable-picture"] == [f"{number:013d}_1" for number in (2, 3, 4, 5)]
+    assert found(raw)["too-thin-picture"] == ["0000000000006_1"]
+    assert "truncated" in next(fault.found for fault in result.faults if fault.index == 1)
+    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1"]
+    assert result.statistics["val"]["pictures"] == 1
+
+
+def test_width_and_height_that_are_not_the_pictures_are_replaced():
+    raw = splits(val=[row(1, width=100, height=10)])
+    assert list(found(raw)) == ["wrong-size"]
+    after = cleaned(raw)["val"][0]
+    assert (after["width"], after["height"], after["objects"]["bbox"]) == (64, 48, [[0.1, 0.2, 0.5, 0.6]])
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_boxes_of_the_stored_picture_turn_with_it(orientation):
+    stored = Image.new("RGB", (200, 100), "white")
+    stored.paste((0, 0, 0), (20, 10, 120, 40))  # the table, in pixels of the stored picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    stored.save(file, "PNG", exif=exif)
+    box = [0.1, 0.1, 0.4, 0.6]
+    raw = splits(val=[row(1, [box], image=picture(file.getvalue()), width=200, height=100)])
+    assert list(found(raw)) == ["exif-as-stored"]
+    after = cleaned(raw)["val"][0]
+    dark = np.argwhere(np.asarray(after["image"].convert("L")) < 128)  # the picture as shown
+    shown = [*(dark.min(0) / (200, 100)), *((dark.max(0) + 1) / (200, 100))]
+    assert (after["width"], after["height"]) == after["image"].size == (100, 200)
+    np.testing.assert_allclose(after["objects"]["bbox"], [shown], atol=1e-9)
+
+
+def test_exif_that_the_boxes_follow_or_that_leaves_no_trace_is_named_and_kept():
+    raw = splits(
+        val=[
+            row(1, image=picture(jpeg(1, orientation=6)), width=48, height=64),
+            row(2, image=picture(jpeg(2, orientation=3))),
+            row(3, image=picture(jpeg(3, orientation=1))),
+        ]
+    )
+    assert found(raw) == {"exif-as-shown": ["0000000000001_1"], "exif-undecided": ["0000000000002_1"]}
+    assert cleaned(raw)["val"].to_list() == raw["val"].to_list()
+    assert raw["val"][0]["image"].size == (48, 64)
+
+
+# --- across rows and splits -------------------------------------------------------------------------------------------
+
+
+def test_a_barcode_or_picture_in_two_splits_stays_in_val():
+    size = {"width": 320, "height": 240}
+    again = picture(jpeg(2, (160, 120), quality=60))  # the same picture, made smaller and saved again
+    raw = splits(
+        train=[row(1, barcode="7"), row(2, image=picture(jpeg(2, (320, 240))), **size), row(3)],
+        selection=[row(4, barcode="8"), row(5, barcode="7")],
+        val=[row(6, barcode="8"), row(7, image=again, width=160, height=120)],
+    )
+    assert found(raw) == {
+        "barcode-in-two-splits": ["0000000000004_1", "0000000000001_1"],
+        "picture-in-two-splits": ["0000000000002_1"],
+    }
+    after = cleaned(raw)
+    ids = {name: after[name]["image_id"] for name in after}
+    assert ids == {
+        "train": ["0000000000003_1"],
+        "selection": ["0000000000005_1"],
+        "val": ["0000000000006_1", "0000000000007_1"],
+    }
+    barcodes = [{meta["barcode"] for meta in after[name]["meta"]} for name in after]
+    assert not (barcodes[0] & barcodes[1] or barcodes[0] & barcodes[2] or barcodes[1] & barcodes[2])
+
+
+def test_an_id_that_comes_twice_gets_a_number():
+    raw = splits(val=[row(1), row(2, image_id="0000000000001_1"), row(3, image_id="0000000000001_1")])
+    assert list(found(raw)) == ["repeated-id"]
+    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1", "0000000000001_1#2", "0000000000001_1#3"]
+
+
+def test_every_fault_of_the_table_has_a_rule_with_its_text():
+    result = audit(splits(val=[row(1, [[0.5, 0.6, 0.1, 0.2]]), row(2, [])]))
+    rules = {rule.fault: rule for rule in RULES}
+    assert len(rules) == len(RULES)
+    for line in result.table().itertuples():
+        assert (line.meaning, line.action) == rules[line.fault][1:]
+    assert list(result.table()["count"]) == [1, 1]
+
+
+def test_statistics_count_what_is_left():
+    raw = splits(train=[row(1, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], [TABLE, "nutrition-table-text"]), row(2, [])])
+    counts = audit(raw).statistics["train"]
+    assert (counts["pictures"], counts["pictures with 2 boxes"], counts["pictures without a table"]) == (2, 1, 1)
+    assert (counts[TABLE], counts["nutrition-table-text"]) == (1, 1)
+    assert counts["box area, share of the picture: least / median / most"] == "0.25 / 0.25 / 0.25"
+    assert counts["width, px: least / median / most"] == "64 / 64 / 64"
+
+
+def test_selection_is_carved_by_whole_barcodes_the_same_way_each_time():
+    rows = [row(number, barcode=str(number // 3)) for number in range(60)]
+    split = splits(train=rows)["train"]
+    rest, taken = carve(split, 10, seed=0)
+    assert 10 <= len(taken) <= 12 and len(rest) + len(taken) == 60
+    assert not {meta["barcode"] for meta in rest["meta"]} & {meta["barcode"] for meta in taken["meta"]}
+    assert carve(split, 10, seed=0)[1]["image_id"] == taken["image_id"] == sorted(taken["image_id"])
+    assert carve(split, 10, seed=1)[1]["image_id"] != taken["image_id"]
+    assert len(carve(split.select([0]), 1, seed=0)[0]) == 1  # the rest is never empty
+
+
+# --- the embedded scenes ----------------------------------------------------------------------------------------------
+
+FEW = {"train": 3, "selection": 2, "val": 2}
+
+
+def test_embedded_rows_are_the_scenes(tmp_path: Path):
+    ds = data.load_raw("embedded", cache_dir=str(tmp_path), limit=FEW, seed=5)
+    assert {name: len(split) for name, split in ds.items()} == FEW
+    assert list(ds["train"].features) == [*FEATURES, "rotation"]
+    scene = scenes.render_scene(5, 1, "val")
+    value = ds["val"].cast_column("image", datasets.Image(decode=False))[1]
+    assert value["image"]["bytes"] == scene.jpeg
+    assert (value["image_id"], value["width"], value["height"]) == (scene.image_id, scene.width, scene.height)
+    assert [(y0, x0, y1, x1) for _, (x0, y0, x1, y1) in scene.tables] == [tuple(b) for b in value["objects"]["bbox"]]
+    assert ds["val"][1]["image"].size == (scene.width, scene.height)
+    assert data.truth_rows(ds["val"])[1] == {k: v for k, v in value.items() if k != "image"}
+
+
+def test_embedded_scenes_are_rendered_once_until_the_renderer_changes(tmp_path: Path, monkeypatch, capsys):
+    drawn = []
+    render = scenes.render_scene
+    monkeypatch.setattr(scenes, "render_scene", lambda *numbers: drawn.append(numbers) or render(*numbers))
+    first = data.load_splits("embedded", cache_dir=str(tmp_path), limit=FEW)
+    assert len(drawn) == 7
+    start = time.perf_counter()
+    second = data.load_splits("embedded", cache_dir=str(tmp_path), limit=FEW)
+    assert len(drawn) == 7 and time.perf_counter() - start < 2
+    assert [first[name].to_list() for name in first] == [second[name].to_list() for name in second]
+    monkeypatch.setattr(sources, "_renderer_hash", lambda: "an edited renderer")
+    data.load_splits("embedded", cache_dir=str(tmp_path), limit=FEW)
+    assert len(drawn) == 14
+
+
+def test_the_renderer_hash_follows_its_files(tmp_path: Path, monkeypatch):
+    (tmp_path / "__init__.py").write_text("a = 1\n")
+    monkeypatch.setattr(scenes, "__file__", str(tmp_path / "__init__.py"))
+    before = sources._renderer_hash()
+    assert before == sources._renderer_hash()
+    (tmp_path / "fonts.ttf").write_bytes(b"a font")
+    assert before != sources._renderer_hash()
+
+
+def test_the_audit_finds_what_is_planted_in_the_scenes():
+    planted = scenes.planted_faults(0, "val")
+    indices = sorted({*planted["zero_area"], *planted["exif"], *(i for pair in planted["same_product"] for i in pair)})
+    rows = datasets.Dataset.from_list(list(sources._scene_rows(indices, 0, "val")), features=sources.SCENE_FEATURES)
+    result = audit(datasets.DatasetDict({"val": rows}))
+    where = {
+        name: {indices[fault.index] for fault in result.faults if fault.fault == name} for name in found_names(result)
+    }
+    assert where["empty-box"] == set(planted["zero_area"])
+    assert where.get("exif-as-shown", set()) | where.get("exif-undecided", set()) == set(planted["exif"])
+    barcodes = [meta["barcode"] for meta in rows["meta"]]
+    for first, second in planted["same_product"]:
+        assert barcodes[indices.index(first)] == barcodes[indices.index(second)]
+
+
+def found_names(result) -> set[str]:
+    return {fault.fault for fault in result.faults}
+
+
+@pytest.mark.parametrize("limit", [{"test": 3}, {"train": -1}, {"train": 2.5}, {"val": True}])
+def test_a_limit_that_makes_no_sense_is_refused(limit):
+    with pytest.raises(data.DataError, match="limit"):
+        data.load_raw("embedded", limit=limit)
+
+
+# --- prepared pictures ------------------------------------------------------------------------------------------------
+
+
+def test_prepare_gives_the_size_that_the_processor_would_choose_and_keeps_the_rest():
+    big = row(1, image=picture(jpeg(1, (800, 400), orientation=6)), width=400, height=800)
+    raw = splits(train=[big, row(2)], val=[row(3)])
+    ready = data.prepare(raw, 56 * 56, 200 * 28 * 28 // 4)
+    width, height = ready["train"][0]["image"].size
+    assert width % 28 == 0 and height % 28 == 0 and width * height <= 200 * 28 * 28 // 4
+    assert width < height and abs(height / width - 2) < 0.2
+    assert data.truth_rows(ready["train"]) == data.truth_rows(raw["train"])
+    undecoded = [ds["train"].cast_column("image", datasets.Image(decode=False))[1] for ds in (raw, ready)]
+    assert undecoded[0] == undecoded[1]  # small enough: the same bytes
+    before = np.asarray(raw["train"][0]["image"].resize((width, height), Image.Resampling.BICUBIC), int)
+    assert np.abs(before - np.asarray(ready["train"][0]["image"], int)).mean() < 2
+
+
+def test_prepare_names_a_picture_that_cannot_be_read_and_goes_on(capsys):
+    raw = splits(val=[row(1), row(2, image=picture(b"broken")), row(3)])
+    assert data.prepare(raw, 1, 10**6)["val"]["image_id"] == ["0000000000001_1", "0000000000003_1"]
+    assert "0000000000002_1 is left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="max_pixels 5"):
+        data.prepare(raw, 10, 5)

@@ -1,0 +1,434 @@
+"""Each format of annotations, made here of tiny pictures, becomes the same rows; each bad input has its sentence."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import data
+from helpers.data.schema import FEATURES
+
+TABLE = "nutrition-table"
+WIDTH, HEIGHT = 80, 60
+BOXES = {  # picture -> (category, [y0, x0, y1, x1] in 0-1)
+    "a": [(TABLE, [0.25, 0.1, 0.75, 0.5])],
+    "b": [(TABLE, [0.5, 0.25, 1.0, 0.75]), ("nutrition-table-text", [0.0, 0.0, 0.25, 1.0])],
+    "c": [],
+}
+
+
+def save_picture(path: Path, number: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    patches = np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8)
+    Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def pixels(box: list[float]) -> tuple[float, float, float, float]:
+    """[y0, x0, y1, x1] in 0-1 as x0, y0, x1, y1 in pixels."""
+    return box[1] * WIDTH, box[0] * HEIGHT, box[3] * WIDTH, box[2] * HEIGHT
+
+
+def xywh(box: list[float]) -> list[float]:
+    x0, y0, x1, y1 = pixels(box)
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# --- the formats: each writes the pictures a, b, c of BOXES into a folder ---------------------------------------------
+
+
+def write_pictures(folder: Path) -> None:
+    for number, name in enumerate(BOXES):
+        save_picture(folder / f"{name}.jpg", number)
+
+
+def write_own_metadata(root: Path) -> None:
+    write_pictures(root)
+    lines = [
+        {
+            "file_name": f"{name}.jpg",
+            "objects": {"bbox": [box for _, box in things], "category_name": [kind for kind, _ in things]},
+        }
+        for name, things in BOXES.items()
+    ]
+    write(root / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+
+
+def write_hf_metadata(root: Path) -> None:
+    write_pictures(root)
+    ids = {TABLE: 0, "nutrition-table-text": 3}
+    lines = [
+        {
+            "file_name": f"{name}.jpg",
+            "objects": {"bbox": [xywh(box) for _, box in things], "categories": [ids[kind] for kind, _ in things]},
+        }
+        for name, things in BOXES.items()
+    ]
+    write(root / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+
+
+def coco(**other) -> dict:
+    notes = [
+        {"id": 10 * n + k, "image_id": n, "category_id": {TABLE: 7, "nutrition-table-text": 9}[kind], "bbox": xywh(box)}
+        for n, things in enumerate(BOXES.values())
+        for k, (kind, box) in enumerate(things)
+    ]
+    images = [{"id": n, "file_name": f"{name}.jpg", "width": WIDTH, "height": HEIGHT} for n, name in enumerate(BOXES)]
+    categories = [{"id": 7, "name": "Nutrition Table"}, {"id": 9, "name": "nutrition-table-text"}]
+    return {"images": images, "annotations": notes, "categories": categories} | other
+
+
+def write_coco(root: Path) -> None:
+    write_pictures(root / "images")
+    write(root / "annotations.json", json.dumps(coco()))
+
+
+def write_yolo(root: Path) -> None:
+    write_pictures(root / "images")
+    write(root / "data.yaml", "names:\n  0: nutrition-table\n  1: nutrition-table-text\n")
+    for name, things in BOXES.items():
+        lines = [
+            f"{int(kind != TABLE)} {(x0 + x1) / 2} {(y0 + y1) / 2} {x1 - x0} {y1 - y0}"
+            for kind, (y0, x0, y1, x1) in things
+        ]
+        if lines:  # no file for a picture without a box
+            write(root / "labels" / f"{name}.txt", "\n".join(lines) + "\n")
+
+
+def write_yolo_classes(root: Path) -> None:
+    write_yolo(root)
+    (root / "data.yaml").unlink()
+    write(root / "labels" / "classes.txt", "nutrition-table\nnutrition-table-text\n")
+
+
+def write_voc(root: Path) -> None:
+    write_pictures(root / "JPEGImages")
+    for name, things in BOXES.items():
+        objects = "".join(
+            "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+            "</object>".format(kind, *pixels(box))
+            for kind, box in things
+        )
+        size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+        text = f"<annotation><filename>{name}.jpg</filename>{size}{objects}</annotation>"
+        write(root / "Annotations" / f"{name}.xml", text)
+
+
+def table_rows() -> datasets.Dataset:
+    """The pictures a, b, c as a data set with their bytes, float32 boxes as on the Hub and a column too many."""
+    write_own_metadata(Path("source"))
+    rows = []
+    for name, things in BOXES.items():
+        kinds = [kind for kind, _ in things]
+        rows.append(
+            {
+                "image_id": name,
+                "image": {"bytes": Path("source", f"{name}.jpg").read_bytes(), "path": None},
+                "width": WIDTH,
+                "height": HEIGHT,
+                "meta": {"barcode": "", "off_image_id": "", "image_url": ""},
+                "objects": {
+                    "bbox": [box for _, box in things],
+                    "category_id": [{TABLE: 0}.get(kind, 3) for kind in kinds],
+                    "category_name": kinds,
+                },
+                "note": "a column too many",
+            }
+        )
+    objects = {**FEATURES["objects"], "bbox": datasets.List(datasets.List(datasets.Value("float32")))}
+    features = datasets.Features({**FEATURES, "objects": objects, "note": datasets.Value("string")})
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def write_saved(root: Path) -> None:
+    table_rows().save_to_disk(str(root))
+
+
+def write_parquet(root: Path) -> None:
+    (root / "data").mkdir(parents=True)
+    table_rows().to_parquet(str(root / "data" / "val-00000-of-00001.parquet"))
+
+
+FORMATS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "own metadata.jsonl": (write_own_metadata, "metadata.jsonl"),
+    "COCO boxes in metadata.jsonl": (write_hf_metadata, "metadata.jsonl"),
+    "COCO": (write_coco, "COCO"),
+    "YOLO": (write_yolo, "YOLO"),
+    "YOLO classes.txt": (write_yolo_classes, "YOLO"),
+    "Pascal VOC": (write_voc, "Pascal VOC"),
+    "save_to_disk": (write_saved, "save_to_disk"),
+    "Parquet": (write_parquet, "Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path, capsys):
+    make, said = FORMATS[name]
+    make(tmp_path / "set")
+    ds = data.load_splits(str(tmp_path / "set"))
+    assert f"is read as {said} (" in capsys.readouterr().out
+    assert {split: len(rows) for split, rows in ds.items()} == {"train": 0, "selection": 0, "val": 3}
+    assert ds["val"].features == FEATURES == ds["train"].features
+    for row, (image_id, things) in zip(ds["val"], BOXES.items(), strict=True):
+        assert (row["image_id"], row["width"], row["height"]) == (image_id, WIDTH, HEIGHT)
+        assert row["image"].size == (WIDTH, HEIGHT)
+        assert row["objects"]["category_name"] == [kind for kind, _ in things]
+        assert row["objects"]["category_id"] == [{TABLE: 0}.get(kind, 3) for kind, _ in things]
+        assert np.allclose(row["objects"]["bbox"] or np.zeros((0, 4)), [box for _, box in things] or np.zeros((0, 4)))
+
+
+def test_the_two_spellings_of_metadata_are_told_apart_aloud(tmp_path: Path, capsys):
+    write_own_metadata(tmp_path / "own")
+    write_hf_metadata(tmp_path / "hf")
+    data.load_raw(str(tmp_path / "own"))
+    assert "boxes read as [y_min, x_min, y_max, x_max] in 0-1" in capsys.readouterr().out
+    data.load_raw(str(tmp_path / "hf"))
+    assert "boxes read as COCO's [x, y, width, height] in pixels" in capsys.readouterr().out
+
+
+def test_a_parquet_or_coco_file_may_be_named_itself(tmp_path: Path):
+    write_parquet(tmp_path / "parquet")
+    assert len(data.load_raw(str(tmp_path / "parquet/data/val-00000-of-00001.parquet"))["val"]) == 3
+    write_coco(tmp_path / "coco")
+    assert len(data.load_raw(str(tmp_path / "coco/annotations.json"))["val"]) == 3
+    write(tmp_path / "coco/annotations/all.json", json.dumps(coco()))
+    assert len(data.load_raw(str(tmp_path / "coco/annotations/all.json"))["val"]) == 3
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def many(root: Path, count: int, start: int = 0) -> None:
+    """An imagefolder of `count` pictures, two to a barcode."""
+    lines = []
+    for number in range(start, start + count):
+        name = f"{number // 2:013d}_{number % 2}"
+        save_picture(root / f"{name}.jpg", number)
+        objects = {"bbox": [[0.1, 0.1, 0.5, 0.5]], "category_name": [TABLE]}
+        lines.append(json.dumps({"file_name": f"{name}.jpg", "objects": objects}))
+    write(root / "metadata.jsonl", "\n".join(lines))
+
+
+def test_train_and_val_folders_keep_their_pictures_and_selection_is_carved(tmp_path: Path, capsys):
+    many(tmp_path / "train", 40)
+    many(tmp_path / "validation", 6, start=100)
+    ds = data.load_splits(str(tmp_path))
+    assert {name: len(split) for name, split in ds.items()} == {"train": 36, "selection": 4, "val": 6}
+    assert "selection: 4 pictures taken from train" in capsys.readouterr().out
+
+
+def test_train_alone_gives_val_by_whole_barcodes_and_says_so(tmp_path: Path, capsys):
+    many(tmp_path / "train", 60)
+    ds = data.load_splits(str(tmp_path), seed=3)
+    assert "has no val: 6 pictures are taken from train" in capsys.readouterr().out
+    barcodes = {name: {meta["barcode"] for meta in split["meta"]} for name, split in ds.items()}
+    assert len(ds["val"]) == 6 and sum(map(len, barcodes.values())) == 30 == len(set.union(*barcodes.values()))
+    assert data.load_raw(str(tmp_path), seed=3)["val"]["image_id"] == ds["val"]["image_id"]
+    assert data.load_raw(str(tmp_path), seed=4)["val"]["image_id"] != ds["val"]["image_id"]
+
+
+def test_a_folder_without_splits_is_val_and_says_so(tmp_path: Path, capsys):
+    many(tmp_path, 4)
+    ds = data.load_raw(str(tmp_path), limit={"val": 3})
+    assert {name: len(split) for name, split in ds.items()} == {"train": 0, "selection": 0, "val": 3}
+    assert "names no splits: all 4 pictures are val" in capsys.readouterr().out
+
+
+def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Path):
+    write_pictures(tmp_path / "coco/train2017")
+    write_pictures(tmp_path / "coco/val2017")
+    for split in ("train", "val"):
+        write(tmp_path / f"coco/annotations/instances_{split}2017.json", json.dumps(coco()))
+    raw = data.load_raw(str(tmp_path / "coco"))
+    folders = {name: {Path(image["path"]).parent.name for image in undecoded(split)} for name, split in raw.items()}
+    assert folders == {"train": {"train2017"}, "selection": {"train2017"}, "val": {"val2017"}}
+
+    write_voc(tmp_path / "voc")
+    write(tmp_path / "voc/ImageSets/Main/train.txt", "a\nb\n")
+    write(tmp_path / "voc/ImageSets/Main/trainval.txt", "a\nb\nc\n")
+    write(tmp_path / "voc/ImageSets/Main/val.txt", "c\n")
+    assert data.load_raw(str(tmp_path / "voc"))["val"]["image_id"] == ["c"]
+
+    write_pictures(tmp_path / "yolo/valid/images")
+    save_picture(tmp_path / "yolo/first/images/d.jpg", 9)
+    save_picture(tmp_path / "yolo/first/images/e.jpg", 10)
+    write(tmp_path / "yolo/data.yaml", "train: ../first/images\nval: ../valid/images\nnames: [nutrition-table]\n")
+    raw = data.load_raw(str(tmp_path / "yolo"))
+    assert raw["val"]["image_id"] == ["a", "b", "c"] and len(raw["train"]) == len(raw["selection"]) == 1
+
+
+def undecoded(split: datasets.Dataset) -> list[dict]:
+    return list(split.cast_column("image", datasets.Image(decode=False))["image"])
+
+
+# --- one bad picture, caches ------------------------------------------------------------------------------------------
+
+
+def test_missing_and_corrupt_pictures_are_listed_and_the_rest_is_used(tmp_path: Path, capsys):
+    write_coco(tmp_path)
+    (tmp_path / "images/a.jpg").unlink()
+    (tmp_path / "images/b.jpg").write_bytes((tmp_path / "images/b.jpg").read_bytes()[:300])
+    raw = data.load_raw(str(tmp_path))
+    table = data.audit(raw).table().set_index("fault")
+    assert table.loc["unreadable-picture", "ids"] == ["a", "b"]
+    assert data.clean(raw, data.audit(raw))["val"]["image_id"] == ["c"]
+
+
+def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
+    many(tmp_path, 30)
+    data.load_splits(str(tmp_path))
+    start = time.perf_counter()
+    assert len(data.load_splits(str(tmp_path))["val"]) == 30
+    assert time.perf_counter() - start < 1
+    broken = tmp_path / "0000000000003_1.jpg"
+    broken.write_bytes(b"x")
+    assert len(data.load_splits(str(tmp_path))["val"]) == 29
+
+
+# --- bad input: each has its sentence ---------------------------------------------------------------------------------
+
+
+def refused(dataset_id: Path | str, *words: str) -> None:
+    """Loading ends in a `DataError` of one line that has all these words."""
+    with pytest.raises(data.DataError) as error:
+        data.load_raw(str(dataset_id))
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file_name", ["../outside.jpg", "/etc/hostname", "link/outside.jpg"])
+def test_a_path_that_leaves_the_folder_is_refused(file_name: str, tmp_path: Path):
+    root = tmp_path / "set"
+    write_coco(root)
+    save_picture(tmp_path / "elsewhere/outside.jpg", 1)
+    save_picture(tmp_path / "outside.jpg", 1)
+    os.symlink(tmp_path / "elsewhere", root / "link")
+    found = coco()
+    found["images"][0]["file_name"] = file_name
+    write(root / "annotations.json", json.dumps(found))
+    refused(root, "annotations.json", repr(file_name), "leads out of")
+    write(root / "metadata.jsonl", json.dumps({"file_name": file_name, "objects": {"bbox": [], "category_name": []}}))
+    (root / "annotations.json").unlink()
+    refused(root, "metadata.jsonl line 1", repr(file_name), "leads out of")
+
+
+def test_a_table_with_paths_that_leave_its_folder_is_refused(tmp_path: Path):
+    save_picture(tmp_path / "outside.jpg", 1)
+    (tmp_path / "set").mkdir()
+    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[0]["image"] = {"bytes": None, "path": str(tmp_path / "outside.jpg")}
+    features = {**FEATURES, "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
+    features["note"] = datasets.Value("string")
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(str(tmp_path / "set/val.parquet"))
+    refused(tmp_path / "set", "val.parquet", "outside.jpg", "leads out of")
+
+
+def test_bad_annotation_files_are_named_with_line_and_field(tmp_path: Path):
+    save_picture(tmp_path / "a.jpg", 1)
+    file = write(
+        tmp_path / "metadata.jsonl", '{"file_name": "a.jpg", "objects": {"bbox": [], "categories": []}}\n{"file'
+    )
+    refused(tmp_path, "metadata.jsonl line 2", "not valid JSON")
+    write(file, json.dumps({"file_name": "a.jpg", "objects": [[1, 2, 3, 4]]}))
+    refused(tmp_path, "line 1", "objects is [[1, 2, 3, 4]]", "expected a dict")
+    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]]}}))
+    refused(tmp_path, "line 1", "objects has ['bbox']", "category_name")
+    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[50, 40, 79, 59]], "categories": [0]}}))
+    refused(tmp_path, "metadata.jsonl, objects.bbox", "[50, 40, 79, 59]", "COCO's [x, y, width, height]")
+    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}}))
+    refused(tmp_path, "metadata.jsonl, objects.bbox", "[y_min, x_min, y_max, x_max] in 0-1")
+
+
+def test_bad_coco_yolo_and_voc_files_are_named(tmp_path: Path):
+    write_coco(tmp_path / "coco")
+    file = tmp_path / "coco/annotations.json"
+    write(file, json.dumps({"images": [], "info": {}}))
+    refused(tmp_path / "coco", "annotations.json", "lacks the lists annotations, categories")
+    write(file, json.dumps(coco(annotations=[{"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])))
+    refused(tmp_path / "coco", "annotations.json", "annotation 4 has image_id 99")
+    write(file, json.dumps(coco()))
+    for picture in (tmp_path / "coco/images").iterdir():
+        picture.unlink()
+    refused(tmp_path / "coco", "none of the 3 pictures exists", "a.jpg")
+
+    write_yolo(tmp_path / "yolo")
+    write(tmp_path / "yolo/labels/a.txt", "0 0.5 0.5 0.2 0.2\n0 0.5 0.5\n")
+    refused(tmp_path / "yolo", "a.txt line 2", "'0 0.5 0.5'", "class cx cy width height")
+    write(tmp_path / "yolo/data.yaml", "names: [a\n")
+    refused(tmp_path / "yolo", "data.yaml", "not valid YAML")
+
+    write_voc(tmp_path / "voc")
+    write(tmp_path / "voc/Annotations/b.xml", "<annotation><filename>b.jpg</filename>")
+    refused(tmp_path / "voc", "b.xml", "not valid XML")
+
+
+def test_a_table_that_cannot_be_used_is_named(tmp_path: Path):
+    write_parquet(tmp_path / "cut")
+    file = tmp_path / "cut/data/val-00000-of-00001.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "cut", file.name, "not a whole Parquet file")
+    table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
+    refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
+    wrong = table_rows().remove_columns("objects").add_column("objects", ["a", "b", "c"])
+    wrong.to_parquet(str(file))
+    refused(tmp_path / "cut", file.name, "objects", "cannot be read as")
+    (tmp_path / "saved").mkdir()
+    write(tmp_path / "saved/state.json", "{}")
+    refused(tmp_path / "saved", "saved", "save_to_disk")
+
+
+def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no known format", "COCO", "YOLO", "metadata.jsonl")
+    write_own_metadata(tmp_path / "both")
+    write_coco(tmp_path / "both")
+    refused(tmp_path / "both", "metadata.jsonl and COCO")
+    refused("embeded", "'embeded'", "no file or folder", "expected embedded")
+    refused(tmp_path / "nowhere", "no file or folder")
+    write(tmp_path / "none/metadata.jsonl", "\n")
+    refused(tmp_path / "none", "has no pictures")
+
+
+def test_the_hub_offline_is_an_error_and_never_another_data_set():
+    refused(data.HUB_ID, data.HUB_ID, data.HUB_REVISION, "HF_HUB_OFFLINE", "Parquet")
+
+
+def test_the_hub_gated_or_without_the_columns_is_an_error(monkeypatch):
+    def gated(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.\nLog in.")
+
+    monkeypatch.setattr(datasets, "load_dataset", gated)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    refused("a/b", "a/b at revision main", "gated dataset", "HF_TOKEN")
+    plain = datasets.Dataset.from_dict({"image": [1], "label": [0]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=plain))
+    refused("a/b", "a/b at revision main, train", "['image', 'label']", "lacks ['image_id'")
+
+
+def test_the_hubs_splits_are_used_as_they_are(monkeypatch):
+    asked = []
+
+    def served(name, revision, cache_dir):
+        asked.append((name, revision))
+        rows = table_rows()
+        return datasets.DatasetDict(train=rows, val=rows.select([0]))
+
+    monkeypatch.setattr(datasets, "load_dataset", served)
+    ds = data.load_raw(data.HUB_ID)
+    assert asked == [(data.HUB_ID, data.HUB_REVISION)] and re.fullmatch("[0-9a-f]{40}", data.HUB_REVISION)
+    assert {name: len(split) for name, split in ds.items()} == {"train": 2, "selection": 1, "val": 1}
+    assert ds["train"].features == FEATURES
