@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from helpers import data, scenes
-from helpers.data import sources
+from helpers.data import embedded
 from helpers.data.audit import audit, clean
 from helpers.data.checks import RULES
-from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of
+from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
 
 TABLE = "nutrition-table"
 
@@ -262,24 +262,24 @@ def test_embedded_scenes_are_rendered_once_until_the_renderer_changes(tmp_path: 
     second = data.load_splits("embedded", cache_dir=str(tmp_path), limit=FEW)
     assert len(drawn) == 7 and time.perf_counter() - start < 2
     assert [first[name].to_list() for name in first] == [second[name].to_list() for name in second]
-    monkeypatch.setattr(sources, "_renderer_hash", lambda: "an edited renderer")
+    monkeypatch.setattr(embedded, "source_hash", lambda *_: "an edited renderer")
     data.load_splits("embedded", cache_dir=str(tmp_path), limit=FEW)
     assert len(drawn) == 14
 
 
-def test_the_renderer_hash_follows_its_files(tmp_path: Path, monkeypatch):
+def test_the_source_hash_follows_every_file(tmp_path: Path):
     (tmp_path / "__init__.py").write_text("a = 1\n")
-    monkeypatch.setattr(scenes, "__file__", str(tmp_path / "__init__.py"))
-    before = sources._renderer_hash()
-    assert before == sources._renderer_hash()
-    (tmp_path / "fonts.ttf").write_bytes(b"a font")
-    assert before != sources._renderer_hash()
+    before = source_hash(tmp_path)
+    (tmp_path / "__init__.pyc").write_bytes(b"compiled")
+    assert before == source_hash(tmp_path)
+    (tmp_path / "font.ttf").write_bytes(b"a font")
+    assert before != source_hash(tmp_path)
 
 
 def test_the_audit_finds_what_is_planted_in_the_scenes():
     planted = scenes.planted_faults(0, "val")
     indices = sorted({*planted["zero_area"], *planted["exif"], *(i for pair in planted["same_product"] for i in pair)})
-    rows = datasets.Dataset.from_list(list(sources._scene_rows(indices, 0, "val")), features=sources.SCENE_FEATURES)
+    rows = datasets.Dataset.from_list(list(embedded.scene_rows(indices, 0, "val")), features=embedded.SCENE_FEATURES)
     result = audit(datasets.DatasetDict({"val": rows}))
     where = {
         name: {indices[fault.index] for fault in result.faults if fault.fault == name} for name in found_names(result)

@@ -264,6 +264,7 @@ def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Pa
     write_pictures(tmp_path / "yolo/valid/images")
     save_picture(tmp_path / "yolo/first/images/d.jpg", 9)
     save_picture(tmp_path / "yolo/first/images/e.jpg", 10)
+    write(tmp_path / "yolo/valid/labels/b.txt", "0 0.5 0.5 0.2 0.2\n")
     write(tmp_path / "yolo/data.yaml", "train: ../first/images\nval: ../valid/images\nnames: [nutrition-table]\n")
     raw = data.load_raw(str(tmp_path / "yolo"))
     assert raw["val"]["image_id"] == ["a", "b", "c"] and len(raw["train"]) == len(raw["selection"]) == 1
@@ -401,6 +402,21 @@ def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
     refused(tmp_path / "nowhere", "no file or folder")
     write(tmp_path / "none/metadata.jsonl", "\n")
     refused(tmp_path / "none", "has no pictures")
+
+
+def test_no_boxes_or_no_known_category_is_an_error_that_names_the_field(tmp_path: Path):
+    write_coco(tmp_path)
+    write(tmp_path / "annotations.json", json.dumps(coco(annotations=[])))
+    refused(tmp_path, "objects.bbox is empty in all 3 pictures")
+    write(tmp_path / "annotations.json", json.dumps(coco(categories=[{"id": 7, "name": "logo"}])))
+    refused(tmp_path, "categories are ['id 9', 'logo']", "expected some of nutrition-table, ")
+
+
+def test_a_saved_data_set_is_not_written_into(tmp_path: Path):
+    write_saved(tmp_path / "set")
+    before = sorted((tmp_path / "set").iterdir())
+    data.prepare(data.load_splits(str(tmp_path / "set")), 1, 10**6)
+    assert sorted((tmp_path / "set").iterdir()) == before
 
 
 def test_the_hub_offline_is_an_error_and_never_another_data_set():

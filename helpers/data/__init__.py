@@ -10,9 +10,10 @@ import datasets
 
 from helpers.data.audit import Audit, Fault, audit, clean
 from helpers.data.checks import RULES, Rule
+from helpers.data.embedded import load_embedded
 from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, check_limit, empty_split, split_name
-from helpers.data.sources import FORMATS, HUB_ID, HUB_REVISION, load_embedded, load_hub, load_local
+from helpers.data.sources import FORMATS, HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 
 __all__ = [
     "FEATURES", "FORMATS", "HUB_ID", "HUB_REVISION", "RULES", "SPLIT_NAMES", "Audit", "DataError", "Fault", "Rule",
@@ -48,6 +49,7 @@ def load_raw(
             f"dataset_id is {dataset_id!r}, which is no file or folder; expected embedded, an existing path, "
             "or a Hub id such as openfoodfacts/nutrition-table-detection"
         )
+    check_content(found, dataset_id)
     splits = _arrange(found, seed, dataset_id)
     return datasets.DatasetDict(
         {name: split.select(range(min(limit.get(name, len(split)), len(split)))) for name, split in splits.items()}
@@ -57,8 +59,6 @@ def load_raw(
 def _arrange(found: dict[str, datasets.Dataset], seed: int, where: str) -> dict[str, datasets.Dataset]:
     """train / selection / val from the splits that a source has; what is decided here is printed."""
     found = {split_name(name): rows for name, rows in found.items() if len(rows)}
-    if not found:
-        raise DataError(f"{where} has no pictures; expected at least one")
     if "" in found and len(found) > 1:
         raise DataError(f"{where}: {len(found['']):,} pictures belong to no split beside {sorted(found)[1:]}; "
                         "expected each in a folder or list of train, val")  # fmt: skip

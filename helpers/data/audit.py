@@ -14,7 +14,7 @@ from datasets import Image
 from helpers.boxes import CATEGORIES
 from helpers.data.checks import RULES, Rule, check_row
 from helpers.data.pictures import FACTS, picture_facts
-from helpers.data.schema import workers
+from helpers.data.schema import fingerprint, workers
 
 SAME_PICTURE = 3.0  # root mean square difference of two 16 x 16 thumbnails, in 0-255 levels
 
@@ -56,6 +56,7 @@ def _picture_facts(split: datasets.Dataset, name: str) -> list[dict[str, Any]]:
         input_columns="image",
         remove_columns="image",
         features=FACTS,
+        new_fingerprint=fingerprint(undecoded, "facts"),
         num_proc=workers(len(split)),
         desc=f"Reading pictures ({name})",
     )
@@ -172,7 +173,12 @@ def clean(raw: datasets.DatasetDict, result: Audit) -> datasets.DatasetDict:
             fixes = {position: fixed[index] for position, index in enumerate(keep) if index in fixed}
             undecoded = split.cast_column("image", Image(decode=False))
             undecoded = undecoded.map(
-                _fix, with_indices=True, fn_kwargs={"fixes": fixes}, features=undecoded.features, desc=f"Fixing {name}"
+                _fix,
+                with_indices=True,
+                fn_kwargs={"fixes": fixes},
+                features=undecoded.features,
+                new_fingerprint=fingerprint(undecoded, fixes),
+                desc=f"Fixing {name}",
             )
             split = undecoded.cast_column("image", Image())
         cleaned[name] = split

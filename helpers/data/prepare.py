@@ -10,7 +10,7 @@ from datasets import Image
 from PIL import ImageOps
 
 from helpers.data.pictures import draft_resize, open_picture
-from helpers.data.schema import workers
+from helpers.data.schema import fingerprint, workers
 
 BATCH = 16  # rows a process holds at once
 
@@ -36,6 +36,7 @@ def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: 
             writer_batch_size=64,
             fn_kwargs=budget,
             features=undecoded.features,
+            new_fingerprint=fingerprint(undecoded, budget),
             num_proc=workers(len(split)),
             desc=f"Preparing pictures ({name})",
         )

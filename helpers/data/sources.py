@@ -1,75 +1,25 @@
-"""Where rows come from: embedded scenes, the Hub, a local file or folder (its annotation formats: formats.py)."""
+"""The Hub, a local file or folder -> {split: rows of the schema}; the annotation formats are read in formats.py."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import PIL
 import pyarrow.compute
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
-from helpers import scenes
 from helpers.data import formats
 from helpers.data.pictures import split_of
-from helpers.data.schema import FEATURES, DataError, empty_split, meta_of, objects_of, safe_path, workers
+from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_path
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
-SCENE_FEATURES = datasets.Features({**FEATURES, "rotation": datasets.Value("int64")})  # degrees, counter-clockwise
 Splits = dict[str, datasets.Dataset]
-
-
-def _scene_rows(indices: list[int], seed: int, split: str) -> Iterator[dict[str, Any]]:
-    for index in indices:
-        scene = scenes.render_scene(seed, index, split)
-        objects = objects_of(
-            [[y0, x0, y1, x1] for _, (x0, y0, x1, y1) in scene.tables], [name for name, _ in scene.tables]
-        )
-        image = {"bytes": scene.jpeg, "path": None}
-        yield {
-            "image_id": scene.image_id,
-            "image": image,
-            "width": scene.width,
-            "height": scene.height,
-            "meta": scene.meta,
-            "objects": objects,
-            "rotation": scene.rotation,
-        }
-
-
-def _renderer_hash() -> str:
-    """Hash of everything a scene depends on besides its numbers: the renderer's files, this file, Pillow's version."""
-    folder = Path(scenes.__file__).parent
-    files = [Path(__file__), *sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc")]
-    digest = hashlib.sha256(PIL.__version__.encode())
-    for file in files:
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def load_embedded(seed: int, limit: dict[str, int], cache_dir: str | None) -> Splits:
-    """The embedded photos, rendered once by all cores and cached; an edited renderer is rendered anew."""
-    splits, renderer = {}, _renderer_hash()
-    for name, size in scenes.SPLITS.items():
-        count = min(limit.get(name, size), size)
-        splits[name] = empty_split()
-        if count:
-            splits[name] = datasets.Dataset.from_generator(
-                _scene_rows,
-                features=SCENE_FEATURES,
-                gen_kwargs={"indices": list(range(count)), "seed": seed, "split": name},
-                num_proc=workers(count),
-                split=datasets.NamedSplit(name),
-                cache_dir=cache_dir,
-                fingerprint=Hasher.hash(["scenes", seed, name, count, renderer]),
-            )
-    return splits
 
 
 # --- tables that already have columns ---------------------------------------------------------------------------------
@@ -122,9 +72,9 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Sp
             "`hf auth login`); offline, bring its Parquet files and give their folder as dataset_id"
         ) from error
     for split in found.values():
-        sources = list(split.info.download_checksums or {})
-        if revision and sources and not any(revision in source for source in sources):
-            raise DataError(f"the cache holds {dataset_id} from {sources[0]}; expected revision {revision}")
+        origin = " ".join(split.info.download_checksums or {})
+        if re.fullmatch("[0-9a-f]{40}", revision or "") and origin and revision not in origin:
+            print(f"data: {name} was asked for, the cache has it from {origin[:200]}")
     return {split: _to_schema(rows, f"{name}, {split}", None) for split, rows in found.items()}
 
 
@@ -147,13 +97,17 @@ def _load_parquet(root: Path, files: list[Path], cache_dir: str | None) -> Split
     return splits
 
 
-def _load_saved(root: Path) -> Splits:
+def _load_saved(root: Path, cache_dir: str | None) -> Splits:
+    """A folder of `save_to_disk`, read through the cache: `datasets` would else write its own files into the folder."""
+    splits = {}
     try:
         found = datasets.load_from_disk(str(root))
+        for name, rows in found.items() if isinstance(found, dict) else [(str(found.split or ""), found)]:
+            files = [file["filename"] for file in rows.cache_files]
+            splits[name] = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=cache_dir)
     except Exception as error:
         raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error})") from error
-    found = found if isinstance(found, dict) else {str(found.split or ""): found}
-    return {name: _to_schema(rows, f"{root}, {name or 'its rows'}", root) for name, rows in found.items()}
+    return {name: _to_schema(rows, f"{root}, {name or 'its rows'}", root) for name, rows in splits.items()}
 
 
 # --- a local path -----------------------------------------------------------------------------------------------------
@@ -218,7 +172,7 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
     if kind == "Parquet":
         return _load_parquet(root, sorted(path.rglob("*.parquet")) if path.is_dir() else [path], cache_dir)
     if kind == "save_to_disk":
-        return _load_saved(root)
+        return _load_saved(root, cache_dir)
     if kind == "COCO":
         found = formats.read_coco(root, None if path.is_dir() else path)
     else:
@@ -226,3 +180,15 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
             kind
         ](root)
     return {name: _cached(rows, cache_dir) for name, rows in found.items() if rows}
+
+
+def check_content(splits: Splits, where: str) -> None:
+    """`DataError` where a source has no pictures, no boxes, or no box of a known category: nothing can be learned."""
+    objects = [entry or {} for rows in splits.values() for entry in rows["objects"]]
+    names = {name for entry in objects for name in entry.get("category_name") or []}
+    if not objects:
+        raise DataError(f"{where} has no pictures; expected at least one")
+    if not any(entry.get("bbox") for entry in objects):
+        raise DataError(f"{where}: objects.bbox is empty in all {len(objects)} pictures; expected boxes")
+    if not names & set(CATEGORIES):
+        raise DataError(f"{where}: the categories are {sorted(names)[:8]}; expected some of {', '.join(CATEGORIES)}")

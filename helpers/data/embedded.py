@@ -1,0 +1,53 @@
+"""The embedded scenes as rows of the schema, rendered once and cached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.fingerprint import Hasher
+
+from helpers import scenes
+from helpers.data.schema import FEATURES, empty_split, objects_of, source_hash, workers
+
+SCENE_FEATURES = datasets.Features({**FEATURES, "rotation": datasets.Value("int64")})  # degrees, counter-clockwise
+
+
+def scene_rows(indices: list[int], seed: int, split: str) -> Iterator[dict[str, Any]]:
+    for index in indices:
+        scene = scenes.render_scene(seed, index, split)
+        objects = objects_of(
+            [[y0, x0, y1, x1] for _, (x0, y0, x1, y1) in scene.tables], [name for name, _ in scene.tables]
+        )
+        image = {"bytes": scene.jpeg, "path": None}
+        yield {
+            "image_id": scene.image_id,
+            "image": image,
+            "width": scene.width,
+            "height": scene.height,
+            "meta": scene.meta,
+            "objects": objects,
+            "rotation": scene.rotation,
+        }
+
+
+def load_embedded(seed: int, limit: dict[str, int], cache_dir: str | None) -> dict[str, datasets.Dataset]:
+    """The embedded photos, rendered once by all cores and cached; an edited renderer is rendered anew."""
+    splits = {}
+    renderer = source_hash(Path(scenes.__file__).parent, Path(__file__))
+    for name, size in scenes.SPLITS.items():
+        count = min(limit.get(name, size), size)
+        splits[name] = empty_split()
+        if count:
+            splits[name] = datasets.Dataset.from_generator(
+                scene_rows,
+                features=SCENE_FEATURES,
+                gen_kwargs={"indices": list(range(count)), "seed": seed, "split": name},
+                num_proc=workers(count),
+                split=datasets.NamedSplit(name),
+                cache_dir=cache_dir,
+                fingerprint=Hasher.hash(["scenes", seed, name, count, renderer]),
+            )
+    return splits
