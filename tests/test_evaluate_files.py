@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from helpers.evaluate import constant_predictions, results_table, score, write_metrics
+from helpers.evaluate import constant_predictions, metrics_table, results_table, score, with_interval, write_metrics
 from helpers.evaluate.__main__ import main
 from helpers.evaluate.reference import best_iou_with_reuse, check_reference
 
@@ -180,6 +180,22 @@ def test_table_shows_every_row_and_what_is_missing(tmp_path):
     assert "Missing: base" not in table and "not all scored on the same truth" not in table
 
 
+def test_a_run_under_another_name_has_its_own_row(tmp_path):
+    make_run(tmp_path, "r4-joint-slow", 0.02, recipe="r4-joint")
+    lines = results_table(tmp_path).splitlines()
+    assert any(line.startswith("| r4-joint |") and "| r4-joint-slow |" in line for line in lines)
+    assert "Missing: r4-joint. Make it: `make run RECIPE=r4-joint`." in lines
+
+
+def test_one_runs_scores_for_display(tmp_path):
+    _, metrics = make_run(tmp_path, "r4-joint", 0.02)
+    table = metrics_table(metrics)
+    assert list(table.index) == ["fine-tuned", "base", "constant box"] and table.loc["base", "n"] == 30
+    iou = metrics["scores"]["fine-tuned"]["summary"]["mean_iou"]
+    assert table.loc["fine-tuned", "mean IoU"] == with_interval(iou)
+    assert with_interval({"value": -0.0512, "low": None, "high": 1.0, "n": 3}) == "-.051 (– to 1.000)"
+
+
 def test_table_says_when_runs_do_not_compare_and_parts_the_scales(tmp_path):
     make_run(tmp_path, "r4-joint", 0.02)
     make_run(tmp_path, "r4-joint-again", 0.02, recipe="r4-joint", pictures=20)
@@ -220,5 +236,5 @@ def test_broken_lines_and_unknown_names_are_refused(tmp_path):
     (folder / "predictions.jsonl").write_text('{"image_id": "p0"')
     with pytest.raises(SystemExit, match="predictions.jsonl, line 1 is not JSON"):
         main(["score", str(folder)])
-    with pytest.raises(ValueError, match="named 'tuned'; the names are fine-tuned, base, constant box"):
+    with pytest.raises(ValueError, match="named 'tuned'; the names are fine-tuned, merged, base, constant box"):
         write_metrics(tmp_path, {"tuned": []}, [])

@@ -9,7 +9,15 @@ import pandas as pd
 from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
 from helpers.evaluate.scoring import score
 
-FILES = {"fine-tuned": "predictions.jsonl", "base": "baseline.jsonl", "constant box": "constant.jsonl"}
+if TYPE_CHECKING:
+    import pandas
+
+FILES = {
+    "fine-tuned": "predictions.jsonl",
+    "merged": "merged.jsonl",
+    "base": "baseline.jsonl",
+    "constant box": "constant.jsonl",
+}
 PREFIX = "qwen2vl-nutrition-detection-"
 ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")
 METRICS = {
@@ -30,7 +38,7 @@ def write_metrics(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict:
-    """Score each of "fine-tuned", "base", "constant box" that is given and write `folder/metrics.json`.
+    """Score each of "fine-tuned", "merged", "base", "constant box" that is given and write `folder/metrics.json`.
 
     Also writes truth.jsonl (the rows without their pictures) and the predictions' own files.
     Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
@@ -128,7 +136,7 @@ def _scale_table(scale: str, runs: list[dict]) -> str:
             missing.append(name)
         else:
             rows.append(_row(name, run, name if name in FILES else "fine-tuned"))
-            shown.append(run["run"])
+            shown += [run["run"]] if name == run["run"] or name not in FILES else []
     own = [run for run in runs if run["run"] not in shown and "fine-tuned" in run["metrics"]["scores"]]
     rows += [_row(run["recipe"], run, "fine-tuned") for run in own]
     head = ["model", "n", "mean IoU (95 %)", *METRICS, "run", "command"]
@@ -169,8 +177,21 @@ def _number(value: float | None, percent: bool = False) -> str:
 
 
 def with_interval(metric: dict) -> str:
-    """A metric as ".864 (.821 to .901)"."""
+    """A metric or difference of `score` or `paired_bootstrap` as text: `.712 (.671 to .750)`."""
     return f"{_number(metric['value'])} ({_number(metric['low'])} to {_number(metric['high'])})"
+
+
+def metrics_table(metrics: dict) -> "pandas.DataFrame":
+    """One run's scores, a row each, for display: takes what `write_metrics` returns, all with 95 % intervals."""
+    import pandas
+
+    headed = {"mean IoU": "mean_iou"} | METRICS
+    rows = {
+        name: {"n": result["summary"]["mean_iou"]["n"]}
+        | {head: with_interval(result["summary"][metric]) for head, metric in headed.items()}
+        for name, result in metrics["scores"].items()
+    }
+    return pandas.DataFrame.from_dict(rows, orient="index")
 
 
 def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
