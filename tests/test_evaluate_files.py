@@ -192,7 +192,7 @@ def test_one_runs_scores_for_display(tmp_path):
     table = metrics_table(metrics)
     assert list(table.index) == ["fine-tuned", "base", "constant box"] and table.loc["base", "n"] == 30
     iou = metrics["scores"]["fine-tuned"]["summary"]["mean_iou"]
-    assert table.loc["fine-tuned", "mean IoU"] == with_interval(iou)
+    assert table.loc["fine-tuned", "mean IoU (95 %)"] == with_interval(iou)
     assert with_interval({"value": -0.0512, "low": None, "high": 1.0, "n": 3}) == "-.051 (– to 1.000)"
 
 

@@ -9,9 +9,6 @@ import pandas as pd
 from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
 from helpers.evaluate.scoring import score
 
-if TYPE_CHECKING:
-    import pandas
-
 FILES = {
     "fine-tuned": "predictions.jsonl",
     "merged": "merged.jsonl",
@@ -179,19 +176,6 @@ def _number(value: float | None, percent: bool = False) -> str:
 def with_interval(metric: dict) -> str:
     """A metric or difference of `score` or `paired_bootstrap` as text: `.712 (.671 to .750)`."""
     return f"{_number(metric['value'])} ({_number(metric['low'])} to {_number(metric['high'])})"
-
-
-def metrics_table(metrics: dict) -> "pandas.DataFrame":
-    """One run's scores, a row each, for display: takes what `write_metrics` returns, all with 95 % intervals."""
-    import pandas
-
-    headed = {"mean IoU": "mean_iou"} | METRICS
-    rows = {
-        name: {"n": result["summary"]["mean_iou"]["n"]}
-        | {head: with_interval(result["summary"][metric]) for head, metric in headed.items()}
-        for name, result in metrics["scores"].items()
-    }
-    return pandas.DataFrame.from_dict(rows, orient="index")
 
 
 def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
