@@ -89,8 +89,11 @@ def side_of(rng: random.Random, label: Label, warp: Warp) -> tuple[list, tuple]:
 def photograph(rng: random.Random, label: Label, warp: Warp, kind: str, face: Rect) -> Image.Image:
     """The label before a background, lit, held, blurred."""
     seen = warp.apply(Image.merge("RGBX", (*label.image.split(), label.mask(kind))), label.origin).split()
+    pack = Image.merge("RGB", seen[:3])
+    if kind == "bag" and rng.random() < 0.7:
+        pack = photo.crumple(rng, pack)
     side = side_of(rng, label, warp) if kind == "box" and rng.random() < 0.5 else None
-    image = photo.compose(rng, photo.background(rng, warp.size), Image.merge("RGB", seen[:3]), seen[3], side)
+    image = photo.compose(rng, photo.background(rng, warp.size), pack, seen[3], side)
     if rng.random() < 0.3:
         keep = [warp.forward(outline(rect)) for _, rect in label.tables + label.things]
         photo.hand(rng, image, face, [(*points.min(0), *points.max(0)) for points in keep])

@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageDraw
 from helpers.scenes.layout import Rect, cells
 from helpers.scenes.panels import Style, draw_panel
 from helpers.scenes.photo import gradient, shade
-from helpers.scenes.text import WORDS, Color
+from helpers.scenes.text import WORDS, Color, luma
 from helpers.scenes.things import DRAW, SHAPES
 
 WEIGHTS = {"barcode": 6, "qr code": 2, "logo": 5, "product name": 5, "ingredient list": 6, "directions": 4,
@@ -17,9 +17,10 @@ WEIGHTS = {"barcode": 6, "qr code": 2, "logo": 5, "product name": 5, "ingredient
            "flag": 3, "seal": 3, "food picture": 4}
 
 
-def luma(color: Color) -> float:
-    """How bright a colour looks, 0 to 255 (ITU-R BT.601)."""
-    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+def bilingual(words: dict, other: dict) -> dict:
+    """The vocabulary of a pack for two countries: titles and nutrients in both languages."""
+    both = {key: [f"{a} / {b}" for a, b in zip(words[key], other[key], strict=False)] for key in ("title", "rows")}
+    return {**words, **both}
 
 
 class Product:
@@ -27,6 +28,8 @@ class Product:
 
     def __init__(self, rng: random.Random):
         self.words = WORDS[rng.choice(["en"] * 3 + ["fr"] * 2 + sorted(WORDS))]
+        if rng.random() < 0.12:
+            self.words = bilingual(self.words, WORDS[rng.choice(sorted(WORDS))])
         self.american = rng.random() < 0.4
         hue = [rng.randint(0, 255) for _ in range(3)]
         vivid = shade(tuple(hue), 255 / max(1, max(hue)) * rng.uniform(0.5, 1.0))
@@ -64,6 +67,7 @@ class Label:
         self.size = (max(16, self.bounds[2] - self.bounds[0]), max(16, self.bounds[3] - self.bounds[1]))
         low, high = shade(product.paper, 0.93), shade(product.paper, 1.05)
         self.image = gradient(self.size, [rng.choice([low, high, product.paper]) for _ in range(4)])
+        self.shoulder = face[1]
         self.tables: list[tuple[str, Rect]] = []
         self.things: list[tuple[str, Rect]] = []
 
@@ -94,7 +98,8 @@ class Label:
                 for k in range(rng.randint(1, 6)):
                     line = a + (b - a) * (k + 1) / 7
                     draw.line((0, line, w, line), fill=shade(stuff, rng.choice([0.7, 1.25])), width=2)
-        return x0, y0 + max(0.0, top), x1, y1 - max(0.0, foot)
+        self.shoulder = y0 + max(0.0, top)
+        return x0, self.shoulder, x1, y1 - max(0.0, foot)
 
     def clear(self, box: tuple[int, int, int, int], style: Style) -> None:
         """Lay plain paper where the ink of `style` would not stand out."""
@@ -135,7 +140,7 @@ class Label:
     def panel(self, rect: Rect, category: str) -> None:
         """Print a nutrition panel over `rect`."""
         rng, product = self.rng, self.product
-        ground = product.panel_style.paper if product.inset or rng.random() < 0.7 else None
+        ground = product.panel_style.paper if product.inset or rng.random() < 0.85 else None
         framed = category == "nutrition-table-text" or not product.inset
         if ground and framed:  # the ground is not part of an unframed panel: give it a margin
             grow = rng.uniform(1, 6)
@@ -194,6 +199,12 @@ class Label:
         mask, rng = Image.new("L", self.size, 0), self.rng
         x0, y0, x1, y1 = (v - self.origin[i % 2] for i, v in enumerate(self.face))
         draw, radius = ImageDraw.Draw(mask), 0 if kind == "can" else rng.uniform(0, 0.05) * min(x1 - x0, y1 - y0)
+        shoulder = self.shoulder - y0 - self.origin[1]
+        if kind == "can" and shoulder > 12 and rng.random() < 0.6:
+            neck, mid = rng.uniform(0.2, 0.4) * (x1 - x0), (x0 + x1) / 2
+            bend = [(x, y0 + shoulder * y) for x, y in ((mid + neck, 0.0), (mid + neck, 0.35), (x1, 0.97))]
+            draw.polygon([*bend, (x1, y1), (x0, y1)] + [(2 * mid - x, y) for x, y in bend[::-1]], fill=255)
+            return mask
         if kind != "bag" or rng.random() < 0.4:
             draw.rounded_rectangle((x0, y0, x1 - 1, y1 - 1), radius=radius, fill=255)
             return mask

@@ -9,7 +9,7 @@ from helpers.scenes.warp import Warp, outline, visible_hull
 
 Rect = tuple[float, float, float, float]
 #: share of the pictures by category of their (first) panel; the rest have none
-MIX = {"nutrition-table": 0.785, "nutrition-table-small": 0.09, "nutrition-table-small-energy": 0.055,
+MIX = {"nutrition-table": 0.795, "nutrition-table-small": 0.08, "nutrition-table-small-energy": 0.055,
        "nutrition-table-text": 0.05, "": 0.02}
 ASPECTS = [(3 / 4, 9), (9 / 16, 5), (2 / 3, 2), (4 / 5, 1), (1, 1), (4 / 3, 4), (16 / 9, 1)]
 
@@ -21,17 +21,20 @@ def target_box(rng: random.Random, category: str, aspect: float) -> Rect:
     """
     for _ in range(20):
         common, other = rng.gauss(0, 1), rng.gauss(0, 1)
-        w = 1.10 / (1 + math.exp(-(0.12 + 1.3 * common)))
-        h = 1.12 / (1 + math.exp(-(-0.33 + 0.95 * common + 1.05 * other)))
+        w = 1.15 / (1 + math.exp(-(-0.10 + 1.3 * common)))
+        h = 1.14 / (1 + math.exp(-(-0.24 + 0.95 * common + 1.05 * other)))
+        if rng.random() < 0.06:
+            w, h = rng.uniform(0.4, 1.0), rng.uniform(0.07, 0.2)
         if category == "nutrition-table-small-energy":
             w = rng.uniform(0.06, 0.3)
             h = w * aspect * rng.uniform(0.35, 1.5)
         elif category == "nutrition-table-small":
             w, h = 0.75 * w, 0.6 * h
-        if 0.3 < w * aspect / h < 7.0 and min(w * aspect, h) > 0.045 * max(1.0, aspect):
+        if 0.3 < w * aspect / h < 8.0 and min(w * aspect, h) > 0.045 * max(1.0, aspect):
             break
-    spread = rng.choice([0.05, 0.07, 0.16]) if w < 0.85 else 0.03
-    cx, cy = rng.gauss(0.47, spread), rng.gauss(0.5, 1.25 * spread if h < 0.85 else 0.04)
+    spread = rng.choice([0.05, 0.08, 0.2])
+    cx = rng.gauss(0.465, spread) if w < 0.85 else rng.gauss(0.5, 0.03)
+    cy = rng.gauss(0.5, 1.15 * spread) if h < 0.85 else rng.gauss(0.5, 0.04)
     if rng.random() < 0.93:
         cx = min(max(cx, w / 2 + 0.02), 0.99 - w / 2) if w < 0.97 else cx
         cy = min(max(cy, h / 2 + 0.01), 1.0 - h / 2) if h < 0.97 else cy
@@ -61,7 +64,7 @@ def camera(rng: random.Random, size: tuple[int, int], face: Rect, target: Rect) 
     """A camera that sees a flat pack, a bag or a can or bottle."""
     long = max(size)
     kind = rng.choices(["box", "bag", "can"], [4, 2.5, 3.5])[0]
-    angles = (rng.gauss(0, 0.13), rng.gauss(0, 0.13), rng.gauss(0, 0.05))
+    angles = (rng.gauss(0, 0.15), rng.gauss(0, 0.15), rng.gauss(0, rng.choice([0.02, 0.05, 0.12])))
     middle = ((target[0] + target[2]) / 2, (target[1] + target[3]) / 2)
     radius, wrinkle = None, (0.0, 0.0, 0.0, 0.0)
     if kind == "can":

@@ -111,7 +111,8 @@ def eu_panel(rng: random.Random, image: Image.Image, style: Style, words: dict) 
     columns, count = rng.choice(fits) if fits else ((1, 15) if h > w else (4, 5))
     count = max(3, min(count, int(h / 7) - 2))
     head = rng.sample(words["per"], columns) if columns > 1 or rng.random() < 0.8 else []
-    note = "* " + " ".join(words["per"]) if rng.random() < 0.3 and h / (count + 3) > 8 else ""
+    count = max(min(count, 5), round(count * rng.choice([1, 1, rng.uniform(0.55, 1)])))
+    note = words["note"] if rng.random() < 0.3 and h / (count + 3) > 8 else ""
     title = rng.choice(words["title"]) if rng.random() < 0.9 or not head else ""
     table(image, style, title, head[:4], nutrition_rows(rng, style, words, count, columns), note)
 
@@ -140,12 +141,17 @@ def us_panel(rng: random.Random, image: Image.Image, style: Style, title: str) -
         (style.family, False, size), ink)
     y += 1.2 * step
     draw.rectangle((pad, y, w - pad, y + 0.35 * step), fill=ink)
-    put(image, pad, y + 1.35 * step, "Calories", (style.family, True, int(size * 1.3)), ink)
-    put(image, w - pad, y + 1.4 * step, str(rng.randint(5, 70) * 10), (style.family, True, int(size * 1.6)), ink, "r")
+    large = rng.choice([1.0, 1.3, 1.3])  # the label of before 2016 prints the calories no larger than the rest
+    put(image, pad, y + 1.35 * step, "Calories", (style.family, True, int(size * large)), ink)
+    put(image, w - pad, y + 1.4 * step, str(rng.randint(5, 70) * 10), (style.family, True, int(size * large**2)), ink, "r")
     y += 1.55 * step
     draw.rectangle((pad, y, w - pad, y + 0.18 * step), fill=ink)
     for i, name in enumerate(US_ROWS[:count]):
         indent, y = (size if name.startswith(" ") else 0), y + step
+        if large == 1.0 and i > 8:
+            pair = f"{name} {rng.randint(0, 40)}%  •  {rng.choice(US_ROWS[9:])} {rng.randint(0, 40)}%"
+            put(image, w / 2, y, pair, (style.family, False, fit(pair, style.family, False, 0.9 * w, size)), ink, "c")
+            continue
         shift = put(image, pad + indent, y, name.strip(), (style.family, not indent and i < 9, size), ink)
         put(image, pad + indent + shift + size * 0.3, y, f"{rng.randint(0, 40)}{rng.choice(['g', 'mg'])}",
             (style.family, False, size), ink)
@@ -229,9 +235,9 @@ def draw_panel(rng: random.Random, image: Image.Image, style: Style, words: dict
             rows = nutrition_rows(rng, style, words, rng.randint(2, 4), 1 + (ratio > 1.5))
             table(image, style, rng.choice(words["title"]), [], rows)
     elif american and ratio < 1.5:
-        us_panel(rng, image, style, rng.choice(["Nutrition Facts"] * 5 + ["Valeur nutritive", "Nutrition Facts / Datos"]))
+        us_panel(rng, image, style, rng.choice(["Nutrition Facts"] * 5 + ["Valeur nutritive", "Nutrition Facts / Datos", "Información Nutricional"]))
     elif american:
-        us_wide(rng, image, style, rng.choice(["Nutrition Facts", "Amount per serving"]))
+        us_wide(rng, image, style, rng.choice(["Nutrition Facts"] * 3 + ["Valeur nutritive"]))
     elif ratio > 3 and image.size[1] < 110:
         linear_panel(rng, image, style, words)
     else:

@@ -11,6 +11,7 @@ from helpers.scenes.text import Color
 
 _TILE = 640
 _BILINEAR = Image.Resampling.BILINEAR
+SKINS = [(224, 172, 140), (198, 134, 100), (141, 85, 60), (240, 200, 175), (90, 56, 40)]
 
 
 @lru_cache(maxsize=32)
@@ -21,6 +22,26 @@ def _noise(level: int, coarse: bool, coloured: bool) -> Image.Image:
     values = rng.normal(128, level, (side, side, 3 if coloured else 1))
     values = np.broadcast_to(np.clip(values, 0, 255), (side, side, 3)).astype(np.uint8)
     return Image.fromarray(values).resize((_TILE, _TILE), _BILINEAR)
+
+
+@lru_cache(maxsize=4)
+def _crinkle(number: int) -> Image.Image:
+    """A tile of sharp random folds about 128, as in film and foil, the same in every process."""
+    rng, total = np.random.default_rng(number), np.zeros((320, 320))
+    for cells, weight in ((4, 1.0), (7, 0.7), (13, 0.4)):
+        field = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
+        wave = np.asarray(field.resize((320, 320), Image.Resampling.BICUBIC))
+        total += weight * (np.abs(wave) < 0.9) * np.sin(2.5 * wave) * np.exp(-np.abs(wave))
+    return Image.fromarray(np.clip(128 + 150 * total, 0, 255).astype(np.uint8))
+
+
+def crumple(rng: random.Random, pack: Image.Image) -> Image.Image:
+    """The pack's film with light on its sharp folds."""
+    side, x, y, strength = rng.randint(100, 300), rng.random(), rng.random(), rng.uniform(0.3, 1)
+    left, top = int(x * (320 - side)), int(y * (320 - side))
+    folds = _crinkle(rng.randrange(4)).crop((left, top, left + side, top + side)).resize(pack.size, _BILINEAR)
+    folds = folds.point([int(128 + strength * (v - 128)) for v in range(256)])
+    return ImageChops.soft_light(pack, Image.merge("RGB", (folds, folds, folds)))
 
 
 def add_noise(rng: random.Random, image: Image.Image, levels: list[int]) -> Image.Image:
@@ -99,6 +120,12 @@ def background(rng: random.Random, size: tuple[int, int]) -> Image.Image:
     elif kind == 4:  # a wall behind a table's edge
         y = rng.randint(h // 3, h)
         small.paste(gradient((w, h), [shade(base, rng.uniform(0.4, 0.8)) for _ in range(4)]), (0, y))
+    else:  # a forearm that reaches behind the pack
+        skin = rng.choice(SKINS)
+        x, y, wide = rng.choice([0, w]), rng.randint(h // 3, h), rng.randint(w // 5, w // 2)
+        for k in range(4):
+            draw.line((x, y, w / 2, h * rng.uniform(0.4, 0.6)), fill=shade(skin, 0.75 + 0.08 * k), width=wide - k * wide // 6)
+        draw.ellipse((w * 0.2, h * 0.3, w * 0.8, h * 0.72), fill=shade(skin, 0.9))
     image = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2))).resize(size, _BILINEAR)
     return add_noise(rng, image, [4, 6, 9]) if rng.random() < 0.5 else image
 
@@ -121,7 +148,7 @@ def compose(rng: random.Random, ground: Image.Image, pack: Image.Image, mask: Im
 def hand(rng: random.Random, image: Image.Image, face: tuple[float, float, float, float], keep: list) -> None:
     """Fingers over the left or right edge of the pack's face, where they cover no box of `keep` (xyxy pixels)."""
     side, w = rng.choice([0, 2]), image.size[0]
-    skin = rng.choice([(224, 172, 140), (198, 134, 100), (141, 85, 60), (240, 200, 175), (90, 56, 40)])
+    skin = rng.choice(SKINS)
     thick, slope = rng.uniform(0.07, 0.13) * w, rng.uniform(-14, 14)
     y = rng.uniform(max(0, face[1]), max(1, min(image.size[1], face[3]) - 3 * thick))
     for _ in range(rng.choice([1, 3, 4])):

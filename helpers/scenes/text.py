@@ -26,6 +26,11 @@ FAMILIES = {
 Color = tuple[int, int, int]
 
 
+def luma(color: Color) -> float:
+    """How bright a colour looks, 0 to 255 (ITU-R BT.601)."""
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+
+
 @lru_cache(maxsize=512)
 def _font(family: str, bold: bool, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(FAMILIES[family][bold]), size, layout_engine=ImageFont.Layout.BASIC)

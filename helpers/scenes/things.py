@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from helpers.scenes.panels import Style, lookalike
-from helpers.scenes.text import FAMILIES, fit, paragraph, put
+from helpers.scenes.text import FAMILIES, fit, luma, paragraph, put
 
 #: name -> (least, most) width over height that the thing is drawn at
 SHAPES = {
@@ -108,6 +108,7 @@ def best_before(rng: random.Random, image: Image.Image, style: Style, words: dic
     lines = [words["best"], date, f"L{rng.randint(1000, 99999)} {rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"]
     lines = lines[rng.randrange(2):] if w < 3.5 * h else lines[1:]
     ink = rng.choice([(15, 15, 20), (15, 15, 20), (40, 40, 120), (120, 20, 30), style.ink])
+    ink = ink if abs(luma(ink) - luma(style.paper)) > 70 else style.ink
     if rng.random() < 0.4:
         ImageDraw.Draw(image).rectangle((0, 0, w - 1, h - 1), fill=(245, 245, 240))
         ink = (15, 15, 20)
@@ -119,6 +120,7 @@ def best_before(rng: random.Random, image: Image.Image, style: Style, words: dic
 def recycling(rng: random.Random, image: Image.Image, style: Style, words: dict, digits: str) -> None:
     """Three arrows in a triangle, or the two arrows of the green dot."""
     draw, (w, h), ink = ImageDraw.Draw(image), image.size, rng.choice([style.ink, (20, 120, 50)])
+    ink = ink if abs(luma(ink) - luma(style.paper)) > 50 else style.ink
     if rng.random() < 0.3:
         draw.ellipse((0, 0, w - 1, h - 1), fill=ink)
         for start in (200, 20):
