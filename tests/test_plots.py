@@ -2,30 +2,40 @@
 
 import io
 
-import matplotlib
+import numpy as np
+import pytest
+from datasets import Dataset
+from matplotlib import pyplot as plt
+from PIL import Image
 
-matplotlib.use("Agg")
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from matplotlib import pyplot as plt  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from helpers import plots  # noqa: E402
-from helpers.evaluate import score  # noqa: E402
+from helpers import plots
+from helpers.evaluate import score
+from helpers.plots import charts, photos
 
 A = [0.1, 0.2, 0.5, 0.6]
 
 
 @pytest.fixture(autouse=True)
-def close_figures():
+def headless():
+    """Figures without a screen, closed after each test."""
+    plt.switch_backend("agg")
     yield
     plt.close("all")
 
 
 @pytest.fixture
-def pictures():
-    """Fourteen noisy pictures of 400 x 300, the true box A in all but the last, IoU falling from picture to picture."""
+def as_figures(monkeypatch):
+    """The functions return their figure, to look into, in place of the finished picture."""
+    for module in (charts, photos):
+        monkeypatch.setattr(module, "finish", lambda figure, path, photos=False: figure)
+
+
+@pytest.fixture(scope="module")
+def scored():
+    """Rows, truth, predictions and score of fourteen noisy pictures of 400 x 300.
+
+    The true box is A in all but the last, which has no table; the IoU falls from picture to picture, p12 has no answer.
+    """
     rng = np.random.default_rng(0)
     images = {f"p{i}": Image.fromarray(rng.integers(0, 255, (300, 400, 3), np.uint8)) for i in range(14)}
     truth, predictions = [], []
@@ -36,13 +46,12 @@ def pictures():
         found = [] if i == 12 else [[0.1, 0.2, 0.5, 0.6 - 0.02 * i]]
         confidences = [1 - i / 20] * len(found)
         predictions.append({"image_id": name, "labels": ["x"] * len(found), "boxes": found, "confidences": confidences})
-    return images, score(truth, predictions, resamples=50)
+    rows = Dataset.from_dict({"image_id": list(images), "image": list(images.values())})
+    return rows, truth, predictions, score(truth, predictions, resamples=50)
 
 
-def png_size(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.tell()
+def titles(figure):
+    return [axes.get_title() for axes in figure.axes]
 
 
 def test_boxes_are_drawn_where_they_are_and_told_apart():
@@ -58,49 +67,54 @@ def test_boxes_are_drawn_where_they_are_and_told_apart():
     assert len(axes.patches) == 3
 
 
-def test_worst_and_best_leave_out_pictures_without_a_table(pictures):
-    records = pictures[1]["per_picture"]
-    assert [record["image_id"] for record in plots.worst(records, 2)] == ["p12", "p11"]
-    assert [record["image_id"] for record in plots.best(records, 2)] == ["p0", "p1"]
-    assert len(plots.worst(records, 99)) == 13
-
-
-def test_gallery_shows_each_record_in_order(pictures):
-    images, result = pictures
-    figure = plots.gallery(images, result["per_picture"], title="all")
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[0] == "IoU 1.00" and titles[12] == "no box" and titles[13] == "no table, false alarm"
-    assert len(titles) == 18 and titles[14:] == [""] * 4
+def test_gallery_shows_each_row_in_order(scored, as_figures):
+    rows, truth, predictions, _ = scored
+    figure = plots.gallery(rows, truth, predictions, title="all")
+    assert len(figure.axes) == 18 and titles(figure)[14:] == [""] * 4
+    assert titles(figure)[0] == "IoU 1.00" and titles(figure)[12:14] == ["no box", "no table, false alarm"]
     assert len(figure.axes[0].patches) == 2 and len(figure.axes[13].patches) == 1
+    assert titles(plots.gallery(rows.select([13, 2]), truth)) == ["no table", ""]
 
 
-def test_galleries_stay_small_in_a_notebook(pictures):
-    images, result = pictures
-    shown = plots.compact(plots.gallery(images, plots.worst(result["per_picture"])))
+def test_worst_and_best_leave_out_pictures_without_a_table(scored, as_figures):
+    rows, truth, predictions, result = scored
+    assert titles(plots.worst(rows, truth, predictions, 2)) == ["no box", f"IoU {result['per_picture'][11]['iou']:.2f}"]
+    assert titles(plots.best(rows, truth, predictions, 1)) == ["IoU 1.00"]
+    everything = plots.worst(rows, truth, predictions, 99)
+    assert sum(bool(axes.images) for axes in everything.axes) == 13
+
+
+def test_before_and_after_show_the_same_pictures(scored, as_figures):
+    rows, truth, predictions, result = scored
+    perfect = [line | {"boxes": [A]} for line in predictions]
+    figure = plots.before_after(rows.select([3, 5]), truth, predictions, perfect)
+    before = [f"IoU {result['per_picture'][i]['iou']:.2f}" for i in (3, 5)]
+    assert titles(figure) == [*before, "IoU 1.00", "IoU 1.00"]
+
+
+def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
+    rows, truth, predictions, result = scored
+    shown = plots.worst(rows, truth, predictions, path=tmp_path / "figures" / "worst.png")
     assert shown.data.startswith(b"\xff\xd8") and len(shown.data) < 300_000  # even for pure noise
+    assert Image.open(tmp_path / "figures" / "worst.png").format == "PNG"
+    chart = plots.iou_curves({"a": predictions}, truth)
+    assert Image.open(io.BytesIO(chart.data)).format == "PNG" and len(chart.data) < 40_000
+    assert len(plots.errors_by({"a": result}).data) < 40_000
     assert not plt.get_fignums()
+    monkeypatch.setenv("RANK", "1")
+    plots.iou_curves({"a": predictions}, truth, path=tmp_path / "second.png")
+    assert not (tmp_path / "second.png").exists()
 
 
-def test_before_and_after_show_the_same_pictures(pictures):
-    images, result = pictures
-    records = result["per_picture"]
-    figure = plots.before_after(
-        images, records, [r | {"predicted": r["true"], "iou": 1.0} for r in records], ["p3", "p5"]
-    )
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [f"IoU {records[3]['iou']:.2f}", f"IoU {records[5]['iou']:.2f}", "IoU 1.00", "IoU 1.00"]
-
-
-def test_curves_show_the_share_above_each_iou(pictures):
-    figure = plots.iou_curves({"a": pictures[1]["per_picture"], "b": pictures[1]["per_picture"][:5]})
-    left, right = figure.axes
+def test_curves_show_the_share_above_each_iou(scored, as_figures):
+    _, truth, predictions, result = scored
+    left, right = plots.iou_curves({"a": predictions, "b": predictions[:5]}, truth).axes
     curve = right.lines[0].get_xydata()
-    iou = np.array([r["iou"] for r in pictures[1]["per_picture"] if r["iou"] is not None])
-    x, y = curve[4]
-    assert y == pytest.approx((iou > x).mean())
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["a (n = 13)", "b (n = 5)"]
+    iou = np.array([r["iou"] for r in result["per_picture"] if r["iou"] is not None])
+    for x, y in curve[1:-1]:
+        assert y == pytest.approx((iou > x).mean())
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["a (n = 13)", "b (n = 13)"]
     assert right.lines[0].get_linestyle() != right.lines[1].get_linestyle()
-    assert png_size(figure) < 60_000
 
 
 @pytest.mark.parametrize(
@@ -111,46 +125,54 @@ def test_curves_show_the_share_above_each_iou(pictures):
         ("by_category", ["nutrition-table\nn = 13"]),
     ],
 )
-def test_errors_by_group(pictures, group, ticks):
-    figure = plots.errors_by({"a": pictures[1], "b": pictures[1]}, group)
+def test_errors_by_group(scored, as_figures, group, ticks):
+    figure = plots.errors_by({"a": scored[3], "b": scored[3]}, group)
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ticks
     points = figure.axes[0].containers[0].lines[0].get_ydata()
     key = "mean_iou" if group == "by_rotation" else "mean_iou_boxes"
-    expected = [g[key]["value"] for g in pictures[1][group].values() if g[key]["value"] is not None]
+    expected = [g[key]["value"] for g in scored[3][group].values() if g[key]["value"] is not None]
     np.testing.assert_allclose(points, expected)
-    assert png_size(figure) < 60_000
 
 
-def test_errors_by_an_unknown_group_is_refused(pictures):
+def test_errors_by_an_unknown_group_is_refused(scored):
     with pytest.raises(ValueError, match="'by_colour'; the groups are by_size, by_rotation, by_category"):
-        plots.errors_by({"a": pictures[1]}, "by_colour")
+        plots.errors_by({"a": scored[3]}, "by_colour")
 
 
-def test_reliability_diagram_shows_the_bins(pictures):
-    reliability = pictures[1]["confidence"]["reliability"]
+def test_reliability_diagram_shows_the_bins(scored, as_figures):
+    reliability = scored[3]["confidence"]["reliability"]
     axes = plots.reliability_diagram(reliability).axes[0]
     points = axes.collections[0].get_offsets()
     np.testing.assert_allclose(points, [[row["confidence"], row["right"]] for row in reliability["bins"]])
 
 
-def test_loss_curve():
+def test_loss_curves(as_figures):
     log = [{"step": i, "loss": 1 / i} for i in range(1, 21)] + [{"step": 10, "eval_loss": 0.2}, {"train_loss": 0.3}]
-    axes = plots.loss_curve(log, smooth=5).axes[0]
-    training, smooth, held_out = axes.lines
+    training, smooth, held_out = plots.loss_curves({"r4-joint": log}, smooth=5).axes[0].lines
     np.testing.assert_allclose(training.get_ydata(), [1 / i for i in range(1, 21)])
     assert smooth.get_xdata()[0] == 3 and smooth.get_ydata()[0] == pytest.approx(
         np.mean([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
     )
     assert len(held_out.get_xdata()) == 1
-    with pytest.raises(ValueError, match="no line with 'loss'"):
-        plots.loss_curve([{"train_loss": 0.3}])
+    assert len(plots.loss_curves({"stage 1": log[:20], "stage 2": log[:20]}).axes[0].lines) == 2
+    with pytest.raises(ValueError, match="log of r4-joint has no line with 'loss'"):
+        plots.loss_curves({"r4-joint": [{"train_loss": 0.3}]})
+
+
+class Words:
+    """A tokenizer whose token i is the i-th of a few words."""
+
+    words = ("<|im_start|>", "<|image_pad|>", "user", "\n", "277", "<|im_end|>")
+
+    def decode(self, ids):
+        return self.words[ids[0]]
 
 
 def test_label_mask_marks_what_is_trained_and_escapes_the_tokens():
-    tokens = ["<|im_start|>", *["<|image_pad|>"] * 64, "user", "\n", "277", "<|im_end|>"]
-    trained = [False] * 67 + [True] * 2
-    page = plots.label_mask_html(tokens, trained)
-    assert "&lt;|image_pad|&gt; × 64" in page and "<|" not in page
+    ids = [0, *[1] * 64, 2, 3, 4, 5]
+    labels = [-100] * 67 + [4, 5]
+    page = plots.label_mask(Words(), np.array(ids), np.array(labels)).data
+    assert "&lt;|image_pad|&gt; × 64" in page and "<|" not in page and page.count("<br>") == 1
     assert page.count("border-bottom") == 2 and "2 of 69 tokens" in page
     with pytest.raises(ValueError, match="zip"):
-        plots.label_mask_html(tokens, trained[:-1])
+        plots.label_mask(Words(), ids, labels[:-1])

@@ -1,0 +1,128 @@
+"""Pictures with boxes drawn on them: truth solid blue, prediction dashed orange."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from IPython.display import Image as Shown
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike
+from PIL.Image import Image
+
+from helpers.evaluate import score
+from helpers.plots.figure import finish, new_figure
+
+TRUTH, PREDICTION = "#0072B2", "#E69F00"
+DASHED = (0, (3, 2))
+_HALO = [patheffects.withStroke(linewidth=3.2, foreground="white"), patheffects.Normal()]
+
+
+def draw_boxes(
+    axes: Axes, image: Image, truth: ArrayLike = (), predicted: ArrayLike = (), *, title: str = "", pixels: int = 256
+) -> None:
+    """One picture with its true and predicted boxes, both [N, 4] x-first in 0-1; longest side scaled to `pixels`."""
+    small = image.convert("RGB")
+    small.thumbnail((pixels, pixels))
+    axes.imshow(small, interpolation="nearest")
+    for boxes, colour, line in ((truth, TRUTH, "-"), (predicted, PREDICTION, DASHED)):
+        for x0, y0, x1, y1 in np.asarray(boxes, dtype=float).reshape(-1, 4) * (*small.size, *small.size):
+            style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 1.6}
+            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, clip_on=False, **style))
+            axes.patches[-1].set_path_effects(_HALO)
+    axes.set_title(title, fontsize=9)
+    axes.set_axis_off()
+
+
+def gallery(
+    rows: Iterable[dict],
+    truth: Sequence[dict],
+    predictions: Sequence[dict] | None = None,
+    *,
+    title: str = "",
+    columns: int = 6,
+    path: Path | None = None,
+) -> Shown:
+    """The pictures of `rows` with their true boxes, and with predictions their boxes and IoU.
+
+    `rows` have "image_id" and "image"; `truth` and `predictions` are those of `score` and may hold more pictures.
+    """
+    rows = list(rows)
+    figure, grid = _sheet(-(-len(rows) // columns), min(columns, len(rows)), title)
+    records = _records(rows, truth, predictions or [])
+    for axes, row in zip(grid.flat, rows, strict=False):
+        _draw(axes, row["image"], records[row["image_id"]], captioned=predictions is not None)
+    return finish(figure, path, photos=True)
+
+
+def worst(
+    rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12, *, path: Path | None = None
+) -> Shown:
+    """The n pictures with the lowest IoU, the lowest first; pictures without a table take no part."""
+    lowest = rows.select(_by_iou(rows, truth, predictions)[:n])
+    return gallery(lowest, truth, predictions, title=f"the worst {len(lowest)}", path=path)
+
+
+def best(
+    rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12, *, path: Path | None = None
+) -> Shown:
+    """The n pictures with the highest IoU, the highest first; pictures without a table take no part."""
+    highest = rows.select(_by_iou(rows, truth, predictions)[::-1][:n])
+    return gallery(highest, truth, predictions, title=f"the best {len(highest)}", path=path)
+
+
+def before_after(
+    rows: Iterable[dict],
+    truth: Sequence[dict],
+    before: Sequence[dict],
+    after: Sequence[dict],
+    *,
+    path: Path | None = None,
+) -> Shown:
+    """The pictures of `rows` twice: above with the boxes predicted before, below with those after."""
+    rows = list(rows)
+    figure, grid = _sheet(2, len(rows), "before (above) and after (below)")
+    for line, predictions in zip(grid, (before, after), strict=True):
+        records = _records(rows, truth, predictions)
+        for axes, row in zip(line, rows, strict=True):
+            _draw(axes, row["image"], records[row["image_id"]])
+    return finish(figure, path, photos=True)
+
+
+def _records(rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict]) -> dict[str, dict]:
+    """The record of each row's picture by id, as `score` makes it."""
+    ids = {row["image_id"] for row in rows}
+    kept = [[line for line in lines if line["image_id"] in ids] for lines in (truth, predictions)]
+    return {record["image_id"]: record for record in score(*kept, resamples=0)["per_picture"]}
+
+
+def _by_iou(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict]) -> list[int]:
+    """Numbers of the rows whose picture has a table, the lowest IoU first."""
+    number = {image_id: i for i, image_id in enumerate(rows["image_id"])}
+    records = [r for r in score(truth, predictions, resamples=0)["per_picture"] if r["iou"] is not None]
+    return [number[record["image_id"]] for record in sorted(records, key=lambda r: r["iou"])]
+
+
+def _draw(axes: Axes, image: Image, record: dict, captioned: bool = True) -> None:
+    caption = ""
+    if record["iou"] is None:
+        caption = "no table" + (", false alarm" if record["predicted"] else "")
+    elif captioned:
+        caption = f"IoU {record['iou']:.2f}" if record["predicted"] else "no box"
+    draw_boxes(axes, image, record["true"], record["predicted"], title=caption)
+
+
+def _sheet(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+    """Empty axes in rows and columns, with the legend of the two kinds of boxes below them."""
+    figure, grid = new_figure(rows, columns, (max(2.1 * columns, 4.2), 2.3 * rows + 0.5))
+    for axes in grid.flat:
+        axes.set_axis_off()
+    lines = [Line2D([], [], color=TRUTH, lw=2), Line2D([], [], color=PREDICTION, lw=2, ls=DASHED)]
+    figure.legend(lines, ["truth", "prediction"], loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure, grid
