@@ -162,17 +162,17 @@ def test_loss_curves(as_figures):
 class Words:
     """A tokenizer whose token i is the i-th of a few words."""
 
-    words = ("<|im_start|>", "<|image_pad|>", "user", "\n", "277", "<|im_end|>")
+    words = ("<|im_start|>", "<|image_pad|>", "user", "\n", "7", "<|im_end|>")
 
     def decode(self, ids):
         return self.words[ids[0]]
 
 
 def test_label_mask_marks_what_is_trained_and_escapes_the_tokens():
-    ids = [0, *[1] * 64, 2, 3, 4, 5]
-    labels = [-100] * 67 + [4, 5]
+    ids = [0, *[1] * 64, 2, 3, 4, 4, 5]
+    labels = [-100] * 67 + [4, 4, 5]
     page = plots.label_mask(Words(), np.array(ids), np.array(labels)).data
     assert "&lt;|image_pad|&gt; × 64" in page and "<|" not in page and page.count("<br>") == 1
-    assert page.count("border-bottom") == 2 and "2 of 69 tokens" in page
+    assert page.count("border-bottom") == 3 and "3 of 70 tokens" in page
     with pytest.raises(ValueError, match="zip"):
         plots.label_mask(Words(), ids, labels[:-1])

@@ -14,15 +14,16 @@ _MASKED = "background:#eeeeee;color:#666666"
 def label_mask(tokenizer, input_ids: ArrayLike, labels: ArrayLike) -> HTML:
     """Token by token what the loss sees: trained tokens blue and underlined, masked ones (label -100) grey.
 
-    `input_ids` and `labels` of one sequence, [T]. A token that repeats is shown once and counted.
+    `input_ids` and `labels` of one sequence, [T]. A token that stands more than three times in
+    a row is shown once and counted.
     """
     ids, trained = np.asarray(input_ids).tolist(), (np.asarray(labels) != -100).tolist()
     pieces = []
     for (token, seen), run in groupby(zip(ids, trained, strict=True)):
         count = len(list(run))
         text = html.escape(tokenizer.decode([token])).replace("\n", "⏎").replace(" ", "&nbsp;")
-        text += f" × {count}" if count > 1 else ""
+        texts = [f"{text} × {count}"] if count > 3 else [text] * count
         style = f"{_TRAINED if seen else _MASKED};padding:0 2px;margin:1px;display:inline-block"
-        pieces.append(f'<span style="{style}">{text}</span>' + ("<br>" if "⏎" in text else ""))
+        pieces += [f'<span style="{style}">{text}</span>' + ("<br>" if "⏎" in text else "") for text in texts]
     share = f"<p>{sum(trained)} of {len(ids)} tokens are trained on</p>"
     return HTML(f'<div style="font-family:monospace;font-size:12px;line-height:1.7">{"".join(pieces)}{share}</div>')
