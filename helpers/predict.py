@@ -34,7 +34,9 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     todo = [i for i in mine if rows[i]["image_id"] not in done]
     model.eval()
     bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=path.stem, unit="picture", disable=rank > 0)
-    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+    own = parts / f"{key}.{rank}.jsonl"
+    own.write_text("".join(_as_text(line) for line in _whole_lines(own)))  # drops a line that a kill has cut
+    with own.open("a") as file:
         while todo:
             batch, rest = todo[:batch_size], todo[batch_size:]
             try:
@@ -46,14 +48,14 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
                 batch_size = max(1, batch_size // 2)
                 print(f"out of GPU memory: going on with batches of {batch_size}")
                 continue
-            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.write("".join(_as_text(line) for line in lines))
             file.flush()
             todo = rest
             bar.update(len(batch))
     bar.close()
     _wait_for_all(world)
     if rank == 0:
-        _join(parts, key, [row_id for row_id in rows["image_id"]], path)
+        _join(parts, key, rows["image_id"], path)
     _wait_for_all(world)
     return read_jsonl(path)
 
@@ -105,14 +107,18 @@ def _tokens(size: tuple[int, int], processor) -> int:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(text) for text in path.read_text().splitlines()]
+    return [json.loads(text) for text in path.read_text().split("\n") if text]
+
+
+def _as_text(line: dict) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 def _whole_lines(path: Path) -> Iterator[dict]:
-    for text in path.read_text().splitlines():
+    for text in path.read_text().split("\n") if path.is_file() else []:
         try:
             yield json.loads(text)
-        except json.JSONDecodeError:  # the process was killed while writing it
+        except json.JSONDecodeError:  # the empty end, or a line cut by a kill
             return
 
 
@@ -123,7 +129,7 @@ def _read_parts(parts: Path, key: str) -> dict[str, dict]:
 def _join(parts: Path, key: str, image_ids: list[str], path: Path) -> None:
     lines = _read_parts(parts, key)
     part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(lines[image_id], ensure_ascii=False) + "\n" for image_id in image_ids))
+    part.write_text("".join(_as_text(lines[image_id]) for image_id in image_ids))
     part.replace(path)
     for old in parts.iterdir():
         old.unlink()

@@ -1,0 +1,462 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Teaching Qwen2-VL to draw boxes
+#
+# This notebook fine-tunes **Qwen2-VL-7B-Instruct** with QLoRA to find nutrition tables in photos of food packaging.
+# It holds the whole way: photos → messages → tokens and labels → a quantised model → training → boxes → a score → one
+# merged model on disk.
+#
+# It runs at two sizes through the same code. On a GPU with room it takes the real 7B model and the data set
+# `openfoodfacts/nutrition-table-detection`. Anywhere else it takes the *embedded default*: a tiny model of the same
+# architecture and rendered packaging, both in this repository, in minutes on a laptop's CPU and offline.
+#
+# | you want to | do |
+# |---|---|
+# | read and try | run the cells from top to bottom |
+# | run it headless | `papermill pipeline.ipynb out.ipynb -p recipe r4-joint` |
+# | run it on several GPUs | `accelerate launch pipeline.py recipe=r4-joint` |
+#
+# ## 1 · Parameters
+#
+# Everything that can be set stands in the next cell. `None` means: the value that belongs to the scale.
+
+# %% tags=["parameters"]
+# what runs
+recipe = "r4-joint"  # base, r1-llm-only, r2-vision-only, r3-two-stage, r4-joint
+scale = "auto"  # 7b, tiny; auto: 7b where a GPU has room for the recipe, else tiny
+model_id = None  # Hub id or local folder
+model_revision = None  # commit, branch or tag on the Hub
+dataset_id = None  # Hub id, local folder or file, or embedded
+dataset_revision = None
+
+# the question and what the loss looks at
+prompt = "Detect the bounding box of the nutrition table."
+loss_scope = "assistant"  # assistant: the answer alone; all-text: system and question too
+min_pixels = None  # pixel budget of a picture; 28 x 28 pixels make one image token
+max_pixels = None
+
+# training
+epochs = None
+learning_rate = None
+batch_size = None  # pictures a step and process
+accumulation = None  # steps whose gradients are added up
+lora_rank = None
+lora_alpha = None
+precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
+gradient_checkpointing = None  # recompute activations instead of keeping them
+seed = 0
+train_limit = None  # use only the first so many pictures
+val_limit = None
+
+# prediction, merging
+predict_batch_size = None
+max_new_tokens = 128
+merge_base = "full"  # full or dequantised: which weights the adapter is merged into
+
+# where and how
+gpus = None  # such as "0,1"; None: all
+output_root = "runs"
+run_name = None  # None: the recipe's name
+save_steps = None  # a checkpoint every so many steps
+report_to = "auto"  # wandb, tensorboard, none; auto: W&B where there are credentials
+
+# %% [markdown]
+# The parameters are checked before anything heavy is imported. A misspelled name, a wrong type, a folder that cannot
+# be written or a GPU that is too small stops the run here, with one sentence.
+
+# %%
+from helpers import settings
+
+run = settings.settle(globals())
+print(*(f"{name} = {value}" for name, value in run.values.items()), sep="\n")
+
+# %%
+from pathlib import Path
+
+import pandas as pd
+import torch
+import transformers
+from IPython.display import display
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from trl import SFTConfig
+
+from helpers import collate, data, evaluate, merge, messages, model, plots, predict, runs, trainer
+
+runs.quiet_libraries()
+transformers.set_seed(run.seed)
+
+# %% [markdown]
+# ## 2 · Data
+#
+# A row is one photo with its boxes. A box is `[y_min, x_min, y_max, x_max]` in shares of the picture, from the top
+# left. All sources (the Hub, your own folder, the embedded scenes) become rows of this one schema.
+
+# %%
+limit = {"train": run.train_limit, "val": run.val_limit}
+with runs.main_first():
+    raw = data.load_raw(run.dataset_id, revision=run.dataset_revision, seed=run.seed,
+                        limit={split: n for split, n in limit.items() if n})
+raw["train"][0]
+
+# %% [markdown]
+# Photos come with faults: a box of no size, a picture stored lying on its side. The audit finds them; each rule says
+# what is done. Nothing is dropped in silence.
+
+# %%
+with runs.main_first():
+    audit = data.audit(raw)
+    rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
+display(audit.table())
+pd.DataFrame({split: {"pictures": len(rows[split]), "dropped": len(raw[split]) - len(rows[split])} for split in rows})
+
+# %%
+truth = data.truth_rows(rows["val"])
+plots.gallery(rows["val"].select(range(6)), truth, title="Six pictures of val and their true boxes")
+
+# %% [markdown]
+# Before any model, a number to beat: the one box that fits the training pictures best, given as the answer for every
+# picture. Tables like to sit near the middle, so a model that scores no more than this has learned no more than that.
+
+# %%
+constant_box = evaluate.best_constant_box(data.truth_rows(rows["train"]))
+constant = evaluate.constant_predictions(constant_box, truth)
+constant_iou = evaluate.score(truth, constant)["summary"]["mean_iou"]
+print(f"best constant box {constant_box.round(3)}: mean IoU {evaluate.with_interval(constant_iou)} on val")
+
+# %% [markdown]
+# ## 3 · Messages
+#
+# A vision-language model answers in text, so a box must become text. Qwen2-VL has its own format for this, with whole
+# thousandths of the picture's width and height, x first. Its pre-training has seen it, so we keep it.
+
+# %%
+example = rows["train"][0]
+chat = messages.to_messages(example, run.prompt)
+display({"prompt": chat["prompt"], "completion": chat["completion"]})
+
+# %% [markdown]
+# The parser turns such text back into boxes. It must return what went in, to half a thousandth.
+
+# %%
+answer = chat["completion"][0]["content"][0]["text"]
+parsed = messages.parse_text(answer)
+display({"from the text": parsed.boxes_xyxy_unit.tolist(), "truth (y first)": example["objects"]["bbox"]})
+
+# %% [markdown]
+# ## 4 · Tokens and labels
+#
+# The processor cuts the picture into patches of 14 × 14 pixels; 2 × 2 patches become one image token. `min_pixels` and
+# `max_pixels` bound how many there are. They must be the same in training and in use, or the boxes suffer.
+
+# %%
+processor = Qwen2VLProcessor.from_pretrained(run.model_path, revision=run.model_revision,
+                                             min_pixels=run.min_pixels, max_pixels=run.max_pixels)
+collator = collate.Collator(processor, run.prompt, run.loss_scope)
+print(collator.texts([example])[0])
+
+# %% [markdown]
+# The label mask decides what the loss sees. With `assistant` it is the answer and the `<|im_end|>` after it (that one
+# token teaches the model to stop). `<|image_pad|>` repeats once for every image token.
+
+# %%
+batch = collator([rows["train"][i] for i in range(2)])
+display({name: list(tensor.shape) for name, tensor in batch.items()})
+plots.label_mask(processor.tokenizer, batch["input_ids"][0], batch["labels"][0])
+
+# %% [markdown]
+# ## 5 · The model
+#
+# QLoRA holds the frozen base in 4 bits. Only the language model is quantised: the vision tower is small, and rounding
+# it costs accuracy at the very start. `llm_int8_skip_modules` says so, by the names that the modules have today.
+
+# %%
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+    llm_int8_skip_modules=["model.visual", "lm_head"],
+)
+
+
+def load_base(precision, path=run.model_path):
+    """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process or on the CPU."""
+    base = Qwen2VLForConditionalGeneration.from_pretrained(
+        path,
+        revision=run.model_revision if path == run.model_path else None,
+        quantization_config=nf4 if precision == "nf4" else None,
+        dtype=torch.bfloat16,
+        attn_implementation=model.attention(),
+        device_map=model.device_map(),
+    )
+    model.check_precision(base, precision)
+    return base.requires_grad_(False).eval()
+
+
+# %% [markdown]
+# `check_precision` stops the run if a layer is held otherwise than it should be. The table shows what is really NF4.
+
+# %%
+first_precision = run.stages[0].stage.precision if run.stages else run.precision or "nf4"
+base = load_base(first_precision)
+display(pd.Series(model.layer_kinds(model.nf4_layers(base)), name="NF4 layers", dtype=int).to_frame())
+pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tower(base))
+
+# %% [markdown]
+# ## 6 · The baseline
+#
+# What does the model answer before any training? Greedy decoding, in batches padded on the left. The answers are kept
+# under a hash of everything they depend on, so four recipes ask the untrained model only once.
+
+# %%
+def ask(vlm, path, **inputs):
+    """Boxes for every picture of val, one JSON line each; kept if they were made with the same inputs."""
+    key = runs.key(pixels=[run.min_pixels, run.max_pixels], val=runs.rows_hash(rows["val"]),
+                   max_new_tokens=run.max_new_tokens, **inputs)
+    with runs.exclusive(path):
+        if not runs.is_done(path.parent, path.name, key):
+            with runs.timed(run.folder, path.stem):
+                predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
+                                key=key, max_new_tokens=run.max_new_tokens, do_sample=False)
+            runs.mark_done(path.parent, path.name, key)
+    return predict.read_jsonl(path)
+
+
+# %%
+base_hash = runs.files_hash(run.model_path)
+runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
+asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt}
+baseline = ask(base, Path(run.output_root) / "baselines" / runs.key(**asked) / "baseline.jsonl", **asked)
+print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
+del base
+model.free_memory()
+
+# %% [markdown]
+# ## 7 · Training
+#
+# A recipe is a list of stages. A stage trains LoRA adapters on one or both towers, or the whole vision tower.
+
+# %%
+for stage_run in run.stages:
+    print(stage_run.name, stage_run.stage, sep=": ")
+
+# %% [markdown]
+# `target_modules` is *one* regular expression: inside a list PEFT would match nothing, and train nothing, without a
+# word. Weights that train are held in fp32 in every recipe: in bf16 a step of 1e-5 is rounded away.
+
+# %%
+def make_trainable(base, stage):
+    """Adapters on the stage's towers, or the whole vision tower in fp32."""
+    if stage.trains == "full":
+        base.model.visual.float().requires_grad_(True)
+        return base
+    lora = LoraConfig(
+        r=run.lora_rank,
+        lora_alpha=run.lora_alpha,
+        lora_dropout=0.05,
+        target_modules=stage.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, lora)
+
+
+# %%
+def sft_config(stage_run):
+    """How a stage is trained; effective batch = batch_size x accumulation x processes."""
+    return SFTConfig(
+        output_dir=str(stage_run.folder),
+        num_train_epochs=run.epochs,
+        per_device_train_batch_size=run.batch_size,
+        gradient_accumulation_steps=run.accumulation,
+        learning_rate=stage_run.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        max_grad_norm=1.0,
+        bf16=True,
+        gradient_checkpointing=run.gradient_checkpointing,
+        max_length=None,  # TRL's default of 1024 would cut image tokens
+        remove_unused_columns=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        save_steps=run.save_steps,
+        save_total_limit=2,
+        seed=run.seed,
+        report_to=run.report_to,
+        run_name=stage_run.name,
+        dataloader_num_workers=4 if torch.cuda.is_available() else 0,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+# %% [markdown]
+# One stage, from the base to a result on disk. `BoxTrainer` is TRL's `SFTTrainer` with checkpoints that hold exactly
+# the weights that train. Killed at any point, the same command goes on from the last whole checkpoint.
+
+# %%
+def train(stage_run, base_path):
+    """Train one stage on the model at `base_path`; returns the table of what trained, per tower."""
+    folder, stage = stage_run.folder, stage_run.stage
+    tuned = make_trainable(load_base(stage.precision, base_path), stage)
+    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), data_collator=collator, train_dataset=rows["train"],
+                             processing_class=processor, callbacks=[trainer.LossLog(folder)])
+    trainer.quiet(sft)
+    model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
+    table = model.check_trainable(tuned, stage)
+    with runs.timed(folder, "train"):
+        sft.train(resume_from_checkpoint=runs.last_checkpoint(folder))
+    if runs.is_main() and stage.trains == "full":
+        merge.save_whole(tuned, processor, folder / "model")
+    elif runs.is_main():
+        tuned.save_pretrained(folder / "adapter")
+        processor.save_pretrained(folder / "adapter")
+    sft.accelerator.wait_for_everyone()
+    return table
+
+
+# %%
+base_path, trained = run.model_path, {}
+for stage_run in run.stages:
+    key = runs.key(base=runs.files_hash(base_path), train=runs.rows_hash(rows["train"]), **runs.training_values(run))
+    if runs.is_done(stage_run.folder, "train", key):
+        print(f"{stage_run.name}: trained before with the same inputs, in {stage_run.folder}")
+    else:
+        trained[stage_run.name] = train(stage_run, base_path)
+        runs.mark_done(stage_run.folder, "train", key)
+        model.free_memory()
+    if stage_run.stage.trains == "full":
+        base_path = str(stage_run.folder / "model")
+
+# %% [markdown]
+# The loss of every stage. It counts the answer's tokens alone (with `assistant`), and most of those are fixed by the
+# format: the curve drops fast to the level where only the digits are left to learn.
+
+# %%
+if run.stages:
+    plots.loss_curves({stage_run.name: trainer.read_log(stage_run.folder / "log.jsonl") for stage_run in run.stages},
+                      path=run.folder / "figures" / "loss.png")
+for name, table in trained.items():
+    display(name, pd.DataFrame(table).T)
+
+# %% [markdown]
+# ## 8 · Prediction
+#
+# The model that answers now is loaded from what was saved, the quantised base and the adapter as they were trained:
+# what a later reader of the folder gets is what is scored here. Every key of the adapter file must find its place.
+
+# %%
+def load_trained():
+    """The fine-tuned model as it was trained, from the files of the last stage."""
+    last = run.stages[-1]
+    if last.stage.trains == "full":
+        return load_base("bf16", base_path)
+    return model.load_adapter(load_base(last.stage.precision, base_path), last.folder / "adapter")
+
+
+# %%
+predictions = baseline
+if run.stages:
+    tuned = load_trained()
+    predictions = ask(tuned, run.folder / "predictions.jsonl", prompt=run.prompt, trained=key)
+    del tuned
+    model.free_memory()
+print(*(line["text"] for line in predictions[:3]), sep="\n")
+
+# %% [markdown]
+# ## 9 · Evaluation
+#
+# IoU, the overlap of predicted and true box over their union, a picture; 1 is perfect, 0 is a miss or no answer.
+# Each number stands with its 95 % bootstrap interval over the pictures. Three rows: the constant box, the model before
+# and after training.
+
+# %%
+metrics = evaluate.write_metrics(
+    run.folder, {"fine-tuned": predictions, "base": baseline, "constant box": constant}, truth
+)
+evaluate.metrics_table(metrics)
+
+# %% [markdown]
+# The same pictures before and after. Eyeballing is not evaluation, but it shows what kind of error is left.
+
+# %%
+plots.before_after(rows["val"].select(range(6)), truth, baseline, predictions,
+                   path=run.folder / "figures" / "before_after.png")
+
+# %%
+plots.iou_curves({"constant box": constant, "base": baseline, "fine-tuned": predictions}, truth,
+                 path=run.folder / "figures" / "iou.png")
+
+# %%
+before, after = metrics["scores"]["base"], metrics["scores"]["fine-tuned"]
+gain = evaluate.paired_bootstrap(after["per_picture"], before["per_picture"])["difference"]
+print(f"fine-tuned minus base on the same {gain['n']} pictures: {evaluate.with_interval(gain)} mean IoU")
+
+# %% [markdown]
+# ## 10 · Merging
+#
+# An adapter needs its base beside it. Merging adds it into the weights, and gives one plain checkpoint to serve. Two
+# statements, both measured:
+#
+# * **Algebra.** On one base, the adapter applied and the adapter merged give the same logits, up to rounding.
+# * **What matters.** The model that ships (merged, bf16) against the model as it was trained (NF4 base + adapter).
+#   These are not the same weights: the adapter learned on top of NF4's rounding. Their boxes are compared in pairs.
+
+# %%
+def merge_into(kind):
+    """The adapter merged into the `full` precision base, or into the `dequantised` NF4 weights it was trained on."""
+    dtype = torch.float32 if run.scale == "tiny" else torch.bfloat16  # 7B in fp32 would take 33 GB
+    if kind == "dequantised":
+        base = load_base("nf4", base_path).dequantize().to(dtype)
+    else:
+        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, dtype=dtype, device_map=model.device_map())
+    adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
+    merged, difference = merge.merge_adapter(adapted, batch)
+    print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")
+    merge.check_algebra(difference, dtype)
+    return merged
+
+
+# %%
+merges = bool(run.stages) and run.stages[-1].stage.trains == "lora"
+if merges and not runs.is_done(run.folder, "merge", key + run.merge_base):
+    with runs.timed(run.folder, "merge"), runs.exclusive(run.merged_folder):
+        if runs.is_main():
+            merged = merge_into(run.merge_base)
+            merge.save_whole(merged, processor, run.merged_folder)
+            merge.check_reload(merged, run.merged_folder)
+            del merged
+    runs.mark_done(run.folder, "merge", key + run.merge_base)
+shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if run.stages else run.model_path
+
+# %% [markdown]
+# The merged folder is loaded like any other model, by its path, and asked the same questions.
+
+# %%
+if merges:
+    merged_predictions = ask(load_base("bf16", run.merged_folder), run.folder / "merged.jsonl", prompt=run.prompt,
+                             trained=key, merge_base=run.merge_base)
+    shipped_score = evaluate.score(truth, merged_predictions)
+    change = evaluate.paired_bootstrap(shipped_score["per_picture"], after["per_picture"])["difference"]
+    same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, merged_predictions, strict=True))
+    print(f"merged minus as trained: {evaluate.with_interval(change)} mean IoU; same boxes in {same} of {len(truth)}")
+
+# %% [markdown]
+# ## 11 · What we learned
+
+# %%
+for name, scored in metrics["scores"].items():
+    print(f"{name}: mean IoU {evaluate.with_interval(scored['summary']['mean_iou'])}")
+print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
+pd.DataFrame(runs.report(run))

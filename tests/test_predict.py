@@ -1,0 +1,110 @@
+"""Generation: batches equal to one by one, lines that survive a kill, a confidence for each box."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from helpers import predict
+from helpers.scenes import render_scene
+from helpers.settings import TINY_BASE
+
+PROMPT = "Detect the bounding box of the barcode."
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=16 * 784, max_pixels=64 * 784)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    import io
+
+    pictures = [Image.open(io.BytesIO(render_scene(0, i, "val").jpeg)).convert("RGB") for i in range(6)]
+    empty = {"bbox": [], "category_id": [], "category_name": []}
+    return Dataset.from_list([{"image_id": str(i), "image": p, "objects": empty} for i, p in enumerate(pictures)])
+
+
+def ask(vlm, processor, rows, path, **options):
+    options = {"batch_size": 4, "key": "k", "max_new_tokens": 48, "do_sample": False} | options
+    return predict.predict(vlm, processor, rows, PROMPT, path, **options)
+
+
+def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
+    together = ask(vlm, processor, rows, tmp_path / "together.jsonl", batch_size=4)
+    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", batch_size=1)
+    assert [line["image_id"] for line in together] == rows["image_id"]
+    assert [line["text"] for line in together] == [line["text"] for line in alone]
+    for a, b in zip(together, alone, strict=True):
+        assert a["confidences"] == pytest.approx(b["confidences"], abs=1e-3)
+    assert predict.read_jsonl(tmp_path / "together.jsonl") == together
+    assert not (tmp_path / "together.parts").exists()
+
+
+def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
+    path = tmp_path / "p.jsonl"
+    real, calls = predict.generate_lines, []
+
+    def dies_in_the_second_batch(*arguments):
+        calls.append([row["image_id"] for row in arguments[2]])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(predict, "generate_lines", dies_in_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        ask(vlm, processor, rows, path, batch_size=2)
+    assert not path.exists()
+    part = next((tmp_path / "p.parts").glob("*.jsonl"))
+    part.write_text(part.read_text() + '{"image_id": "cut off')
+    lines = ask(vlm, processor, rows, path, batch_size=2)
+    asked = [image_id for call in calls[:1] + calls[2:] for image_id in call]
+    assert sorted(asked) == rows["image_id"] == [line["image_id"] for line in lines]
+
+
+def test_lines_of_other_inputs_are_not_taken_over(vlm, processor, rows, tmp_path):
+    (tmp_path / "p.parts").mkdir()
+    (tmp_path / "p.parts" / "other.0.jsonl").write_text(json.dumps({"image_id": "0", "text": "old"}) + "\n")
+    assert ask(vlm, processor, rows.select([0]), tmp_path / "p.jsonl")[0]["text"] != "old"
+
+
+def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys):
+    real = predict.generate_lines
+
+    def only_one_fits(*arguments):
+        if len(arguments[2]) > 1:
+            raise torch.cuda.OutOfMemoryError("full")
+        return real(*arguments)
+
+    monkeypatch.setattr(predict, "generate_lines", only_one_fits)
+    assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4)) == 2
+    assert "batches of 2" in capsys.readouterr().out
+
+
+def test_one_answer_as_a_line(processor):
+    text = "<|object_ref_start|>barcode<|object_ref_end|><|box_start|>(100,200),(500,600)<|box_end|>(1,2"
+    tokens = processor.tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
+    half = [math.log(0.5)] * len(tokens)
+    line = predict.line("a", tokens + [0, 0], half + [0.0, 0.0], processor.tokenizer)
+    assert line["text"] == text and line["stopped"] and line["new_tokens"] == len(tokens)
+    assert line["boxes"] == [[0.1, 0.2, 0.5, 0.6]] and line["labels"] == ["barcode"]
+    assert line["confidences"] == [0.5] and len(line["rejected"]) == 1
+    assert not predict.line("a", tokens[:-1], half[:-1], processor.tokenizer)["stopped"]
+
+
+def test_confidence_counts_the_digits_of_its_own_box_alone(processor):
+    one = "<|box_start|>(100,200),(500,600)<|box_end|>"
+    pieces = processor.tokenizer.encode(one, add_special_tokens=False)
+    sure, unsure = [0.0] * len(pieces), [math.log(0.25)] * len(pieces)
+    line = predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)
+    assert line["confidences"] == [1.0, 0.25]
