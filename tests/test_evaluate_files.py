@@ -236,5 +236,8 @@ def test_broken_lines_and_unknown_names_are_refused(tmp_path):
     (folder / "predictions.jsonl").write_text('{"image_id": "p0"')
     with pytest.raises(SystemExit, match="predictions.jsonl, line 1 is not JSON"):
         main(["score", str(folder)])
+    (folder / "metrics.json").write_text("{")
+    with pytest.raises(SystemExit, match="metrics.json is not JSON"):
+        main(["table", str(tmp_path)])
     with pytest.raises(ValueError, match="named 'tuned'; the names are fine-tuned, merged, base, constant box"):
         write_metrics(tmp_path, {"tuned": []}, [])

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -58,7 +59,7 @@ def write_metrics(
         "hash": hashlib.sha256(boxes.encode()).hexdigest()[:12],  # two runs compare when this is equal
     }
     metrics = {"truth": about_truth, "scores": scores}
-    (folder / "metrics.json").write_text(json.dumps(metrics, allow_nan=False) + "\n", encoding="utf-8")
+    _write_whole(folder / "metrics.json", json.dumps(metrics, allow_nan=False) + "\n")
     return metrics
 
 
@@ -83,7 +84,21 @@ def rescore(folder: str | Path) -> dict:
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """The whole file or none of it, even when the process is killed."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def _read_lines(path: Path) -> list[dict]:
@@ -101,7 +116,7 @@ def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
     runs = []
     for path in sorted(Path(runs_dir).glob(f"{PREFIX}*/metrics.json")):
         manifest_path = path.with_name("manifest.json")
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.exists() else {}
+        manifest = _read_json(manifest_path) if manifest_path.exists() else {}
         name = path.parent.name.removeprefix(PREFIX)
         command = manifest.get("command", "not recorded")
         runs.append(
@@ -110,7 +125,7 @@ def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
                 "recipe": manifest.get("recipe", name),
                 "scale": manifest.get("scale", "unknown"),
                 "command": command if isinstance(command, str) else " ".join(command),
-                "metrics": json.loads(path.read_text(encoding="utf-8")),
+                "metrics": _read_json(path),
             }
         )
     return runs
@@ -210,7 +225,7 @@ def load_score(name: str, runs_dir: str | Path = "runs") -> tuple[str, dict]:
     if not (folder / "metrics.json").exists():
         found = ", ".join(known["run"] for known in find_runs(runs_dir)) or "none yet"
         raise FileNotFoundError(f"no scored run {run!r} in {runs_dir}; the runs there: {found}")
-    scores = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["scores"]
+    scores = _read_json(folder / "metrics.json")["scores"]
     which = which or next(iter(scores))
     if which not in scores:
         raise ValueError(f"run {run!r} has no score {which!r}; it has {', '.join(scores)}")
