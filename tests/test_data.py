@@ -270,7 +270,8 @@ def test_embedded_scenes_are_rendered_once_until_the_renderer_changes(tmp_path: 
 def test_the_source_hash_follows_every_file(tmp_path: Path):
     (tmp_path / "__init__.py").write_text("a = 1\n")
     before = source_hash(tmp_path)
-    (tmp_path / "__init__.pyc").write_bytes(b"compiled")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "__init__.pyc").write_bytes(b"compiled")
     assert before == source_hash(tmp_path)
     (tmp_path / "font.ttf").write_bytes(b"a font")
     assert before != source_hash(tmp_path)

@@ -16,6 +16,8 @@ from helpers.data.schema import DataError, meta_of, objects_of, safe_path, split
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
+Rows = dict[str, list[dict[str, Any]]]  # split, or "" where none is named -> rows of the schema
+NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the audit names it
 _SPLITS = ("train", "selection", "val", "test")
 
 

@@ -25,6 +25,8 @@ def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: 
     """
     if not 0 < min_pixels <= max_pixels:
         raise ValueError(f"min_pixels {min_pixels}, max_pixels {max_pixels}; expected 0 < min_pixels <= max_pixels")
+    import transformers.models.qwen2_vl.image_processing_qwen2_vl  # noqa: F401  slow: once, not in each worker
+
     budget = {"min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
     prepared = {}
     for name, split in ds.items():
@@ -58,7 +60,7 @@ def _shrink_batch(rows: dict[str, list], **budget: int) -> dict[str, list]:
 
 def _shrink(image: dict[str, Any], min_pixels: int, max_pixels: int, factor: int) -> dict[str, Any]:
     """The undecoded picture ({"bytes", "path"}) within the budget; the same bytes where it is already."""
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize  # slow to import
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     with open_picture(image) as picture:
         width, height = picture.size

@@ -67,7 +67,7 @@ def source_hash(*places: Path) -> str:
     digest = hashlib.sha256(PIL.__version__.encode())
     for place in places:
         for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-            if file.is_file() and file.suffix != ".pyc":
+            if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 

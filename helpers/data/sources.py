@@ -1,4 +1,4 @@
-"""The Hub, a local file or folder -> {split: rows of the schema}; the annotation formats are read in formats.py."""
+"""The Hub, a local file or folder -> {split: rows of the schema}."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
-from helpers.data import formats
+from helpers.data import json_formats, text_formats
 from helpers.data.pictures import split_of
 from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_path
 
@@ -129,9 +129,10 @@ def detect_format(path: Path) -> str:
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         found = ["save_to_disk"]
     else:
-        marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml", "COCO": "*.json"}
+        marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml"}
         found = [name for name, mark in marks.items() if any(path.rglob(mark))]
-        found += ["YOLO"] if formats.yolo_files(path) else []
+        found += ["YOLO"] if text_formats.yolo_files(path) else []
+        found += ["COCO"] if json_formats.coco_files(path, sure=bool(found)) else []
     if len(found) != 1:
         known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
         raise DataError(f"{path} holds {' and '.join(found) or 'no known format'}; expected one of: {known}")
@@ -174,11 +175,13 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
     if kind == "save_to_disk":
         return _load_saved(root, cache_dir)
     if kind == "COCO":
-        found = formats.read_coco(root, None if path.is_dir() else path)
+        found = json_formats.read_coco(root, None if path.is_dir() else path)
     else:
-        found = {"metadata.jsonl": formats.read_metadata, "YOLO": formats.read_yolo, "Pascal VOC": formats.read_voc}[
-            kind
-        ](root)
+        found = {
+            "metadata.jsonl": json_formats.read_metadata,
+            "YOLO": text_formats.read_yolo,
+            "Pascal VOC": text_formats.read_voc,
+        }[kind](root)
     return {name: _cached(rows, cache_dir) for name, rows in found.items() if rows}
 
 

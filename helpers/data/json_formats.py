@@ -1,8 +1,8 @@
-"""Local annotation formats -> rows of the schema: metadata.jsonl, COCO JSON, YOLO txt, Pascal VOC XML.
+"""Annotations in JSON -> rows of the schema: metadata.jsonl of an imagefolder, COCO.
 
-Each reader takes a folder and gives {split, or "" where none is named: [row]}. Boxes are converted as they stand:
-swapped, empty or outside, they stay so for the audit to name. A broken annotation file stops the load at once with a
-`DataError`; a broken picture never does.
+Each reader, here and in text_formats.py, takes a folder and gives {split, or "" where none is named: [row]}. Boxes are
+converted as they stand: swapped, empty or outside, they stay so for the audit to name. A broken annotation file stops
+the load at once with a `DataError`; a broken picture never does.
 """
 
 from __future__ import annotations
@@ -10,16 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-
-import yaml
 
 from helpers.boxes import CATEGORIES
-from helpers.data.pictures import Pictures, row, split_of
-from helpers.data.schema import DataError, objects_of, safe_path, split_name
+from helpers.data.pictures import NAN_BOX, Pictures, Rows, row, split_of
+from helpers.data.schema import DataError, objects_of
 
-Rows = dict[str, list[dict[str, Any]]]
-NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the audit names it
 _NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id")
 
 
@@ -109,10 +104,17 @@ def read_metadata(root: Path) -> Rows:
 # --- COCO -------------------------------------------------------------------------------------------------------------
 
 
+def coco_files(root: Path, sure: bool) -> list[Path]:
+    """The JSON files of `root`; where `sure` only those with the lists of COCO, for other formats have JSON too."""
+    keys = ('"images"', '"annotations"') if sure else ()
+    files = sorted(root.rglob("*.json"))
+    return [file for file in files if all(key in file.read_text(encoding="utf-8") for key in keys)]
+
+
 def read_coco(root: Path, file: Path | None = None) -> Rows:
     """COCO JSON (`images`, `annotations`, `categories`): one file, or one a split; pictures anywhere below `root`."""
     pictures, splits, others = Pictures(root), {}, []
-    for path in [file] if file else sorted(root.rglob("*.json")):
+    for path in [file] if file else coco_files(root, sure=False):
         found = _parse_json(path.read_text(encoding="utf-8"), str(path))
         missing = [key for key in ("images", "annotations", "categories") if not isinstance(found.get(key), list)]
         if missing:
@@ -146,104 +148,3 @@ def _coco_rows(pictures: Pictures, file: Path, found: dict[str, Any]) -> list[di
         )
         rows.append(new)
     return rows
-
-
-# --- YOLO -------------------------------------------------------------------------------------------------------------
-
-
-def yolo_files(root: Path) -> list[Path]:
-    """The files that name YOLO's classes: a YAML file with `names`, or classes.txt."""
-    yamls = [path for path in sorted(root.glob("*.y*ml")) if "names" in (_parse_yaml(path) or {})]
-    return yamls or sorted(root.rglob("classes.txt"))
-
-
-def _parse_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
-
-
-def read_yolo(root: Path) -> Rows:
-    """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or classes.txt.
-
-    A picture without a label file has no box. Class names index the lines; the split is that of data.yaml's `train`,
-    `val`, `test` folders, else of the folder's own name.
-    """
-    file = yolo_files(root)[0]
-    config = _parse_yaml(file) if file.suffix != ".txt" else {"names": file.read_text(encoding="utf-8").split("\n")}
-    names = config["names"]
-    names = dict(enumerate(names)) if isinstance(names, list) else names
-    folders = {}
-    for name in ("train", "val", "valid", "test"):
-        for entry in [config[name]] if isinstance(config.get(name), str) else config.get(name) or []:
-            parts = [part for part in Path(entry).parts if part not in (".", "..", "/")]
-            folders[Path(*parts)] = split_name(name)
-    splits: Rows = {}
-    for path in Pictures(root).files:
-        within = path.relative_to(root)
-        split = next(
-            (name for folder, name in folders.items() if within.is_relative_to(folder)), split_of(path.parent, root)
-        )
-        new = row(safe_path(root, str(within), str(file)))
-        new["objects"] = objects_of(*_yolo_objects(_label_file(path, root), names))
-        splits.setdefault(split, []).append(new)
-    return splits
-
-
-def _label_file(picture: Path, root: Path) -> Path:
-    """labels/…/x.txt for images/…/x.jpg, else x.txt beside the picture."""
-    parts = ["labels" if part == "images" else part for part in picture.relative_to(root).parts]
-    label = root.joinpath(*parts).with_suffix(".txt")
-    return label if label.exists() else picture.with_suffix(".txt")
-
-
-def _yolo_objects(file: Path, names: dict[int, str]) -> tuple[list[list[float]], list[str]]:
-    boxes, found = [], []
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
-        words = line.split()
-        try:
-            kind, (cx, cy, w, h) = int(words[0]), map(float, words[1:])
-        except (ValueError, IndexError):
-            raise DataError(f"{file} line {number}: {line[:60]!r}; expected: class cx cy width height") from None
-        boxes.append([cy - h / 2, cx - w / 2, cy + h / 2, cx + w / 2])
-        found.append(str(names.get(kind, f"class {kind}")).strip())
-    return boxes, found
-
-
-# --- Pascal VOC -------------------------------------------------------------------------------------------------------
-
-
-def read_voc(root: Path) -> Rows:
-    """Pascal VOC: an XML a picture; splits by folder or by ImageSets/Main/{train,val}.txt. Corners in pixels."""
-    listed = {}
-    for file in sorted(root.rglob("ImageSets/Main/*.txt")):
-        if split_name(file.stem) not in ("train", "val", "test"):
-            continue  # trainval.txt and lists by class
-        listed |= {line.split()[0]: split_name(file.stem) for line in file.read_text().splitlines() if line.strip()}
-    pictures, splits = Pictures(root), {}
-    for file in sorted(root.rglob("*.xml")):
-        try:
-            found = ElementTree.parse(file).getroot()
-        except ElementTree.ParseError as error:
-            raise DataError(f"{file}: not valid XML ({error}); expected a Pascal VOC annotation") from None
-        name = found.findtext("filename")
-        if found.tag != "annotation" or not name:
-            raise DataError(f"{file}: found <{found.tag}> without a filename; expected <annotation><filename>")
-        split = listed.get(file.stem, split_of(file, root))
-        size = found.findtext("size/width"), found.findtext("size/height")
-        new = row(pictures.find(name, file.parent, split, str(file)), None, None, size)
-        new["objects"] = objects_of(
-            [_voc_box(thing, new["width"], new["height"]) for thing in found.iter("object")],
-            [thing.findtext("name") or "" for thing in found.iter("object")],
-        )
-        splits.setdefault(split, []).append(new)
-    return splits
-
-
-def _voc_box(thing: ElementTree.Element, width: int, height: int) -> list[float]:
-    try:
-        x0, y0, x1, y1 = (float(thing.findtext(f"bndbox/{key}") or "nan") for key in ("xmin", "ymin", "xmax", "ymax"))
-        return [y0 / height, x0 / width, y1 / height, x1 / width]
-    except (ValueError, ZeroDivisionError):
-        return NAN_BOX
