@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import random
 import subprocess
 import sys
 
@@ -105,7 +106,8 @@ def test_boxes_are_the_hull_of_the_rendered_mask(monkeypatch, split):
     assert found > 40
 
 
-@pytest.mark.parametrize("radius, wrinkle", [(None, (0, 0, 0, 0)), (180.0, (0, 0, 0, 0)), (None, (6.0, 0.02, 0.015, 1.0))])
+@pytest.mark.parametrize("radius, wrinkle", [
+    (None, (0, 0, 0, 0)), (180.0, (0, 0, 0, 0)), (None, (6.0, 0.02, 0.015, 1.0))])
 def test_forward_and_inverse_agree(radius, wrinkle):
     warp = Warp((300, 400), (140, 210), radius, (0.0 if radius else 0.2, 0.1, 0.05), 600.0, wrinkle)
     uv = np.random.default_rng(0).uniform(-120, 120, (200, 2))
@@ -153,7 +155,6 @@ def test_every_language_is_complete():
 
 
 def test_target_boxes_of_energy_fields_are_small():
-    import random
     rng = random.Random(0)
     widths = [box[2] - box[0] for box in (target_box(rng, "nutrition-table-small-energy", 0.75) for _ in range(50))]
     assert max(widths) < 0.31

@@ -55,9 +55,9 @@ def planted_faults(seed: int, split: str) -> dict[str, list]:
 def _check(seed: int, index: int, split: str) -> None:
     whole = isinstance(seed, int) and isinstance(index, int) and not isinstance(seed, bool)
     if not whole or seed < 0:
-        raise ValueError(f"scenes: seed and index must be whole numbers of at least 0, got seed={seed!r}, index={index!r}.")
+        raise ValueError(f"scenes: seed and index must be whole numbers from 0, got seed={seed!r}, index={index!r}.")
     if not isinstance(split, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", split):
-        raise ValueError(f"scenes: split {split!r} is not a name; use one of {', '.join(SPLITS)} or lower-case letters.")
+        raise ValueError(f"scenes: split {split!r} is no name; use {', '.join(SPLITS)} or another in lower case.")
     count = SPLITS.get(split, _MOST)
     if not 0 <= index < count:
         raise ValueError(f"scenes: index {index} is outside of split {split!r}; it holds 0 to {count - 1}.")

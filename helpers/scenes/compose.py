@@ -60,7 +60,7 @@ def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, k
     seen = (*(seen.min(0) - 12), *(seen.max(0) + 12))
     flat = unwarped(warp, face)
     if warp.radius:
-        flat = (max(flat[0], -1.25 * warp.radius), flat[1], min(flat[2], 1.25 * warp.radius), flat[3])
+        flat = (max(flat[0], -warp.rim()), flat[1], min(flat[2], warp.rim()), flat[3])
     panel = unwarped(warp, target) if target else None
     if panel:
         panel = tuple(min(max(v, 1.5 * seen[i % 2]), 1.5 * seen[2 + i % 2]) for i, v in enumerate(panel))
@@ -81,7 +81,8 @@ def side_of(rng: random.Random, label: Label, warp: Warp) -> tuple[list, tuple]:
     x0, y0, x1, y1 = label.face
     x = rng.choice([x0, x1])
     (ax, ay), (bx, by) = warp.forward(np.array([[x, y0], [x, y1]])).tolist()
-    deep, lift = rng.uniform(0.04, 0.25) * warp.size[0] * (1 if x == x1 else -1), rng.uniform(-0.03, 0.03) * warp.size[1]
+    deep = rng.uniform(0.04, 0.25) * warp.size[0] * (1 if x == x1 else -1)
+    lift = rng.uniform(-0.03, 0.03) * warp.size[1]
     points = [(ax, ay), (ax + deep, ay + lift + 5), (bx + deep, by + lift - 5), (bx, by)]
     return points, photo.shade(label.product.paper, rng.uniform(0.45, 0.75))
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from PIL import Image, ImageChops, ImageDraw
 
 from helpers.scenes.layout import Rect, cells
-from helpers.scenes.panels import Style, draw_panel
+from helpers.scenes.panels import draw_panel
 from helpers.scenes.photo import gradient, shade
-from helpers.scenes.text import WORDS, Color, luma
+from helpers.scenes.text import WORDS, Color, Style, luma
 from helpers.scenes.things import DRAW, SHAPES
 
+#: colours of lids, rims and glass
+STUFFS = [(190, 192, 196), (60, 62, 66), (222, 180, 90), (120, 40, 30), (230, 232, 235), (70, 90, 60)]
+#: how often a thing is drawn, before it has been drawn once
 WEIGHTS = {"barcode": 6, "qr code": 2, "logo": 5, "product name": 5, "ingredient list": 6, "directions": 4,
            "cooking table": 3, "price table": 3, "dosage table": 3, "best-before stamp": 5, "recycling mark": 4,
            "flag": 3, "seal": 3, "food picture": 4}
@@ -90,7 +93,7 @@ class Label:
         ends = rng.uniform(0.5, 1) if (kind == "can" and rng.random() < 0.6) or rng.random() < 0.1 else 0
         top = ends * min(0.2 * (y1 - y0), (panel[1] if panel else y1) - y0)
         foot = ends * min(0.15 * (y1 - y0), y1 - (panel[3] if panel else y0))
-        stuff = rng.choice([(190, 192, 196), (60, 62, 66), (222, 180, 90), (120, 40, 30), (230, 232, 235), (70, 90, 60)])
+        stuff = rng.choice(STUFFS)
         for a, b in ((y0, y0 + top), (y1 - foot, y1)):
             a, b = a - self.origin[1], b - self.origin[1]
             if b - a > 3:
@@ -188,8 +191,9 @@ class Label:
             return False
         x = cell[0] + rng.uniform(0.2, 0.8) * (cell[2] - cell[0] - w)
         y = cell[1] + rng.uniform(0.2, 0.8) * (cell[3] - cell[1] - h)
-        hull = self.paint((x, y, x + w, y + h), lambda image: DRAW[name](rng, image, self.product.style,
-                                                                          self.product.words, self.digits), None, quarter, self.product.style)
+        style, words = self.product.style, self.product.words
+        hull = self.paint((x, y, x + w, y + h), lambda image: DRAW[name](rng, image, style, words, self.digits), None,
+                          quarter, style)
         if hull:
             self.things.append((name, hull))
         return hull is not None

@@ -74,8 +74,8 @@ def camera(rng: random.Random, size: tuple[int, int], face: Rect, target: Rect) 
         angles = (0.0, rng.gauss(0, 0.12), rng.gauss(0, 0.06))
     elif kind == "bag" or rng.random() < 0.1:
         wave = rng.uniform(2, 6) / long
-        wrinkle = (rng.uniform(0.05, 0.22) / max(2 * wave, 8 / long), wave * rng.uniform(-2, 2), wave * rng.uniform(-2, 2),
-                   rng.uniform(0, 6.28))
+        wrinkle = (rng.uniform(0.05, 0.22) / max(2 * wave, 8 / long), wave * rng.uniform(-2, 2),
+                   wave * rng.uniform(-2, 2), rng.uniform(0, 6.28))
     return Warp(size, middle, radius, angles, rng.uniform(1.3, 3.0) * long, wrinkle), kind
 
 

@@ -4,33 +4,8 @@ import random
 
 from PIL import Image, ImageDraw
 
-from helpers.scenes.text import Color, fit, paragraph, put
-
-US_ROWS = ["Total Fat", "  Saturated Fat", "  Trans Fat", "Cholesterol", "Sodium", "Total Carbohydrate",
-           "  Dietary Fiber", "  Total Sugars", "Protein", "Vitamin D", "Calcium", "Iron", "Potassium", "Vitamin A",
-           "Vitamin C", "Thiamin", "Niacin"]
-NOTE = ("*The % Daily Value tells you how much a nutrient in a serving of food contributes to a daily diet. "
-        "2,000 calories a day is used for general nutrition advice.")
-
-
-class Style:
-    """How the tables of one product look: family, colours, lines. Drawn once a product, so its tables are alike."""
-
-    def __init__(self, rng: random.Random, paper: Color, ink: Color, accent: Color):
-        self.family = rng.choice(["liberation"] * 4 + ["roboto-condensed"] * 4 + ["dejavu"] * 2 + ["dejavu-serif"])
-        self.paper, self.ink, self.accent = paper, ink, accent
-        self.frame = rng.choice([0, 0, 1, 1, 1, 2, 3])
-        self.rules = rng.choice(["rows", "rows", "rows", "grid", "none", "head", "dots"])
-        self.zebra = rng.random() < 0.22
-        self.head_fill = rng.random() < 0.3
-        self.bold_title = rng.random() < 0.8
-        self.upper = rng.random() < 0.15
-        self.comma = rng.random() < 0.6
-        self.tint = tuple(int(0.86 * p + 0.14 * i) for p, i in zip(paper, ink))
-
-    def number(self, rng: random.Random, high: float, digits: int = 1) -> str:
-        text = f"{rng.random() * high:.{digits}f}"
-        return text.replace(".", ",") if self.comma else text
+from helpers.scenes.american import US_TITLES, us_panel, us_wide
+from helpers.scenes.text import Style, fit, paragraph, put
 
 
 def nutrition_rows(rng: random.Random, style: Style, words: dict, count: int, columns: int) -> list[list[str]]:
@@ -54,6 +29,18 @@ def nutrition_rows(rng: random.Random, style: Style, words: dict, count: int, co
     return rows
 
 
+def _headline(image: Image.Image, style: Style, title: str, step: float, pad: float) -> float:
+    """The title line of a table; returns where the next line begins, in pixels from the top."""
+    y = 0.15 * step
+    title = title.upper() if style.upper else title
+    size = fit(title, style.family, style.bold_title, image.size[0] - 3 * pad, 1.05 * step)
+    if style.head_fill:
+        ImageDraw.Draw(image).rectangle((0, 0, image.size[0], y + 1.3 * step), fill=style.accent)
+    put(image, pad + 1, y + 1.0 * step, title, (style.family, style.bold_title, size),
+        style.paper if style.head_fill else style.ink)
+    return y + 1.3 * step
+
+
 def table(image: Image.Image, style: Style, title: str, head: list[str], rows: list[list[str]], note: str = "") -> None:
     """A table in the style: title line, head line, rows; the font size follows from the room there is."""
     draw, (w, h) = ImageDraw.Draw(image), image.size
@@ -70,15 +57,7 @@ def table(image: Image.Image, style: Style, title: str, head: list[str], rows: l
         size_of_values = min(size, fit(widest, style.family, False, 0.96 * rest, size))
     if style.frame:
         draw.rectangle((0, 0, w - 1, h - 1), fill=None, outline=style.ink, width=style.frame)
-    y = 0.15 * step
-    if title:
-        title = title.upper() if style.upper else title
-        big = fit(title, style.family, style.bold_title, w - 3 * pad, 1.05 * step)
-        if style.head_fill:
-            draw.rectangle((0, 0, w, y + 1.3 * step), fill=style.accent)
-        put(image, pad + 1, y + 1.0 * step, title, (style.family, style.bold_title, big),
-            style.paper if style.head_fill else style.ink)
-        y += 1.3 * step
+    y = _headline(image, style, title, step, pad) if title else 0.15 * step
     for i, row in enumerate(([["", *head]] if head else []) + rows):
         if style.zebra and i % 2:
             draw.rectangle((style.frame, y, w - 1 - style.frame, y + step), fill=style.tint)
@@ -126,66 +105,6 @@ def linear_panel(rng: random.Random, image: Image.Image, style: Style, words: di
     table(image, style, rng.choice(words["title"]) if rng.random() < 0.7 else "", short, rows)
 
 
-def us_panel(rng: random.Random, image: Image.Image, style: Style, title: str) -> None:
-    """The American label: a large title, thick bars, calories large, rows with % daily value."""
-    draw, (w, h) = ImageDraw.Draw(image), image.size
-    count = max(5, min(len(US_ROWS), round(h / w * 8), int(h / 9)))
-    step = h / (count + 5.6)
-    size = fit("Total Carbohydrate 28g  100%", style.family, True, w * 0.94, 0.86 * step)
-    pad, ink = max(2, round(0.025 * w)), style.ink
-    draw.rectangle((0, 0, w - 1, h - 1), outline=ink, width=max(1, round(w / 120)))
-    big = fit(title, style.family, True, w - 2 * pad - 2, 1.9 * step)
-    y = 1.45 * step
-    put(image, pad, y, title, (style.family, True, big), ink)
-    put(image, pad, y + 0.95 * step, f"Serving size {rng.randint(1, 4)} cup ({rng.randint(20, 250)}g)",
-        (style.family, False, size), ink)
-    y += 1.2 * step
-    draw.rectangle((pad, y, w - pad, y + 0.35 * step), fill=ink)
-    large = rng.choice([1.0, 1.3, 1.3])  # the label of before 2016 prints the calories no larger than the rest
-    put(image, pad, y + 1.35 * step, "Calories", (style.family, True, int(size * large)), ink)
-    put(image, w - pad, y + 1.4 * step, str(rng.randint(5, 70) * 10), (style.family, True, int(size * large**2)), ink, "r")
-    y += 1.55 * step
-    draw.rectangle((pad, y, w - pad, y + 0.18 * step), fill=ink)
-    for i, name in enumerate(US_ROWS[:count]):
-        indent, y = (size if name.startswith(" ") else 0), y + step
-        if large == 1.0 and i > 8:
-            pair = f"{name} {rng.randint(0, 40)}%  •  {rng.choice(US_ROWS[9:])} {rng.randint(0, 40)}%"
-            put(image, w / 2, y, pair, (style.family, False, fit(pair, style.family, False, 0.9 * w, size)), ink, "c")
-            continue
-        shift = put(image, pad + indent, y, name.strip(), (style.family, not indent and i < 9, size), ink)
-        put(image, pad + indent + shift + size * 0.3, y, f"{rng.randint(0, 40)}{rng.choice(['g', 'mg'])}",
-            (style.family, False, size), ink)
-        put(image, w - pad, y, f"{rng.randint(0, 60)}%", (style.family, i < 9, size), ink, "r")
-        thick = i == 8 and count > 9
-        draw.line((pad + indent, y + 0.2 * step, w - pad, y + 0.2 * step), fill=ink, width=3 if thick else 1)
-    paragraph(image, (pad, y + 0.3 * step, w - pad, h - 2), [(word, False) for word in NOTE.split()], style.family,
-              ink, 0.7 * size)
-
-
-def us_wide(rng: random.Random, image: Image.Image, style: Style, title: str) -> None:
-    """The tabular American label for low, wide places: title block, then the rows in two columns."""
-    draw, (w, h) = ImageDraw.Draw(image), image.size
-    draw.rectangle((0, 0, w - 1, h - 1), outline=style.ink, width=1)
-    left = w * rng.uniform(0.22, 0.3)
-    first, _, second = title.partition(" ")
-    big = min(fit(first, style.family, True, left * 0.9, h * 0.24), fit(second, style.family, True, left * 0.9, h * 0.24))
-    for i, line in enumerate((first, second, "4 servings", f"Calories {rng.randint(5, 60) * 10}")):
-        face = (style.family, i != 2, big if i < 2 else max(4, int(big * 0.62)))
-        put(image, 0.05 * left, h * (0.22 + 0.23 * i), line, face, style.ink)
-    rows = max(3, min(6, int(h / 9)))
-    step, column = h / (rows + 0.8), (w - left) / 2
-    size = fit("Total Carbohydrate 28g 00%", style.family, False, column * 0.93, 0.8 * step)
-    for c in range(2):
-        x = left + c * column
-        draw.line((x, 2, x, h - 2), fill=style.ink, width=2 - c)
-        for r in range(rows):
-            y = (r + 1) * step
-            name = US_ROWS[(c * rows + r) % len(US_ROWS)].strip()
-            put(image, x + 4, y, f"{name} {rng.randint(0, 40)}g", (style.family, r % 3 == 0, size), style.ink)
-            put(image, x + column - 4, y, f"{rng.randint(0, 60)}%", (style.family, False, size), style.ink, "r")
-            draw.line((x + 3, y + 0.2 * step, x + column - 3, y + 0.2 * step), fill=style.ink, width=1)
-
-
 def text_panel(rng: random.Random, image: Image.Image, style: Style, words: dict) -> None:
     """The nutrition facts as one running paragraph."""
     facts = [(word, True) for word in f"{rng.choice(words['title'])} {words['per'][0]}:".split()]
@@ -199,8 +118,8 @@ def lozenge(rng: random.Random, image: Image.Image, style: Style, name: str, val
     draw, (w, h) = ImageDraw.Draw(image), image.size
     fill = rng.choice([style.paper, style.accent, style.tint, (255, 255, 255)])
     ink = (20, 20, 25) if sum(fill) > 330 else (250, 250, 250)
-    draw.rounded_rectangle((0, 0, w - 1, h - 1), radius=min(w, h) * rng.uniform(0.15, 0.5), fill=fill, outline=style.ink,
-                           width=max(1, round(min(w, h) / 40)))
+    radius, edge = min(w, h) * rng.uniform(0.15, 0.5), max(1, round(min(w, h) / 40))
+    draw.rounded_rectangle((0, 0, w - 1, h - 1), radius=radius, fill=fill, outline=style.ink, width=edge)
     lines = [name, *value.split(" / "), f"{rng.randint(1, 40)}%"]
     lines = lines if h > 0.9 * w else [name, value] if h > 0.3 * w else [f"{name} {value}"]
     for i, line in enumerate(lines):
@@ -220,7 +139,8 @@ def lozenges(rng: random.Random, image: Image.Image, style: Style, words: dict) 
         image.paste(field, (round(k * w / count), 0) if across else (0, round(k * h / count)))
 
 
-def draw_panel(rng: random.Random, image: Image.Image, style: Style, words: dict, category: str, american: bool) -> None:
+def draw_panel(rng: random.Random, image: Image.Image, style: Style, words: dict, category: str,
+               american: bool) -> None:
     """A nutrition panel of `category` (a name of `boxes.CATEGORIES`) over the whole of `image`."""
     ratio = image.size[0] / image.size[1]
     energy = f"{rng.randint(100, 2400)} kJ / {rng.randint(20, 650)} kcal"
@@ -235,7 +155,7 @@ def draw_panel(rng: random.Random, image: Image.Image, style: Style, words: dict
             rows = nutrition_rows(rng, style, words, rng.randint(2, 4), 1 + (ratio > 1.5))
             table(image, style, rng.choice(words["title"]), [], rows)
     elif american and ratio < 1.5:
-        us_panel(rng, image, style, rng.choice(["Nutrition Facts"] * 5 + ["Valeur nutritive", "Nutrition Facts / Datos", "Información Nutricional"]))
+        us_panel(rng, image, style, rng.choice(US_TITLES))
     elif american:
         us_wide(rng, image, style, rng.choice(["Nutrition Facts"] * 3 + ["Valeur nutritive"]))
     elif ratio > 3 and image.size[1] < 110:
@@ -250,9 +170,12 @@ def lookalike(rng: random.Random, image: Image.Image, style: Style, words: dict,
     title, *names = words[kind]
     rng.shuffle(names)
     count, columns = max(2, min(len(names), int(h / 9) - 1, round(1.6 * h / w * 7))), rng.choice([1, 2, 2, 3])
-    cell = {"cooking": lambda: rng.choice([f"{rng.randint(2, 45)} min", f"{rng.randint(14, 24)}0 °C"]),
-            "price": lambda: rng.choice(["{} €", "€ {}", "${}", "{}"]).format(style.number(rng, 30, 2)),
-            "dosage": lambda: rng.choice([f"{rng.randint(1, 12)} × {rng.randint(2, 25)}0 ml", f"{rng.randint(20, 400)} g"])}
+    cell = {
+        "cooking": lambda: rng.choice([f"{rng.randint(2, 45)} min", f"{rng.randint(14, 24)}0 °C"]),
+        "price": lambda: rng.choice(["{} €", "€ {}", "${}", "{}"]).format(style.number(rng, 30, 2)),
+        "dosage": lambda: rng.choice([f"{rng.randint(1, 12)} × {rng.randint(2, 25)}0 ml",
+                                      f"{rng.randint(20, 400)} g"]),
+    }
     rows = [[name, *[cell[kind]() for _ in range(columns)]] for name in names[:count]]
     heads = {"cooking": ["°C", "min", "W"], "price": ["x1", "x2", "x6"], "dosage": ["ml", "5 kg", "10 kg"]}[kind]
     table(image, style, title, heads[:columns] if rng.random() < 0.5 else [], rows)

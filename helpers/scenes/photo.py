@@ -5,7 +5,7 @@ import random
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from helpers.scenes.text import Color
 
@@ -124,7 +124,8 @@ def background(rng: random.Random, size: tuple[int, int]) -> Image.Image:
         skin = rng.choice(SKINS)
         x, y, wide = rng.choice([0, w]), rng.randint(h // 3, h), rng.randint(w // 5, w // 2)
         for k in range(4):
-            draw.line((x, y, w / 2, h * rng.uniform(0.4, 0.6)), fill=shade(skin, 0.75 + 0.08 * k), width=wide - k * wide // 6)
+            end = (w / 2, h * rng.uniform(0.4, 0.6))
+            draw.line((x, y, *end), fill=shade(skin, 0.75 + 0.08 * k), width=wide - k * wide // 6)
         draw.ellipse((w * 0.2, h * 0.3, w * 0.8, h * 0.72), fill=shade(skin, 0.9))
     image = small.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2))).resize(size, _BILINEAR)
     return add_noise(rng, image, [4, 6, 9]) if rng.random() < 0.5 else image
@@ -160,7 +161,7 @@ def hand(rng: random.Random, image: Image.Image, face: tuple[float, float, float
         nail = (size[0] - 0.7 * size[1], 0.2 * size[1], size[0] - 0.12 * size[1], 0.8 * size[1])
         ImageDraw.Draw(finger).ellipse(nail, fill=shade(skin, 1.12))
         if side == 2:
-            finger, mask = finger.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            finger, mask = ImageOps.mirror(finger), ImageOps.mirror(mask)
         finger, mask = (part.rotate(slope, _BILINEAR, expand=True) for part in (finger, mask))
         reach = face[side] + rng.uniform(0.04, 0.15) * w * (1 if side == 0 else -1)
         x = int(reach - finger.size[0] if side == 0 else reach)
@@ -187,7 +188,8 @@ def _gain(rng: random.Random, size: tuple[int, int], can: tuple[float, float] | 
         edge = np.cos(angle + 1) * x + np.sin(angle + 1) * y - rng.uniform(-0.5, 0.5)
         gain = gain * (1 - rng.uniform(0.2, 0.5) / (1 + np.exp(-edge * rng.uniform(4, 30))))
     cast = np.array([rng.uniform(0.86, 1.0), rng.uniform(0.9, 1.0), rng.uniform(0.76, 1.0)])
-    return gain[:, :, None] * (cast if rng.random() < 0.7 else np.ones(3)) * rng.choice([rng.uniform(0.6, 1), 0.95, 1.05])
+    cast = cast if rng.random() < 0.7 else np.ones(3)
+    return gain[:, :, None] * cast * rng.choice([rng.uniform(0.6, 1), 0.95, 1.05])
 
 
 def light(rng: random.Random, image: Image.Image, can: tuple[float, float] | None, crumpled: bool) -> Image.Image:
@@ -198,7 +200,8 @@ def light(rng: random.Random, image: Image.Image, can: tuple[float, float] | Non
         x, y = np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 48))
         glare = np.zeros((48, 48))
         for _ in range(rng.randint(1, 3)):
-            gx, gy, turn = rng.uniform(-1, 1), rng.uniform(-1, 1), rng.gauss(1.57, 0.12) if can else rng.uniform(0, 3.14)
+            gx, gy = rng.uniform(-1, 1), rng.uniform(-1, 1)
+            turn = rng.gauss(1.57, 0.12) if can else rng.uniform(0, 3.14)
             along = (x - gx) * np.cos(turn) + (y - gy) * np.sin(turn)
             across = -(x - gx) * np.sin(turn) + (y - gy) * np.cos(turn)
             spot = np.exp(-((along / rng.uniform(0.15, 0.9)) ** 2 + (across / rng.uniform(0.05, 0.2)) ** 2))
@@ -215,7 +218,8 @@ def develop(rng: random.Random, image: Image.Image) -> Image.Image:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.7, 1.5)))
     elif kind < 0.35:
         less = rng.uniform(0.5, 0.8)
-        image = image.resize((int(image.size[0] * less), int(image.size[1] * less)), _BILINEAR).resize(image.size, _BILINEAR)
+        few = int(image.size[0] * less), int(image.size[1] * less)
+        image = image.resize(few, _BILINEAR).resize(image.size, _BILINEAR)
     elif kind < 0.43:
         image = Image.blend(image, ImageChops.offset(image, *rng.choice([(2, 0), (0, 2), (2, 2), (3, 0)])), 0.5)
     if rng.random() < 0.7:

@@ -4,6 +4,7 @@ Text is laid out with Pillow's own basic layout engine, so that no library of th
 """
 
 import json
+import random
 from functools import lru_cache
 from pathlib import Path
 
@@ -85,3 +86,23 @@ def paragraph(image: Image.Image, rect: tuple[float, float, float, float], words
             put(image, x, baseline, word, (family, bold, size), fill)
         x += length + gap
     return size
+
+
+class Style:
+    """How the tables of one product look: family, colours, lines. Drawn once a product, so its tables are alike."""
+
+    def __init__(self, rng: random.Random, paper: Color, ink: Color, accent: Color):
+        self.family = rng.choice(["liberation"] * 4 + ["roboto-condensed"] * 4 + ["dejavu"] * 2 + ["dejavu-serif"])
+        self.paper, self.ink, self.accent = paper, ink, accent
+        self.frame = rng.choice([0, 0, 1, 1, 1, 2, 3])
+        self.rules = rng.choice(["rows", "rows", "rows", "grid", "none", "head", "none"])
+        self.zebra = rng.random() < 0.22
+        self.head_fill = rng.random() < 0.3
+        self.bold_title = rng.random() < 0.8
+        self.upper = rng.random() < 0.15
+        self.comma = rng.random() < 0.6
+        self.tint = tuple(int(0.86 * p + 0.14 * i) for p, i in zip(paper, ink, strict=True))
+
+    def number(self, rng: random.Random, high: float, digits: int = 1) -> str:
+        text = f"{rng.random() * high:.{digits}f}"
+        return text.replace(".", ",") if self.comma else text

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from helpers.scenes.panels import Style, lookalike
-from helpers.scenes.text import FAMILIES, fit, luma, paragraph, put
+from helpers.scenes.panels import lookalike
+from helpers.scenes.text import FAMILIES, Style, fit, luma, paragraph, put
 
 #: name -> (least, most) width over height that the thing is drawn at
 SHAPES = {
@@ -28,7 +28,7 @@ def barcode(rng: random.Random, image: Image.Image, style: Style, words: dict, d
     """EAN-13 as in ISO/IEC 15420, with its quiet zone and its digits below."""
     draw, (w, h) = ImageDraw.Draw(image), image.size
     left = "".join(_L[int(d)] if p == "L" else _flip(_L[int(d)])[::-1]
-                   for d, p in zip(digits[1:7], _PARITY[int(digits[0])]))
+                   for d, p in zip(digits[1:7], _PARITY[int(digits[0])], strict=True))
     bits = "101" + left + "01010" + "".join(_flip(_L[int(d)]) for d in digits[7:]) + "101"
     draw.rectangle((0, 0, w, h), fill=(255, 255, 255))
     ink = rng.choice([(10, 10, 12)] * 5 + [(20, 30, 90), (80, 30, 20)])
@@ -49,13 +49,14 @@ def qr_code(rng: random.Random, image: Image.Image, style: Style, words: dict, d
     image.paste((255, 255, 255), (0, 0, *image.size))
     inner = [max(1, int(0.88 * side)) for side in image.size]
     modules = Image.fromarray(np.where(cells, 255, 0).astype(np.uint8)).resize(inner, Image.Resampling.NEAREST)
-    image.paste((10, 10, 12), [(side - part) // 2 for side, part in zip(image.size, inner)], modules)
+    image.paste((10, 10, 12), [(side - part) // 2 for side, part in zip(image.size, inner, strict=True)], modules)
 
 
 def logo(rng: random.Random, image: Image.Image, style: Style, words: dict, digits: str) -> None:
     """A brand's mark: a coloured shape with a made-up word."""
     draw, (w, h) = ImageDraw.Draw(image), image.size
-    text = "".join(rng.choice(["ba", "no", "li", "ru", "ma", "ve", "ko", "sta", "del", "fri"]) for _ in range(rng.randint(2, 3)))
+    sounds = ["ba", "no", "li", "ru", "ma", "ve", "ko", "sta", "del", "fri"]
+    text = "".join(rng.choice(sounds) for _ in range(rng.randint(2, 3)))
     text, family = rng.choice([text.title(), text.upper()]), rng.choice(sorted(FAMILIES))
     fill, ink = style.accent, (255, 255, 255) if sum(style.accent) < 420 else (30, 25, 30)
     kind, box = rng.randrange(5), (0, 0, w - 1, h - 1)
@@ -64,7 +65,8 @@ def logo(rng: random.Random, image: Image.Image, style: Style, words: dict, digi
     elif kind == 1:
         draw.rounded_rectangle(box, radius=h // 4, fill=fill)
     elif kind == 2:
-        draw.polygon([(0, h * 0.2), (w / 2, 0), (w - 1, h * 0.2), (w - 1, h * 0.8), (w / 2, h - 1), (0, h * 0.8)], fill=fill)
+        right = [(w / 2, 0), (w - 1, h * 0.2), (w - 1, h * 0.8), (w / 2, h - 1)]
+        draw.polygon([(0, h * 0.2), *right, (0, h * 0.8)], fill=fill)
     elif kind == 3:
         draw.polygon([(0, 0), (w - 1, h * 0.12), (w * 0.93, h - 1), (w * 0.06, h * 0.9)], fill=fill)
     else:
@@ -104,7 +106,8 @@ def running_text(rng: random.Random, image: Image.Image, style: Style, words: di
 def best_before(rng: random.Random, image: Image.Image, style: Style, words: dict, digits: str) -> None:
     """A date and lot number as an ink-jet printer stamps them."""
     w, h = image.size
-    date = f"{rng.randint(1, 28):02d}{rng.choice('./- ')}{rng.randint(1, 12):02d}{rng.choice('./- ')}20{rng.randint(24, 29)}"
+    day = f"{rng.randint(1, 28):02d}{rng.choice('./- ')}{rng.randint(1, 12):02d}"
+    date = f"{day}{rng.choice('./- ')}20{rng.randint(24, 29)}"
     lines = [words["best"], date, f"L{rng.randint(1000, 99999)} {rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}"]
     lines = lines[rng.randrange(2):] if w < 3.5 * h else lines[1:]
     ink = rng.choice([(15, 15, 20), (15, 15, 20), (40, 40, 120), (120, 20, 30), style.ink])
@@ -123,15 +126,17 @@ def recycling(rng: random.Random, image: Image.Image, style: Style, words: dict,
     ink = ink if abs(luma(ink) - luma(style.paper)) > 50 else style.ink
     if rng.random() < 0.3:
         draw.ellipse((0, 0, w - 1, h - 1), fill=ink)
+        ring = (w * 0.16, h * 0.16, w * 0.84, h * 0.84)
         for start in (200, 20):
-            draw.arc((w * 0.16, h * 0.16, w * 0.84, h * 0.84), start, start + 130, fill=style.paper, width=max(2, w // 7))
+            draw.arc(ring, start, start + 130, fill=style.paper, width=max(2, w // 7))
         return
     corners = [np.array(p) * (w - 1, h - 1) for p in ((0.5, 0.02), (0.98, 0.92), (0.02, 0.92))]
-    for a, b in zip(corners, corners[1:] + corners[:1]):
+    for a, b in zip(corners, corners[1:] + corners[:1], strict=True):
         start, end, across = a + 0.16 * (b - a), a + 0.66 * (b - a), (b - a)[::-1] * (-0.1, 0.1)
         draw.line([tuple(start), tuple(end)], fill=ink, width=max(2, round(w / 9)))
         draw.polygon([tuple(end + 1.3 * across), tuple(end - 1.3 * across), tuple(a + 0.9 * (b - a))], fill=ink)
-    put(image, w / 2, 0.78 * h, rng.choice(["1", "5", "PP", "21"]), ("liberation", True, max(5, int(0.24 * h))), ink, "c")
+    face = ("liberation", True, max(5, int(0.24 * h)))
+    put(image, w / 2, 0.78 * h, rng.choice(["1", "5", "PP", "21"]), face, ink, "c")
 
 
 def flag(rng: random.Random, image: Image.Image, style: Style, words: dict, digits: str) -> None:
@@ -159,7 +164,8 @@ def seal(rng: random.Random, image: Image.Image, style: Style, words: dict, digi
     teeth, depth = rng.randint(10, 24), rng.uniform(0.8, 0.95)
     angle = np.arange(2 * teeth) * np.pi / teeth
     reach = np.where(np.arange(2 * teeth) % 2, depth, 1.0)
-    draw.polygon([(w / 2 * (1 + r * np.cos(t)), h / 2 * (1 + r * np.sin(t))) for r, t in zip(reach, angle)], fill=fill)
+    edge = np.stack([w / 2 * (1 + reach * np.cos(angle)), h / 2 * (1 + reach * np.sin(angle))], axis=1)
+    draw.polygon([tuple(point) for point in edge.tolist()], fill=fill)
     draw.ellipse((0.12 * w, 0.12 * h, 0.88 * w, 0.88 * h), outline=(255, 255, 255), width=max(1, w // 40))
     text = rng.choice(["BIO", "100%", "ECO", "V", "0%", "NEW", "TOP", "FAIR"])
     size = fit(text, "dejavu", True, 0.6 * w, 0.5 * h)

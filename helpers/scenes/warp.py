@@ -36,6 +36,10 @@ class Warp:
         roll = np.array([[cr, -sr, 0], [sr, cr, 0], [0, 0, 1]])
         self._turn = roll @ pitch @ yaw
 
+    def rim(self) -> float:
+        """How far from (0, 0) along u a cylinder is printed: a little before the camera's horizon on it."""
+        return 0.94 * self.radius * float(np.arccos(self.radius / (self.distance + self.radius)))
+
     def _shift(self, xy: np.ndarray) -> np.ndarray:
         amplitude, kx, ky, phase = self.wrinkle
         wave = xy @ np.array([kx, ky])
@@ -60,7 +64,7 @@ class Warp:
         return xy
 
     def inverse(self, xy: np.ndarray) -> np.ndarray:
-        """Photo pixels [N, 2] -> label points [N, 2]. A ray that misses the cylinder lands on its rim."""
+        """Photo pixels [N, 2] -> label points [N, 2]. A ray that misses the cylinder lands past its rim."""
         rays = np.concatenate([xy - np.array(self.middle), np.full((len(xy), 1), self.distance)], 1) @ self._turn
         eye = -self.distance * self._turn[2]
         if not self.radius:
@@ -72,7 +76,9 @@ class Warp:
             c = eye[0] ** 2 + depth**2 - self.radius**2
             t = (-b - np.sqrt(np.maximum(b * b - a * c, 0))) / a
             hit = eye + rays * t[:, None]
-            uv = np.stack([self.radius * np.arctan2(hit[:, 0], self.radius - hit[:, 2]), hit[:, 1]], axis=1)
+            u = self.radius * np.arctan2(hit[:, 0], self.radius - hit[:, 2])
+            past = np.hypot(hit[:, 0], self.radius - hit[:, 2]) - self.radius
+            uv = np.stack([u + 3 * np.sign(u) * np.maximum(past, 0), hit[:, 1]], axis=1)
         return uv + self._shift(xy)
 
     def apply(self, image: Image.Image, origin: tuple[float, float]) -> Image.Image:
@@ -83,7 +89,7 @@ class Warp:
         width, height = self.size
         if not self.radius and not self.wrinkle[0]:
             return image.transform(self.size, Image.Transform.PERSPECTIVE, self._coefficients(origin), _BILINEAR)
-        across, down = (16, 64) if self.radius and not self.wrinkle[0] else (26, 26)
+        across, down = (10, 64) if self.radius and not self.wrinkle[0] else (26, 26)
         xs, ys = np.append(np.arange(0, width, across), width), np.append(np.arange(0, height, down), height)
         grid = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2).astype(float)
         uv = (self.inverse(grid) - np.array(origin)).reshape(len(ys), len(xs), 2)
@@ -98,8 +104,8 @@ class Warp:
         w, h = self.size
         xy = np.array([[0, 0], [w, 0], [w, h], [0, h]], dtype=float)
         uv = self.inverse(xy) - np.array(origin)
-        rows = [[x, y, 1, 0, 0, 0, -u * x, -u * y] for (x, y), (u, v) in zip(xy, uv)]
-        rows += [[0, 0, 0, x, y, 1, -v * x, -v * y] for (x, y), (u, v) in zip(xy, uv)]
+        rows = [[x, y, 1, 0, 0, 0, -u * x, -u * y] for (x, y), (u, v) in zip(xy, uv, strict=True)]
+        rows += [[0, 0, 0, x, y, 1, -v * x, -v * y] for (x, y), (u, v) in zip(xy, uv, strict=True)]
         return np.linalg.solve(rows, np.concatenate([uv[:, 0], uv[:, 1]])).tolist()
 
 
