@@ -448,3 +448,11 @@ def test_the_hubs_splits_are_used_as_they_are(monkeypatch):
     assert asked == [(data.HUB_ID, data.HUB_REVISION)] and re.fullmatch("[0-9a-f]{40}", data.HUB_REVISION)
     assert {name: len(split) for name, split in ds.items()} == {"train": 2, "selection": 1, "val": 1}
     assert ds["train"].features == FEATURES
+
+
+def test_a_cache_of_another_revision_is_refused(monkeypatch, tmp_path: Path):
+    table_rows().save_to_disk(str(tmp_path / ("0" * 40)))  # where `datasets` keeps what it loaded from that commit
+    cached = datasets.load_from_disk(str(tmp_path / ("0" * 40)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(val=cached))
+    refused(data.HUB_ID, "the cache has", "0" * 40, f"expected {data.HUB_REVISION}")
+    assert len(data.load_raw(data.HUB_ID, revision="0" * 40)["val"]) == 3

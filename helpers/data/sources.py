@@ -19,6 +19,7 @@ from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_p
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
+_COMMIT = re.compile("[0-9a-f]{40}")
 Splits = dict[str, datasets.Dataset]
 
 
@@ -71,10 +72,10 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Sp
             "existing local path, or a Hub id with access to the Hub (a gated one needs a token: HF_TOKEN or "
             "`hf auth login`); offline, bring its Parquet files and give their folder as dataset_id"
         ) from error
-    for split in found.values():
-        origin = " ".join(split.info.download_checksums or {})
-        if re.fullmatch("[0-9a-f]{40}", revision or "") and origin and revision not in origin:
-            print(f"data: {name} was asked for, the cache has it from {origin[:200]}")
+    cached = {Path(file["filename"]).parent.name for rows in found.values() for file in rows.cache_files}
+    commits = {name for name in cached if _COMMIT.fullmatch(name)}  # datasets names the folder after the commit
+    if _COMMIT.fullmatch(revision or "") and commits - {revision}:
+        raise DataError(f"the cache has {dataset_id} at revision {', '.join(commits)} only; expected {revision}")
     return {split: _to_schema(rows, f"{name}, {split}", None) for split, rows in found.items()}
 
 
