@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3 (ipykernel)
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # Teaching Qwen2-VL to draw boxes
 #
@@ -106,9 +94,11 @@ transformers.set_seed(run.seed)
 # %%
 limit = {"train": run.train_limit, "val": run.val_limit}
 with runs.main_first():
-    raw = data.load_raw(run.dataset_id, revision=run.dataset_revision, seed=run.seed,
+    raw = data.load_raw(run.dataset_id, revision=run.dataset_revision,
                         limit={split: n for split, n in limit.items() if n})
-raw["train"][0]
+if run.stages and not len(raw["train"]):
+    raise data.DataError(f"dataset_id={run.dataset_id!r} has no train split; only recipe=base can do without.")
+raw["val"][0]
 
 # %% [markdown]
 # Photos come with faults: a box of no size, a picture stored lying on its side. The audit finds them; each rule says
@@ -122,18 +112,19 @@ display(audit.table())
 pd.DataFrame({split: {"pictures": len(rows[split]), "dropped": len(raw[split]) - len(rows[split])} for split in rows})
 
 # %%
-truth = data.truth_rows(rows["val"])
-plots.gallery(rows["val"].select(range(6)), truth, title="Six pictures of val and their true boxes")
+truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
+plots.gallery(six, truth, title="Six pictures of val and their true boxes")
 
 # %% [markdown]
 # Before any model, a number to beat: the one box that fits the training pictures best, given as the answer for every
 # picture. Tables like to sit near the middle, so a model that scores no more than this has learned no more than that.
 
 # %%
-constant_box = evaluate.best_constant_box(data.truth_rows(rows["train"]))
+fitted_on = "train" if len(rows["train"]) else "val"
+constant_box = evaluate.best_constant_box(data.truth_rows(rows[fitted_on]))
 constant = evaluate.constant_predictions(constant_box, truth)
-constant_iou = evaluate.score(truth, constant)["summary"]["mean_iou"]
-print(f"best constant box {constant_box.round(3)}: mean IoU {evaluate.with_interval(constant_iou)} on val")
+constant_iou = evaluate.with_interval(evaluate.score(truth, constant)["summary"]["mean_iou"])
+print(f"best constant box, fitted on {fitted_on}, {constant_box.round(3)}: mean IoU {constant_iou} on val")
 
 # %% [markdown]
 # ## 3 · Messages
@@ -142,7 +133,7 @@ print(f"best constant box {constant_box.round(3)}: mean IoU {evaluate.with_inter
 # thousandths of the picture's width and height, x first. Its pre-training has seen it, so we keep it.
 
 # %%
-example = rows["train"][0]
+example = rows["val"][0]
 chat = messages.to_messages(example, run.prompt)
 display({"prompt": chat["prompt"], "completion": chat["completion"]})
 
@@ -171,7 +162,7 @@ print(collator.texts([example])[0])
 # token teaches the model to stop). `<|image_pad|>` repeats once for every image token.
 
 # %%
-batch = collator([rows["train"][i] for i in range(2)])
+batch = collator([row for row in six.select([0, len(six) - 1])])
 display({name: list(tensor.shape) for name, tensor in batch.items()})
 plots.label_mask(processor.tokenizer, batch["input_ids"][0], batch["labels"][0])
 
@@ -391,7 +382,7 @@ evaluate.metrics_table(metrics)
 # The same pictures before and after. Eyeballing is not evaluation, but it shows what kind of error is left.
 
 # %%
-plots.before_after(rows["val"].select(range(6)), truth, baseline, predictions,
+plots.before_after(six, truth, baseline, predictions,
                    path=run.folder / "figures" / "before_after.png")
 
 # %%
@@ -444,19 +435,23 @@ shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if ru
 # The merged folder is loaded like any other model, by its path, and asked the same questions.
 
 # %%
+answers = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
 if merges:
-    merged_predictions = ask(load_base("bf16", run.merged_folder), run.folder / "merged.jsonl", prompt=run.prompt,
-                             trained=key, merge_base=run.merge_base)
-    shipped_score = evaluate.score(truth, merged_predictions)
-    change = evaluate.paired_bootstrap(shipped_score["per_picture"], after["per_picture"])["difference"]
-    same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, merged_predictions, strict=True))
-    print(f"merged minus as trained: {evaluate.with_interval(change)} mean IoU; same boxes in {same} of {len(truth)}")
+    merged = load_base("bf16", run.merged_folder)
+    answers["merged"] = ask(merged, run.folder / "merged.jsonl", prompt=run.prompt, trained=key,
+                            merge_base=run.merge_base)
+    same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, answers["merged"], strict=True))
+    metrics = evaluate.write_metrics(run.folder, answers, truth)
+    scored = [metrics["scores"][name]["per_picture"] for name in ("merged", "fine-tuned")]
+    change = evaluate.with_interval(evaluate.paired_bootstrap(*scored)["difference"])
+    print(f"merged minus as trained: {change} mean IoU; the same boxes in {same} of {len(truth)} answers")
 
 # %% [markdown]
 # ## 11 · What we learned
 
 # %%
-for name, scored in metrics["scores"].items():
-    print(f"{name}: mean IoU {evaluate.with_interval(scored['summary']['mean_iou'])}")
+print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
+for name, score in metrics["scores"].items():
+    print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
 pd.DataFrame(runs.report(run))

@@ -47,9 +47,6 @@ def write_metrics(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{key: value for key, value in row.items() if key != "image"} for row in truth]
-    _write_lines(folder / "truth.jsonl", rows)
-    for name, predictions in named_predictions.items():
-        _write_lines(folder / FILES[name], predictions)
     options = {"resamples": resamples, "seed": seed}
     scores = {name: score(rows, predictions, **options) for name, predictions in named_predictions.items()}
     boxes = json.dumps([[row["image_id"], row["objects"]["bbox"]] for row in rows])
@@ -59,7 +56,11 @@ def write_metrics(
         "hash": hashlib.sha256(boxes.encode()).hexdigest()[:12],  # two runs compare when this is equal
     }
     metrics = {"truth": about_truth, "scores": scores}
-    _write_whole(folder / "metrics.json", json.dumps(metrics, allow_nan=False) + "\n")
+    if int(os.environ.get("RANK", 0)) == 0:  # one writer where several processes score the same files
+        _write_lines(folder / "truth.jsonl", rows)
+        for name, predictions in named_predictions.items():
+            _write_lines(folder / FILES[name], predictions)
+        _write_whole(folder / "metrics.json", json.dumps(metrics, allow_nan=False) + "\n")
     return metrics
 
 

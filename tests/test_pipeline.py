@@ -1,0 +1,107 @@
+"""The whole pipeline, small: every recipe from photos to a model on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline_runner import run
+from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from helpers import evaluate, predict, runs
+from helpers.settings import TINY_BASE
+
+PREFIX = "runs/qwen2vl-nutrition-detection-"
+
+
+def read(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def check_scores(folder: str, pictures: int = 8) -> None:
+    """metrics.json follows from the two files beside it, and every picture was asked once."""
+    metrics, truth = read(f"{folder}/metrics.json"), predict.read_jsonl(Path(folder) / "truth.jsonl")
+    lines = predict.read_jsonl(Path(folder) / "predictions.jsonl")
+    assert [line["image_id"] for line in lines] == [row["image_id"] for row in truth] and len(truth) == pictures
+    again = json.loads(json.dumps(evaluate.score(truth, lines)))
+    assert metrics["scores"]["fine-tuned"] == again
+    assert set(metrics["scores"]) == {"fine-tuned", "base", "constant box"}
+
+
+@pytest.mark.parametrize("recipe", ["r1-llm-only", "r4-joint"])
+def test_lora_recipes_end_in_a_merged_model(recipe):
+    names = run(f"recipe={recipe}")
+    folder = f"{PREFIX}{recipe}"
+    check_scores(folder)
+    manifest = read(f"{folder}/manifest.json")
+    assert manifest["recipe"] == recipe and manifest["parameters"]["max_pixels"] == names["run"].max_pixels
+    assert {"train", "predictions", "merge", "merged"} <= set(manifest["timings"])
+    assert manifest["peak_memory"]["host"] > 0 and "torch" in manifest["versions"]
+    adapter = load_file(f"{folder}/adapter/adapter_model.safetensors")
+    assert all(weight.dtype == torch.float32 for weight in adapter.values())
+    assert any("visual" in name for name in adapter) == (recipe == "r4-joint")
+    for figure in ("loss", "before_after", "iou"):
+        assert Path(f"{folder}/figures/{figure}.png").stat().st_size > 1000
+    merged = Qwen2VLForConditionalGeneration.from_pretrained(f"{folder}-merged", dtype=torch.bfloat16)
+    base = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.bfloat16)
+    changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
+    assert any(n.startswith("model.language_model.layers") for n in changed)
+    assert any(n.startswith("model.visual") for n in changed) == (recipe == "r4-joint")
+    processor = Qwen2VLProcessor.from_pretrained(f"{folder}-merged")
+    size = dict(processor.image_processor.size)
+    assert (size["shortest_edge"], size["longest_edge"]) == (names["run"].min_pixels, names["run"].max_pixels)
+
+
+def test_r2_changes_the_vision_tower_and_nothing_else():
+    run("recipe=r2-vision-only")
+    check_scores(f"{PREFIX}r2-vision-only")
+    tuned = Qwen2VLForConditionalGeneration.from_pretrained(f"{PREFIX}r2-vision-only/model", dtype=torch.bfloat16)
+    base = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.bfloat16)
+    changed = {n for n, w in tuned.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
+    assert changed and all(name.startswith("model.visual") for name in changed)
+
+
+def test_r3_runs_both_stages_on_top_of_each_other():
+    run("recipe=r3-two-stage")
+    check_scores(f"{PREFIX}r3-stage2")
+    assert Path(f"{PREFIX}r3-stage1/model/model.safetensors").exists()
+    merged = Qwen2VLForConditionalGeneration.from_pretrained(f"{PREFIX}r3-merged", dtype=torch.bfloat16).state_dict()
+    stage1 = Qwen2VLForConditionalGeneration.from_pretrained(f"{PREFIX}r3-stage1/model", dtype=torch.bfloat16)
+    vision = [name for name in merged if name.startswith("model.visual")]
+    assert all(torch.equal(merged[name], stage1.state_dict()[name]) for name in vision)
+
+
+def test_base_trains_nothing_and_a_second_start_repeats_nothing(monkeypatch):
+    run("recipe=base")
+    check_scores(f"{PREFIX}base")
+    before = read(f"{PREFIX}base/metrics.json")
+    monkeypatch.setattr(predict, "generate_lines", lambda *arguments: pytest.fail("asked again"))
+    run("recipe=base")
+    assert read(f"{PREFIX}base/metrics.json") == before
+
+
+def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(monkeypatch):
+    run("recipe=r1-llm-only")
+    names = run("recipe=r1-llm-only", "merge_base=dequantised")  # merging alone has changed
+    assert names["trained"] == {}
+    assert read(f"{PREFIX}r1-llm-only/manifest.json")["parameters"]["merge_base"] == "dequantised"
+    with pytest.raises(runs.ParameterError, match="learning_rate was None, now 0.01.*run_name"):
+        run("recipe=r1-llm-only", "learning_rate=0.01")
+    names = run("recipe=r1-llm-only", "learning_rate=0.01", "run_name=faster")
+    assert names["run"].folder.name.endswith("-faster") and names["trained"]
+
+
+def test_wandb_offline_and_tensorboard_keep_the_curve(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run("recipe=r1-llm-only", "report_to=wandb")
+    assert list(Path(".").rglob("*.wandb"))
+    run("recipe=r1-llm-only", "report_to=tensorboard", "run_name=board")
+    assert list(Path(".").rglob("events.out.tfevents.*"))
+
+
+def test_all_text_and_bf16_are_one_parameter_away():
+    names = run("recipe=r1-llm-only", "loss_scope=all-text", "precision=bf16")
+    assert names["run"].stages[0].stage.precision == "bf16"
+    assert (names["batch"]["labels"] != -100).sum() > 2 * 60
