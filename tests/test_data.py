@@ -135,6 +135,12 @@ def test_a_picture_that_does_not_decode_to_its_end_is_dropped_and_the_others_sta
     assert result.statistics["val"]["pictures"] == 1
 
 
+def test_a_split_of_which_nothing_is_left_is_an_error():
+    raw = splits(train=[row(1)], val=[row(2, image=picture(b"broken")), row(3, image=picture(b""))])
+    with pytest.raises(data.DataError, match="none of the 2 pictures of val can be used, such as 0000000000002_1"):
+        cleaned(raw)
+
+
 def test_width_and_height_that_are_not_the_pictures_are_replaced():
     raw = splits(val=[row(1, width=100, height=10)])
     assert list(found(raw)) == ["wrong-size"]

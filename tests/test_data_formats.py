@@ -287,6 +287,29 @@ def test_missing_and_corrupt_pictures_are_listed_and_the_rest_is_used(tmp_path: 
     assert data.clean(raw, data.audit(raw))["val"]["image_id"] == ["c"]
 
 
+def test_a_missing_picture_is_never_replaced_by_one_of_another_split(tmp_path: Path):
+    write_pictures(tmp_path / "train2017")
+    write_pictures(tmp_path / "val2017")
+    (tmp_path / "train2017/a.jpg").unlink()
+    for split in ("train", "val"):
+        write(tmp_path / f"annotations/instances_{split}2017.json", json.dumps(coco()))
+    raw = data.load_raw(str(tmp_path))
+    assert data.audit(raw).table().set_index("fault").loc["unreadable-picture", "ids"] == ["a"]
+    folders = {Path(image["path"]).parent.name for name in ("train", "selection") for image in undecoded(raw[name])}
+    assert "val2017" not in folders
+
+
+def test_two_files_of_one_name_are_not_guessed_between(tmp_path: Path):
+    write_coco(tmp_path)
+    write_pictures(tmp_path / "copy")
+    refused(tmp_path, "annotations.json", "'a.jpg' is", "expected one file of that name")
+
+
+def test_train_of_one_barcode_gives_no_val(tmp_path: Path):
+    many(tmp_path / "train", 2)
+    refused(tmp_path, "has no val", "one barcode only")
+
+
 def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
     many(tmp_path, 30)
     data.load_splits(str(tmp_path))

@@ -77,6 +77,8 @@ def _arrange(found: dict[str, datasets.Dataset], seed: int, where: str) -> dict[
     train, val = found.get("train", empty_split()), found.get("val")
     if val is None:
         train, val = carve(train, _share(train), seed)
+        if not len(val):
+            raise DataError(f"{where} has no val, and its train has one barcode only; expected pictures of several")
         print(f"data: {where} has no val: {len(val)} pictures are taken from train, whole barcodes, seed {seed}")
     selection = found.get("selection", empty_split())
     if "selection" not in found and len(train):

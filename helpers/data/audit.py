@@ -14,7 +14,7 @@ from datasets import Image
 from helpers.boxes import CATEGORIES
 from helpers.data.checks import RULES, Rule, check_row
 from helpers.data.pictures import FACTS, picture_facts
-from helpers.data.schema import fingerprint, workers
+from helpers.data.schema import DataError, fingerprint, workers
 
 SAME_PICTURE = 3.0  # root mean square difference of two 16 x 16 thumbnails, in 0-255 levels
 
@@ -163,10 +163,20 @@ def _fix(row: dict[str, Any], index: int, fixes: dict[int, dict[str, Any]]) -> d
 
 
 def clean(raw: datasets.DatasetDict, result: Audit) -> datasets.DatasetDict:
-    """`raw` with the rows dropped and the fields fixed that `result` names; a split without faults is `raw`'s own."""
+    """`raw` with the rows dropped and the fields fixed that `result` names; a split without faults is `raw`'s own.
+
+    `DataError` where nothing is left of a split.
+    """
     cleaned = {}
     for name, split in raw.items():
         keep, fixed = result.keep[name], result.fixed[name]
+        if len(split) and not keep:
+            dropping = {rule.fault for rule in RULES if rule.action.startswith("row")}
+            first = next(fault for fault in result.faults if fault.split == name and fault.fault in dropping)
+            raise DataError(
+                f"none of the {len(split)} pictures of {name} can be used, such as {first.image_id} ({first.fault}: "
+                f"{first.found}); expected at least one that passes the audit"
+            )
         if len(keep) < len(split):
             split = split.select(keep)
         if fixed:

@@ -58,20 +58,22 @@ class Pictures:
             self._by_name[path.name].append(path)
 
     def find(self, name: str, base: Path, split: str, where: str) -> Path:
-        """The file that `name` means: beside the annotation (`base`), else anywhere below `root`, best in `split`.
+        """The file that `name` means: beside the annotation (`base`), else the one below `root` that ends in `name`.
 
-        A file that is not there gets the path where it should be: the audit names it. `DataError` where `name`
-        leads out of `root`.
+        A picture of another split is never taken. A file that is not there gets the path where it should be, and the
+        audit names it. `DataError` where `name` leads out of `root` or two files have it.
         """
         direct = safe_path(self.root, name, where, base)
         if direct.exists():
             return direct
-        found = [
-            path for path in self._by_name[Path(name).name] if path.as_posix().endswith("/" + Path(name).as_posix())
-        ]
-        found = found or self._by_name[Path(name).name]
-        same = [path for path in found if split_of(path, self.root) == split]
-        return safe_path(self.root, str((same or found or [direct])[0]), where)
+        parts = Path(name).parts
+        found = [path for path in self._by_name[direct.name] if path.parts[-len(parts) :] == parts]
+        found = [path for path in found if not split or split_of(path.parent, self.root) in ("", split)]
+        if len(found) > 1:
+            raise DataError(
+                f"{where}: the picture {name!r} is {found[0]} or {found[1]}; expected one file of that name"
+            )
+        return safe_path(self.root, str(found[0]), where) if found else direct
 
 
 def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[Any, Any] = (0, 0)) -> dict[str, Any]:
