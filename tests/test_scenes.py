@@ -46,6 +46,13 @@ def test_seed_split_and_index_each_change_the_picture():
     assert len(jpegs) == 4
 
 
+@pytest.mark.parametrize("long_side", [192, 320, 1024])
+def test_every_size_can_be_drawn(long_side):
+    for index in range(10 if long_side > 512 else 60):
+        scene = render_scene(0, index, "extra", long_side)
+        assert max(scene.width, scene.height) == long_side and shown(scene).size == (scene.width, scene.height)
+
+
 def test_size_is_the_size_as_shown(scenes):
     for scene in scenes:
         assert shown(scene).size == (scene.width, scene.height)

@@ -118,7 +118,7 @@ class Label:
         clear: a style whose ink must stand out there.
         """
         x0, y0, x1, y1 = (round(v) for v in rect)
-        if x1 - x0 < 6 or y1 - y0 < 6:
+        if min(x1 - x0, y1 - y0) < 12:
             return None
         box = (x0 - self.origin[0], y0 - self.origin[1], x1 - self.origin[0], y1 - self.origin[1])
         if clear:

@@ -118,8 +118,10 @@ def lozenge(rng: random.Random, image: Image.Image, style: Style, name: str, val
     draw, (w, h) = ImageDraw.Draw(image), image.size
     fill = rng.choice([style.paper, style.accent, style.tint, (255, 255, 255)])
     ink = (20, 20, 25) if sum(fill) > 330 else (250, 250, 250)
-    radius, edge = min(w, h) * rng.uniform(0.15, 0.5), max(1, round(min(w, h) / 40))
-    draw.rounded_rectangle((0, 0, w - 1, h - 1), radius=radius, fill=fill, outline=style.ink, width=edge)
+    radius, edge = min(w, h) * rng.uniform(0.15, 0.5) * (min(w, h) > 11), max(1, round(min(w, h) / 40))
+    if abs(w - h) <= 2:  # Pillow fails on a radius of half a side there
+        radius = min(radius, min(w, h) / 2 - 1.5)
+    draw.rounded_rectangle((0, 0, w - 1, h - 1), radius=max(0, radius), fill=fill, outline=style.ink, width=edge)
     lines = [name, *value.split(" / "), f"{rng.randint(1, 40)}%"]
     lines = lines if h > 0.9 * w else [name, value] if h > 0.3 * w else [f"{name} {value}"]
     for i, line in enumerate(lines):

@@ -73,6 +73,8 @@ def paragraph(image: Image.Image, rect: tuple[float, float, float, float], words
               fill: Color, max_size: float = 40) -> int:
     """Fill `rect` (x0, y0, x1, y1) with flowing `words`, each (text, bold), at the size that fits; returns the size."""
     x0, y0, x1, y1 = rect
+    if x1 <= x0 or y1 <= y0:
+        return 0
     letters = sum(len(word) + 1 for word, _ in words)
     size = max(4, int(min(max_size, (2.05 * (x1 - x0) * (y1 - y0) / (1.2 * letters)) ** 0.5)))
     x, baseline, gap = x0, y0 + 0.95 * size, 0.27 * size

@@ -34,7 +34,8 @@ def barcode(rng: random.Random, image: Image.Image, style: Style, words: dict, d
     ink = rng.choice([(10, 10, 12)] * 5 + [(20, 30, 90), (80, 30, 20)])
     quiet, bottom = 0.06 * w, h - max(5, 0.16 * h)
     strip = np.repeat(np.array([[bit == "1" for bit in bits]], dtype=np.uint8) * 255, 2, axis=0)
-    bars = Image.fromarray(strip).resize((int(w - 2 * quiet), int(bottom - 0.04 * h)), Image.Resampling.BOX)
+    room = max(1, int(w - 2 * quiet)), max(1, int(bottom - 0.04 * h))
+    bars = Image.fromarray(strip).resize(room, Image.Resampling.BOX)
     image.paste(ink, (int(quiet), int(0.04 * h)), bars)
     put(image, w / 2, h - 0.04 * h, f"{digits[0]} {digits[1:7]} {digits[7:]}",
         ("liberation", False, fit(digits + "  ", "liberation", False, 0.9 * w, 0.17 * h)), ink, "c")
