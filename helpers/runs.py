@@ -139,7 +139,7 @@ def open_folder(run: Run, **inputs: Any) -> None:
         manifest = before | {
             "run": folder.name, "recipe": run.recipe, "scale": run.scale, "command": command(run),
             "parameters": run.values, "inputs": inputs, "versions": {name: version(name) for name in PACKAGES},
-            "python": platform.python_version(), "git": git_revision(), "machine": machine(),
+            "python": platform.python_version(), "git": git_revision(), "machine": machine(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "timings": before.get("timings", {}), "peak_memory": before.get("peak_memory", {}),
         }
         if is_main():
