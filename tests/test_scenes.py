@@ -41,6 +41,18 @@ def test_same_bytes_in_any_process_and_order():
     assert render_scene(5, 3, "base") == render_scene(5, 3, "base")
 
 
+@pytest.mark.parametrize("index, name, box, things, brightness", [
+    (0, "nutrition-table", (0.462, 0.61, 0.772, 0.899), 12, 176.1),
+    (8, "nutrition-table", (0.387, 0.475, 0.613, 0.601), 6, 48.1),
+    (14, "nutrition-table", (0.01, 0.215, 0.823, 0.782), 15, 101.0),
+])
+def test_scenes_are_those_that_the_base_was_trained_on(index, name, box, things, brightness):
+    scene = render_scene(0, index, "val")
+    assert scene.tables[0][0] == name and scene.tables[0][1] == pytest.approx(box, abs=0.001)
+    assert len(scene.things) == things
+    assert np.asarray(Image.open(io.BytesIO(scene.jpeg))).mean() == pytest.approx(brightness, abs=0.2)
+
+
 def test_seed_split_and_index_each_change_the_picture():
     jpegs = {render_scene(*key).jpeg for key in ((0, 1, "base"), (1, 1, "base"), (0, 2, "base"), (0, 1, "extra"))}
     assert len(jpegs) == 4
