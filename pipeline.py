@@ -41,6 +41,7 @@ batch_size = None  # pictures a step and process
 accumulation = None  # steps whose gradients are added up
 lora_rank = None
 lora_alpha = None
+lora_dropout = None
 precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
 gradient_checkpointing = None  # recompute activations instead of keeping them
 seed = 0
@@ -109,7 +110,7 @@ with runs.main_first():
     audit = data.audit(raw)
     rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
 display(audit.table())
-pd.DataFrame({split: {"pictures": len(rows[split]), "dropped": len(raw[split]) - len(rows[split])} for split in rows})
+audit.statistics
 
 # %%
 truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
@@ -256,7 +257,7 @@ def make_trainable(base, stage):
     lora = LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
-        lora_dropout=0.05,
+        lora_dropout=run.lora_dropout,
         target_modules=stage.lora_targets,
         task_type="CAUSAL_LM",
     )

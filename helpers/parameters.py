@@ -32,6 +32,10 @@ def number(low: float, high: float) -> Rule:
     return f"a number above {low} and at most {high}", test
 
 
+def share() -> Rule:
+    return "a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1
+
+
 def text(expected: str) -> Rule:
     return expected, lambda value: isinstance(value, str) and bool(value.strip())
 
@@ -65,6 +69,7 @@ PARAMETERS: dict[str, Rule] = {
     "accumulation": default(whole(1, 4096)),
     "lora_rank": default(whole(1, 4096)),
     "lora_alpha": default(whole(1, 8192)),
+    "lora_dropout": default(share()),
     "min_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
     "max_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
     "gradient_checkpointing": default(flag()),

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes
 # What a training depends on. In one folder these stay the same; the other parameters may change between two starts.
 TRAINING = (
     "recipe", "scale", "model_id", "model_revision", "dataset_id", "dataset_revision", "prompt", "loss_scope",
-    "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation", "lora_rank", "lora_alpha",
+    "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation", "lora_rank", "lora_alpha", "lora_dropout",
     "precision", "seed", "train_limit",
 )  # fmt: skip
 

@@ -3,7 +3,6 @@
 `python -m helpers.tiny.build FOLDER` makes one with fresh weights.
 """
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from helpers.tiny import TINY_DIR
-from helpers.tiny.questions import CORPUS
+from helpers.tiny.questions import corpus
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -30,7 +29,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 VOCAB_SIZE = 512  # 256 bytes, the merges, the special tokens last
 IMAGE_TOKEN = 28 * 28  # pixels of one image token: 2 x 2 patches of 14 x 14
-MIN_IMAGE_TOKENS, MAX_IMAGE_TOKENS = 16, 81
+MIN_IMAGE_TOKENS, MAX_IMAGE_TOKENS = 16, 100
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
@@ -51,8 +50,8 @@ CHAT_TEMPLATE = (
 )  # Qwen2-VL-7B-Instruct's own
 
 
-def train_tokenizer(corpus: list[str] = CORPUS) -> Qwen2Tokenizer:
-    """Byte-level BPE on `corpus`, split by Qwen2's own pattern (digits one by one), special tokens as in Qwen2-VL."""
+def train_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE on `questions.corpus()`, split by Qwen2's own pattern: digits one by one; its special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,8 +64,7 @@ def train_tokenizer(corpus: list[str] = CORPUS) -> Qwen2Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    plain = [piece for text in corpus for piece in re.split(r"<\|.*?\|>", text) if piece]
-    bpe.train_from_iterator(plain, trainer)
+    bpe.train_from_iterator(corpus(), trainer)
     if bpe.get_vocab_size() != size:
         raise ValueError(f"the corpus gives {bpe.get_vocab_size()} tokens, {size} are wanted: give it more text")
     learned = json.loads(bpe.to_str())["model"]
@@ -93,7 +91,7 @@ def model_config(
     vision_layers: int = 6,
     language_layers: int = 4,
     rope_theta: float = 10.0,
-    mrope_section: tuple[int, int, int] = (4, 6, 6),
+    mrope_section: tuple[int, int, int] = (2, 7, 7),
 ) -> Qwen2VLConfig:
     """The architecture of Qwen2-VL at a small width; heads of size 32 in both towers.
 

@@ -1,12 +1,18 @@
 """What the tiny base is asked and what it must answer: things in the scenes by their name, never a nutrition panel.
 
-A question is (name, boxes); the answer is Qwen2-VL's grounding format with the name in hyphens, all boxes of that
-name in reading order. One question in ten carries a made-up name for one of the things: so the base learns to copy a
-name it does not know, and to answer with a box all the same.
+A question is a name, the answer all boxes of that name in the grounding format, with the name in hyphens. One
+question in ten carries a made-up name for one of the things: so the base learns to copy a name that it does not
+know, letter by letter, and to answer with a box all the same.
 """
+
 import random
+import re
+from collections.abc import Sequence
 
 import numpy as np
+
+from helpers.boxes import area, clip_unit, xyxy_unit_to_yxyx_unit
+from helpers.messages import target_text
 
 PROMPTS = (
     "Detect the bounding box of the {name}.",
@@ -15,42 +21,34 @@ PROMPTS = (
     "Locate the {name} and give its box.",
 )
 PROMPT_WEIGHTS = (0.85, 0.05, 0.05, 0.05)
+MADE_UP_SHARE = 0.1
+MOST_BOXES = 4
+FORBIDDEN = re.compile(r"nutri", re.IGNORECASE)  # what the base must never be told
+
+# the tokenizer's training text, beside prompts and answers
+NAMES = (
+    "barcode", "qr code", "logo", "product name", "ingredient list", "directions", "cooking table", "price table",
+    "dosage table", "best-before stamp", "recycling mark", "flag", "seal", "food picture",
+)  # fmt: skip
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu zen bra clo dri fle gno pri stu tra".split()
 WORDS = "table list text small energy label panel sign mark box line note seal code area block part".split()
-
-# texts the tokenizer is trained on, beside the prompts: what stands on packaging and in the project's own sentences
-THING_NAMES = (
-    "barcode", "logo", "product name", "ingredient list", "price table", "cooking times", "best before date",
-    "net weight", "recycling sign", "allergen note", "serving picture", "address block", "organic seal", "price tag",
-)  # fmt: skip
 TEXTS = (
-    "You are a helpful assistant.",
-    "system",
-    "user",
-    "assistant",
+    *("system", "user", "assistant", "You are a helpful assistant.", "there is no such thing in the picture"),
     "The picture shows the packaging of a product, with its label, its text and a panel or two.",
     "The answer names the thing and gives the box as integers from 0 to 1000, x first.",
-    "there is no such thing in the picture",
 )
 
 
-def label_of(name: str) -> str:
-    """The name as an answer writes it: `price table` -> `price-table`."""
-    return name.strip().replace(" ", "-")
+def prompt_text(name: str, rng: random.Random | None = None) -> str:
+    """The question for a name; without `rng` in the first phrasing, which is the project's own."""
+    form = PROMPTS[0] if rng is None else rng.choices(PROMPTS, PROMPT_WEIGHTS)[0]
+    return form.format(name=name)
 
 
-def spoken(name: str) -> str:
-    """The name as a prompt writes it: `price-table` -> `price table`."""
-    return name.strip().replace("-", " ")
-
-
-def answer(name: str, boxes: np.ndarray) -> str:
-    """Grounding text for `boxes` [N, 4] (x0, y0, x1, y1 in 0-1), N >= 1, in the order given."""
-    if len(boxes) == 0:
-        raise ValueError(f"no box for {name!r}: a question needs at least one")
-    unit = f"<|object_ref_start|>{label_of(name)}<|object_ref_end|><|box_start|>"
-    corners = np.clip(np.rint(np.asarray(boxes, np.float64) * 1000), 0, 1000).astype(int)
-    return "".join(f"{unit}({x0},{y0}),({x1},{y1})<|box_end|>" for x0, y0, x1, y1 in corners.tolist())
+def answer_text(name: str, boxes: np.ndarray) -> str:
+    """The answer for `boxes` [N, 4] (x0, y0, x1, y1 in 0-1), N >= 1: `price table` is written `price-table`."""
+    label = name.replace(" ", "-")
+    return target_text({"bbox": xyxy_unit_to_yxyx_unit(boxes).tolist(), "category_name": [label] * len(boxes)})
 
 
 def made_up_name(rng: random.Random) -> str:
@@ -67,16 +65,46 @@ def made_up_name(rng: random.Random) -> str:
     return " ".join(words)
 
 
-def prompt(name: str, rng: random.Random | None = None) -> str:
-    """The question for a name; without `rng` the first phrasing, which is the project's own."""
-    form = PROMPTS[0] if rng is None else rng.choices(PROMPTS, PROMPT_WEIGHTS)[0]
-    return form.format(name=spoken(name))
+def corpus() -> list[str]:
+    """The texts that the tokenizer is trained on; none names a nutrition table."""
+    rng, box = random.Random(0), np.array([[0.1, 0.2, 0.3, 0.4]])
+    texts = [text for text in TEXTS for _ in range(50)]
+    for name in NAMES:
+        texts += [form.format(name=name) for form in PROMPTS for _ in range(10)]
+        texts += [re.sub(r"<\|.*?\|>", " ", answer_text(name, box))] * 10
+    texts += [f" {word}-{word}" for word in WORDS for _ in range(10)]
+    return texts + [made_up_name(rng) for _ in range(300)]
 
 
-CORPUS = [
-    *(text for text in TEXTS for _ in range(50)),
-    *(form.format(name=spoken(name)) for name in THING_NAMES for form in PROMPTS for _ in range(10)),
-    *(answer(name, np.array([[0.1, 0.2, 0.3, 0.4]])) for name in THING_NAMES for _ in range(10)),
-    *(f" {word}-{word}" for word in WORDS for _ in range(10)),
-    *SYLLABLES,
-]
+def by_name(things: Sequence[tuple[str, Sequence[float]]]) -> dict[str, np.ndarray]:
+    """Name -> boxes [N, 4] (x0, y0, x1, y1 in 0-1) of a scene's things; boxes without area are left out."""
+    names = sorted({name for name, _ in things})
+    if bad := [name for name in names if FORBIDDEN.search(name)]:
+        raise ValueError(f"the thing {bad[0]!r} may not be named to the tiny base; it belongs among the tables")
+    grouped = {name: np.array([box for other, box in things if other == name], dtype=np.float64) for name in names}
+    grouped = {name: boxes[area(boxes) > 0] for name, boxes in grouped.items()}
+    return {name: boxes for name, boxes in grouped.items() if len(boxes)}
+
+
+def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5) -> dict[str, np.ndarray]:
+    """The same inside `crop` [4] (x0, y0, x1, y1 in 0-1), in the crop's own units.
+
+    A name is kept when each of its boxes lies either outside the crop or inside it by at least `visible` of its area,
+    and when they are `MOST_BOXES` at most.
+    """
+    kept = {}
+    for name, boxes in named.items():
+        inside = clip_unit((boxes - crop[[0, 1, 0, 1]]) / np.tile(crop[2:] - crop[:2], 2))
+        share = area(inside) * np.prod(crop[2:] - crop[:2]) / area(boxes)
+        if ((share >= visible) | (share == 0)).all() and 0 < (share > 0).sum() <= MOST_BOXES:
+            kept[name] = inside[share > 0]
+    return kept
+
+
+def question(named: dict[str, np.ndarray], rng: random.Random) -> tuple[str, str]:
+    """One (prompt, answer) about a thing of `named` (at least one), sometimes under a made-up name."""
+    name = rng.choice(sorted(named))
+    shown = made_up_name(rng) if rng.random() < MADE_UP_SHARE else name
+    if FORBIDDEN.search(shown):
+        shown = name
+    return prompt_text(shown, rng), answer_text(shown, named[name])
