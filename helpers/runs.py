@@ -27,8 +27,8 @@ PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes
 # What a training depends on. In one folder these stay the same; the other parameters may change between two starts.
 TRAINING = (
     "recipe", "scale", "model_id", "model_revision", "dataset_id", "dataset_revision", "prompt", "loss_scope",
-    "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation", "lora_rank", "lora_alpha", "lora_dropout",
-    "precision", "seed", "train_limit",
+    "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation",
+    "lora_rank", "lora_alpha", "lora_dropout", "precision", "seed", "train_limit",
 )  # fmt: skip
 
 
@@ -139,7 +139,8 @@ def open_folder(run: Run, **inputs: Any) -> None:
         manifest = before | {
             "run": folder.name, "recipe": run.recipe, "scale": run.scale, "command": command(run),
             "parameters": run.values, "inputs": inputs, "versions": {name: version(name) for name in PACKAGES},
-            "python": platform.python_version(), "git": git_revision(), "machine": machine(), "processes": int(os.environ.get("WORLD_SIZE", 1)),
+            "python": platform.python_version(), "git": git_revision(), "machine": machine(),
+            "processes": int(os.environ.get("WORLD_SIZE", 1)),
             "timings": before.get("timings", {}), "peak_memory": before.get("peak_memory", {}),
         }
         if is_main():
