@@ -71,6 +71,9 @@ run = settings.settle(globals())
 print(*(f"{name} = {value}" for name, value in run.values.items()), sep="\n")
 
 # %%
+from helpers import runs
+
+runs.quiet_libraries()
 from pathlib import Path
 
 import pandas as pd
@@ -81,9 +84,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import collate, data, evaluate, merge, messages, model, plots, predict, runs, trainer
+from helpers import collate, data, evaluate, merge, messages, model, plots, predict, trainer
 
-runs.quiet_libraries()
 transformers.set_seed(run.seed)
 
 # %% [markdown]
@@ -266,7 +268,7 @@ def make_trainable(base, stage):
 
 # %%
 def sft_config(stage_run):
-    """How a stage is trained; effective batch = batch_size x accumulation x processes."""
+    """How a stage is trained; the effective batch is batch_size x accumulation x processes."""
     return SFTConfig(
         output_dir=str(stage_run.folder),
         num_train_epochs=run.epochs,
@@ -304,7 +306,6 @@ def train(stage_run, base_path):
     tuned = make_trainable(load_base(stage.precision, base_path), stage)
     sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), data_collator=collator, train_dataset=rows["train"],
                              processing_class=processor, callbacks=[trainer.LossLog(folder)])
-    trainer.quiet(sft)
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
@@ -336,9 +337,9 @@ for stage_run in run.stages:
 # format: the curve drops fast to the level where only the digits are left to learn.
 
 # %%
-if run.stages:
-    plots.loss_curves({stage_run.name: trainer.read_log(stage_run.folder / "log.jsonl") for stage_run in run.stages},
-                      path=run.folder / "figures" / "loss.png")
+logs = {stage_run.name: trainer.read_log(stage_run.folder / "log.jsonl") for stage_run in run.stages}
+if logs:
+    display(plots.loss_curves(logs, smooth=9, path=run.folder / "figures" / "loss.png"))
 for name, table in trained.items():
     display(name, pd.DataFrame(table).T)
 

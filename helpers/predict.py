@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from helpers.messages import parse_text, to_messages
+from helpers.progress import progress_bar
 
 
 def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str, **generation) -> list[dict]:
@@ -33,7 +33,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     done = _read_parts(parts, key)
     todo = [i for i in mine if rows[i]["image_id"] not in done]
     model.eval()
-    bar = tqdm(total=len(mine), initial=len(mine) - len(todo), desc=path.stem, unit="picture", disable=rank > 0)
+    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
     own = parts / f"{key}.{rank}.jsonl"
     own.write_text("".join(_as_text(line) for line in _whole_lines(own)))  # drops a line that a kill has cut
     with own.open("a") as file:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -34,6 +35,7 @@ TRAINING = (
 
 def quiet_libraries() -> None:
     """Keep notices that no reader can act on out of the outputs; errors and this project's own words stay."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import datasets
     import transformers
 

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import SFTTrainer
+
+from helpers.progress import progress_bar
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"  # written last: a checkpoint without it was cut off and is never loaded
@@ -19,6 +22,12 @@ COMPLETE = "complete"  # written last: a checkpoint without it was cut off and i
 
 class BoxTrainer(SFTTrainer):
     """`SFTTrainer` with one checkpoint format for every recipe; see the module's docstring."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(own)
+        self.add_callback(ProgressBar())
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
@@ -94,10 +103,21 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def quiet(trainer: SFTTrainer) -> None:
-    """One progress bar, without a printed dictionary at every logged step: the curve is drawn afterwards."""
-    trainer.remove_callback(PrinterCallback)
-    bar = trainer.pop_callback(ProgressCallback)
-    if bar is not None:
-        bar.on_log = lambda *args, **kwargs: None
-        trainer.add_callback(bar)
+class ProgressBar(TrainerCallback):
+    """One text bar with the loss, the same in a terminal, in JupyterLab and in papermill's log.
+
+    It stands in for Trainer's own, which prints every logged step, or a table of them in a notebook.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = progress_bar(state.max_steps, state.global_step, "training", "step", state.is_world_process_zero)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()

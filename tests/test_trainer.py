@@ -50,7 +50,6 @@ def build(recipe, folder, processor, rows, **options):
                           logging_nan_inf_filter=False, report_to="none", use_cpu=True, seed=0, **options)
     sft = trainer.BoxTrainer(vlm, args=arguments, train_dataset=rows, processing_class=processor,
                              data_collator=collate.Collator(processor, "Where?"), callbacks=[trainer.LossLog(folder)])
-    trainer.quiet(sft)
     return sft
 
 

@@ -82,7 +82,8 @@ def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Pa
     """Training loss by step for each run or stage, and its loss on held-out rows where that was logged.
 
     `logs`: name -> lines such as `trainer.state.log_history` holds, with "step" and "loss" or "eval_loss"; other
-    lines are passed over. `smooth` > 1 draws the running mean over that many lines above the pale curve itself.
+    lines are passed over. `smooth` > 1 draws the running mean over that many lines, where there are so many, above
+    the pale curve itself.
     """
     figure, (axes,) = _charts(1, (5, 3))
     for i, (name, log) in enumerate(logs.items()):
@@ -91,7 +92,7 @@ def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Pa
             raise ValueError(f"the log of {name} has no line with 'loss'; train with logging_steps above 0")
         steps, loss = np.array(logged).T
         style = {"color": COLOURS[i % 6], "linestyle": LINES[i % 6]}
-        if smooth > 1:
+        if 1 < smooth <= len(loss):
             axes.plot(steps, loss, alpha=0.35, linewidth=1, **style)
             loss = np.convolve(loss, np.ones(smooth) / smooth, mode="valid")
             steps = steps[(smooth - 1) // 2 :][: len(loss)]
