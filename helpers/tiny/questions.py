@@ -22,7 +22,8 @@ PROMPTS = (
 )
 PROMPT_WEIGHTS = (0.85, 0.05, 0.05, 0.05)
 MADE_UP_SHARE = 0.1
-MOST_BOXES = 4
+MOST_BOXES = 3
+SMALLEST = 0.08  # of the picture's side: an image token is about .1 wide
 FORBIDDEN = re.compile(r"nutri", re.IGNORECASE)  # what the base must never be told
 
 # the tokenizer's training text, beside prompts and answers
@@ -90,14 +91,16 @@ def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5
     """The same inside `crop` [4] (x0, y0, x1, y1 in 0-1), in the crop's own units.
 
     A name is kept when each of its boxes lies either outside the crop or inside it by at least `visible` of its area,
-    and when they are `MOST_BOXES` at most.
+    when they are `MOST_BOXES` at most, and none is too small to be seen (sides of `SMALLEST` on average).
     """
     kept = {}
     for name, boxes in named.items():
         inside = clip_unit((boxes - crop[[0, 1, 0, 1]]) / np.tile(crop[2:] - crop[:2], 2))
         share = area(inside) * np.prod(crop[2:] - crop[:2]) / area(boxes)
-        if ((share >= visible) | (share == 0)).all() and 0 < (share > 0).sum() <= MOST_BOXES:
-            kept[name] = inside[share > 0]
+        seen = inside[share > 0]
+        whole = ((share >= visible) | (share == 0)).all()
+        if whole and 0 < len(seen) <= MOST_BOXES and (area(seen) >= SMALLEST**2).all():
+            kept[name] = seen
     return kept
 
 
