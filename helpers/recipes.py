@@ -30,7 +30,7 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     # nothing trains: the zero-shot row, held as r1 holds it
     "base": (),
     # published .835 mean IoU (7B, first 50 pictures of val, 2 x RTX 6000 Ada)
-    "r1-llm-only": (Stage("lora", ("language",), "nf4", {"7b": 2e-5, "tiny": 2e-3}),),
+    "r1-llm-only": (Stage("lora", ("language",), "nf4", {"7b": 2e-5, "tiny": 1e-3}),),
     # published .833
     "r2-vision-only": (Stage("full", ("vision",), "bf16", {"7b": 1e-5, "tiny": 5e-4}),),
     # published .837
@@ -39,7 +39,7 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
         Stage("lora", ("language",), "nf4", {"7b": 1e-5, "tiny": 1e-3}, suffix="-stage2"),
     ),
     # published .864
-    "r4-joint": (Stage("lora", ("vision", "language"), "nf4", {"7b": 2e-5, "tiny": 2e-3}),),
+    "r4-joint": (Stage("lora", ("vision", "language"), "nf4", {"7b": 2e-5, "tiny": 1e-3}),),
 }
 
 IMAGE_TOKEN = 28 * 28  # pixels: a patch is 14 x 14 and 2 x 2 patches are merged into one image token
@@ -64,7 +64,7 @@ SCALES: dict[str, dict] = {
         "model_id": "embedded",
         "dataset_id": "embedded",
         "epochs": 3,
-        "batch_size": 16,
+        "batch_size": 8,
         "accumulation": 1,
         "lora_rank": 16,
         "lora_alpha": 32,
