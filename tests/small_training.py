@@ -5,7 +5,13 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainerCallback, set_seed
+from transformers import (
+    BitsAndBytesConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig
 
 from helpers import collate, trainer
@@ -30,10 +36,16 @@ def squares():
     return datasets.Dataset.from_list([row(i) for i in range(16)])
 
 
-def build(recipe, folder, processor, rows, **options):
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+                         bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+
+
+def build(recipe, folder, processor, rows, nf4=False, **options):
     stage = RECIPES[recipe][0]
     set_seed(0)
-    vlm = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.bfloat16).requires_grad_(False)
+    vlm = Qwen2VLForConditionalGeneration.from_pretrained(
+        TINY_BASE, dtype=torch.bfloat16, quantization_config=NF4 if nf4 else None, device_map={"": "cpu"})
+    vlm.requires_grad_(False)
     if stage.trains == "full":
         vlm.model.visual.float().requires_grad_(True)
     else:

@@ -43,11 +43,11 @@ def scored_as(monkeypatch, numbers):
                         lambda *args, **options: {"summary": {"mean_iou": {"value": next(rest)}}})
 
 
-@pytest.mark.parametrize("recipe", ["r2-vision-only", "r4-joint"])
-def test_the_training_is_as_if_nothing_had_been_asked(recipe, tmp_path, processor, rows):
-    plain = build(recipe, tmp_path / "plain", processor, rows)
+@pytest.mark.parametrize("recipe, nf4", [("r2-vision-only", False), ("r4-joint", False), ("r4-joint", True)])
+def test_the_training_is_as_if_nothing_had_been_asked(recipe, nf4, tmp_path, processor, rows):
+    plain = build(recipe, tmp_path / "plain", processor, rows, nf4=nf4)
     plain.train()
-    asked = watched(tmp_path / "asked", processor, rows, recipe)
+    asked = watched(tmp_path / "asked", processor, rows, recipe, nf4=nf4)
     asked.train()
     for name, weight in asked._trainable().items():
         assert torch.equal(weight, plain._trainable()[name]), name
