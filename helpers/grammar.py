@@ -50,23 +50,19 @@ class Grammar:
             raise ValueError(f"max_new_tokens={max_new_tokens} and max_boxes={max_boxes} leave no room for a box: it "
                              f"takes up to {longest} tokens, and one more to stop.")
 
-    def following(self, answer: Sequence[int]) -> list[int]:
-        """The token ids that may follow the answer so far. Raises ValueError where that has left the grammar."""
-        steps = self._answer()
-        allowed = next(steps)
-        for token in answer:
-            if token not in allowed:
-                raise ValueError(f"token {token} cannot stand here in an answer.")
-            if token == self.end:
-                return [self.end]
-            allowed = steps.send(token)
-        return allowed
+    def answer(self) -> Steps:
+        """The steps of one answer: gives the token ids that may stand next and is sent the one that does, on and on.
 
-    def _answer(self) -> Steps:
+        The first ids come from `next`. Behind the end there is only the end again.
+        """
+        yield from self._text()
+        while True:
+            yield [self.end]
+
+    def _text(self) -> Steps:
         first = yield [self.start[0], self.no_table[0]]
         if first == self.no_table[0]:
             yield from _one_of([self.no_table[1:]])
-            yield [self.end]
             return
         for unit in range(1, self.max_boxes + 1):
             yield from _one_of([name + self.open for name in self.names])
@@ -74,8 +70,7 @@ class Grammar:
             y0 = yield from self._number(0, 999, self.corner)
             yield from self._number(x0 + 1, 1000, self.comma)
             yield from self._number(y0 + 1, 1000, self.close)
-            last = yield [self.end] + (self.start if unit < self.max_boxes else [])
-            if last == self.end:
+            if unit == self.max_boxes or (yield self.start + [self.end]) == self.end:
                 return
 
     def _number(self, low: int, high: int, then: list[int]) -> Generator[list[int], int, int]:
@@ -108,16 +103,23 @@ def _leads_to(written: str, low: int, high: int) -> bool:
 
 
 class GrammarConstraint(LogitsProcessor):
-    """For `model.generate`: what the grammar forbids gets -inf. The answer begins after `prompt_length` tokens."""
+    """For one call of `model.generate`, greedy or sampling: what the grammar forbids gets -inf.
+
+    The answers begin behind `prompt_length` tokens.
+    """
 
     def __init__(self, grammar: Grammar, prompt_length: int):
-        self.grammar, self.prompt_length = grammar, prompt_length
+        self.grammar, self.prompt_length, self.answers = grammar, prompt_length, []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """`input_ids` [N, T], `scores` [N, vocabulary] -> the scores of what may follow, -inf elsewhere."""
-        answers = input_ids[:, self.prompt_length :].tolist()
-        allowed = [(row, token) for row, answer in enumerate(answers) for token in self.grammar.following(answer)]
-        rows, tokens = torch.tensor(allowed, device=scores.device).T
+        """`input_ids` [N, T], `scores` [N, vocabulary] -> the scores of what may stand next, -inf elsewhere."""
+        if input_ids.shape[1] == self.prompt_length:
+            self.answers = [self.grammar.answer() for _ in input_ids]
+            choices = [next(answer) for answer in self.answers]
+        else:
+            choices = [answer.send(last) for answer, last in zip(self.answers, input_ids[:, -1].tolist(), strict=True)]
+        pairs = [(row, token) for row, tokens in enumerate(choices) for token in tokens]
+        rows, tokens = torch.tensor(pairs, device=scores.device).T
         kept = torch.full_like(scores, -torch.inf)
         kept[rows, tokens] = scores[rows, tokens]
         return kept

@@ -21,6 +21,17 @@ def ids(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def walk(grammar, tokens):
+    """Whether the grammar lets these tokens through, one after the other."""
+    steps = grammar.answer()
+    allowed = next(steps)
+    for token in tokens:
+        if token not in allowed:
+            return False
+        allowed = steps.send(token)
+    return True
+
+
 def decode_greedily(tokenizer, wishes, constraint, prompt_length):
     """What greedy decoding makes of `wishes` [steps, N, vocabulary], scores that do not look at the answer."""
     answers = torch.zeros(wishes.shape[1], prompt_length, dtype=torch.long)
@@ -52,14 +63,9 @@ def test_every_pair_of_edges_can_be_written(tokenizer):
     edges = (0, 1, 9, 10, 99, 100, 101, 499, 998, 999, 1000)
     for x0, x1 in itertools.product(edges, edges):
         answer = head + ids(tokenizer, f"{x0},7),({x1},8)<|box_end|><|im_end|>")
-        if x0 < x1:
-            grammar.following(answer)
-        else:
-            with pytest.raises(ValueError, match="cannot stand here"):
-                grammar.following(answer)
+        assert walk(grammar, answer) == (x0 < x1), (x0, x1)
     for number in ("00", "01", "007", "1001", "", "-1", " 1"):
-        with pytest.raises(ValueError, match="cannot stand here"):
-            grammar.following(head + ids(tokenizer, f"{number},7),("))
+        assert not walk(grammar, head + ids(tokenizer, f"{number},7),(")), number
 
 
 @pytest.mark.parametrize("objects", [
@@ -77,9 +83,8 @@ def test_a_well_formed_answer_is_not_changed(tokenizer, objects):
 def test_names_are_a_choice_and_may_begin_alike(tokenizer):
     grammar = Grammar(tokenizer, ("table", "table 2", "barcode"), max_new_tokens=64)
     for name in ("table", "table 2", "barcode"):
-        grammar.following(ids(tokenizer, f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>(1"))
-    with pytest.raises(ValueError, match="cannot stand here"):
-        grammar.following(ids(tokenizer, "<|object_ref_start|>nutrition-table<|object_ref_end|>"))
+        assert walk(grammar, ids(tokenizer, f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>(1"))
+    assert not walk(grammar, ids(tokenizer, "<|object_ref_start|>nutrition-table<|object_ref_end|>"))
 
 
 def test_what_cannot_work_is_refused(tokenizer):
