@@ -76,7 +76,7 @@ def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
     budget = {name: SCALES["tiny"][name] for name in ("min_pixels", "max_pixels")}
     raw = data.load_raw("embedded", limit={"train": 1, "selection": 1, "val": options.pictures})
-    rows = data.prepare(raw, **budget)
+    rows = data.prepare(data.clean(raw, data.audit(raw)), **budget)
     processor = Qwen2VLProcessor.from_pretrained(options.model, **budget)
     table = []
     for precision in options.precisions:
