@@ -47,10 +47,14 @@ gradient_checkpointing = None  # recompute activations instead of keeping them
 seed = 0
 train_limit = None  # use only the first so many pictures
 val_limit = None
+eval_steps = None  # measure IoU on a few pictures of selection every so many steps; None: never
+eval_pictures = 32  # how many
+keep = "last"  # last or best: which step's weights are kept, best by that IoU
 
 # prediction, merging
 predict_batch_size = None
 max_new_tokens = 128
+constrained = False  # let only answers in the format through; False is the published protocol
 merge_base = "full"  # full or dequantised: which weights the adapter is merged into
 
 # where and how
@@ -84,7 +88,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import collate, data, evaluate, merge, messages, model, plots, predict, trainer
+from helpers import boxes, callbacks, collate, data, evaluate, merge, messages, model, plots, predict, trainer
 
 transformers.set_seed(run.seed)
 
@@ -212,18 +216,23 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # ## 6 · The baseline
 #
 # What does the model answer before any training? Greedy decoding, in batches padded on the left. The answers are kept
-# under a hash of everything they depend on, so four recipes ask the untrained model only once.
+# under a hash of everything they depend on, so four recipes ask the untrained model only once. With `constrained`
+# only the names below and the digits are left to choose: the form is given.
 
 # %%
+named = {name for row in data.truth_rows(rows["train"]) for name in row["objects"]["category_name"]}
+names = sorted({*boxes.CATEGORIES, *named}) if run.constrained else None
+
+
 def ask(vlm, path, **inputs):
     """Boxes for every picture of val, one JSON line each; kept if they were made with the same inputs."""
     key = runs.key(pixels=[run.min_pixels, run.max_pixels], val=runs.rows_hash(rows["val"]),
-                   max_new_tokens=run.max_new_tokens, **inputs)
+                   max_new_tokens=run.max_new_tokens, names=names, **inputs)
     with runs.exclusive(path):
         if not runs.is_done(path.parent, path.name, key):
             with runs.timed(run.folder, path.stem):
                 predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
-                                key=key, max_new_tokens=run.max_new_tokens, do_sample=False)
+                                key=key, names=names, max_new_tokens=run.max_new_tokens, do_sample=False)
             runs.mark_done(path.parent, path.name, key)
     return predict.read_jsonl(path)
 
@@ -231,7 +240,8 @@ def ask(vlm, path, **inputs):
 # %%
 base_hash = runs.files_hash(run.model_path)
 runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
-asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt}
+asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt,
+         "constrained": run.constrained}
 baseline = ask(base, Path(run.output_root) / "baselines" / runs.key(**asked) / "baseline.jsonl", **asked)
 print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
 del base
@@ -306,10 +316,17 @@ def train(stage_run, base_path):
     tuned = make_trainable(load_base(stage.precision, base_path), stage)
     sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), data_collator=collator, train_dataset=rows["train"],
                              processing_class=processor, callbacks=[trainer.LossLog(folder)])
+    if run.eval_steps:
+        few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
+        sft.add_callback(callbacks.IoUDuringTraining(
+            sft, few, run.prompt, every=run.eval_steps, batch_size=run.predict_batch_size,
+            keep_best=run.keep == "best", max_new_tokens=run.max_new_tokens))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
         sft.train(resume_from_checkpoint=runs.last_checkpoint(folder))
+    if run.keep == "best":
+        print(f"the best IoU during training, {sft.state.best_metric:.3f}, was at step {sft.load_best()}: kept")
     if runs.is_main() and stage.trains == "full":
         merge.save_whole(tuned, processor, folder / "model")
     elif runs.is_main():

@@ -76,9 +76,13 @@ PARAMETERS: dict[str, Rule] = {
     "seed": whole(0, 2**31 - 1),
     "train_limit": default(whole(1, 10**9)),
     "val_limit": default(whole(1, 10**9)),
+    "eval_steps": default(whole(1, 10**9)),
+    "eval_pictures": whole(1, 10**9),
+    "keep": one_of("last", "best"),
     "save_steps": default(whole(1, 10**9)),
     "predict_batch_size": default(whole(1, 4096)),
     "max_new_tokens": whole(8, 4096),
+    "constrained": flag(),
     "merge_base": one_of("full", "dequantised"),
     "gpus": default(gpu_list()),
     "output_root": text("a folder that can be written"),
@@ -143,6 +147,8 @@ def check(values: dict[str, Any], known: dict[str, Rule] = PARAMETERS) -> None:
     low, high = values.get("min_pixels"), values.get("max_pixels")
     if low and high and low > high:
         raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
+    if values.get("keep") == "best" and not values.get("eval_steps"):
+        raise ParameterError("keep='best' needs eval_steps: the best step is found by measuring every so many steps.")
 
 
 def choose_gpus(gpus: Any) -> None:

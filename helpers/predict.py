@@ -9,16 +9,19 @@ from pathlib import Path
 
 import torch
 
+from helpers.grammar import Grammar, GrammarConstraint
 from helpers.messages import parse_text, to_messages
 from helpers.progress import progress_bar
 
 
-def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str, **generation) -> list[dict]:
+def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str,
+            names: Sequence[str] | None = None, **generation) -> list[dict]:
     """Ask `model` about every row and write one JSON line a picture to `path`, in the order of `rows`.
 
     Args:
         rows: a `datasets.Dataset` of the project's schema, N pictures.
         key: a hash over all that the answers depend on. Lines of a killed call with the same key are kept.
+        names: lets only answers in the project's format through, with these names (`Grammar`); None: any text.
         generation: arguments of `model.generate`, such as `max_new_tokens` and `do_sample`.
 
     Under a launcher each process takes every world-size-th picture, and rank 0 writes the file; all return all lines:
@@ -40,7 +43,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
         while todo:
             batch, rest = todo[:batch_size], todo[batch_size:]
             try:
-                lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation)
+                lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation, names)
             except torch.cuda.OutOfMemoryError:
                 if batch_size == 1:
                     raise
@@ -61,16 +64,24 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
 
 
 @torch.inference_mode()
-def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict) -> list[dict]:
-    """One batch, padded on the left: the lines of `predict`, in the order of `rows`."""
+def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
+                   names: Sequence[str] | None = None) -> list[dict]:
+    """One batch, padded on the left: the lines of `predict`, in the order of `rows`.
+
+    Confidences are the model's own, before a constraint.
+    """
     chats = [to_messages(row, prompt)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     images = [row["image"].convert("RGB") for row in rows]
     batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
     batch = batch.to(model.device)
+    length = batch["input_ids"].shape[1]
+    if names is not None:
+        grammar = Grammar(processor.tokenizer, names, max_new_tokens=generation["max_new_tokens"])
+        generation = generation | {"logits_processor": [GrammarConstraint(grammar, length)]}
     out = model.generate(**batch, **generation, return_dict_in_generate=True, output_logits=True)
     scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
-    answers = out.sequences[:, batch["input_ids"].shape[1] :]
+    answers = out.sequences[:, length:]
     return [line(row["image_id"], tokens, logs, processor.tokenizer)
             for row, tokens, logs in zip(rows, answers.tolist(), scores.tolist(), strict=True)]
 

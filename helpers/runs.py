@@ -120,7 +120,8 @@ def files_hash(folder: str | Path) -> str:
 
 def training_values(run: Run) -> dict[str, Any]:
     """The parameters that a training depends on."""
-    return {name: run.values[name] for name in TRAINING}
+    chosen_by = ("keep", "eval_steps", "eval_pictures", "max_new_tokens") if run.keep == "best" else ()
+    return {name: run.values[name] for name in (*TRAINING, *chosen_by)}
 
 
 def open_folder(run: Run, **inputs: Any) -> None:

@@ -49,6 +49,17 @@ class BoxTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_trainable(self._trainable(), Path(resume_from_checkpoint))
 
+    def load_best(self) -> int:
+        """Give the model the weights of the step whose `eval_iou` was best, from its checkpoint; returns the step.
+
+        Raises ValueError where no checkpoint was kept for its score.
+        """
+        step = self.state.best_global_step
+        if not step:
+            raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
+        load_trainable(self._trainable(), Path(self.args.output_dir) / f"checkpoint-{step}")
+        return step
+
     def create_model_card(self, *args, **kwargs) -> None:
         """None here: the run's manifest says what a card would."""
 
@@ -82,12 +93,12 @@ class LossLog(TrainerCallback):
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or not {"loss", "eval_iou"} & set(logs):
             return
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if not math.isfinite(logs["loss"]):
+        if not math.isfinite(logs.get("loss", 0)):
             raise FloatingPointError(f"the loss is {logs['loss']} at step {state.global_step}; lower learning_rate "
                                      f"(now {args.learning_rate}) and start again: checkpoints before it are kept.")
 

@@ -50,12 +50,13 @@ def test_no_file_names_a_registry(repo):
 def test_everything_that_is_imported_is_declared(repo):
     files = [*repo.glob("helpers/**/*.py"), *repo.glob("tests/*.py"), *repo.glob("notebooks/*.py"), *repo.glob("*.py")]
     distributions = packages_distributions()
+    own = {"helpers", *(path.stem for path in repo.glob("tests/*.py"))} | set(sys.stdlib_module_names)
     missing = set()
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
-            tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"helpers", "pipeline_runner"}
+            tops = {name.split(".")[0] for name in names} - own
             owners = {top: {canonicalize_name(name) for name in distributions.get(top, [top])} for top in tops}
             missing |= {f"{top} in {path.relative_to(repo)}" for top in tops if not owners[top] & set(pinned(repo))}
     assert missing == set()

@@ -73,6 +73,9 @@ def test_r3_has_two_folders(defaults, monkeypatch):
         ("output_root=/proc/nowhere", ["output_root='/proc/nowhere'", "cannot be written"]),
         ("scale=7b", ["scale=7b", "needs 22 GiB", "no GPU", "scale=tiny"]),
         ("run_name=../x", ["run_name='../x'"]),
+        ("keep=best", ["keep='best'", "eval_steps"]),
+        ("keep=first", ["keep='first'", "last, best"]),
+        ("constrained=1", ["constrained=1", "True or False"]),
         ("r4-joint", ["'r4-joint'", "name=value"]),
     ],
 )

@@ -9,7 +9,7 @@ from pipeline_runner import run
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers import evaluate, predict, runs
+from helpers import evaluate, predict, runs, trainer
 from helpers.settings import TINY_BASE
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
@@ -51,6 +51,19 @@ def test_lora_recipes_end_in_a_merged_model(recipe):
     processor = Qwen2VLProcessor.from_pretrained(f"{folder}-merged")
     size = dict(processor.image_processor.size)
     assert (size["shortest_edge"], size["longest_edge"]) == (names["run"].min_pixels, names["run"].max_pixels)
+
+
+def test_constrained_answers_and_the_best_step_by_iou():
+    names = run("recipe=r1-llm-only", "constrained=True", "batch_size=8", "eval_steps=2", "eval_pictures=4",
+                "keep=best")
+    folder = Path(f"{PREFIX}r1-llm-only")
+    assert not [line["rejected"] for line in names["predictions"] + names["baseline"] if line["rejected"]]
+    log = [line for line in trainer.read_log(folder / "log.jsonl") if "eval_iou" in line]
+    best = max(log, key=lambda line: (line["eval_iou"], -line["step"]))["step"]
+    assert [line["step"] for line in log] == [2, 4]
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    kept = load_file(folder / f"checkpoint-{best}" / trainer.WEIGHTS)
+    assert all(torch.equal(adapter[name.replace(".default.", ".")], weight) for name, weight in kept.items())
 
 
 def test_r2_changes_the_vision_tower_and_nothing_else():

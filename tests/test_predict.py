@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import predict
+from helpers.boxes import CATEGORIES
 from helpers.scenes import render_scene
 from helpers.settings import TINY_BASE
 
@@ -108,3 +109,10 @@ def test_confidence_counts_the_digits_of_its_own_box_alone(processor):
     sure, unsure = [0.0] * len(pieces), [math.log(0.25)] * len(pieces)
     line = predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)
     assert line["confidences"] == [1.0, 0.25]
+
+
+def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):
+    together = ask(vlm, processor, rows, tmp_path / "together.jsonl", names=CATEGORIES, max_new_tokens=80)
+    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", names=CATEGORIES, max_new_tokens=80, batch_size=1)
+    assert all(line["stopped"] and not line["rejected"] for line in together)
+    assert [line["text"] for line in together] == [line["text"] for line in alone]

@@ -20,6 +20,7 @@ from helpers.evaluate.reports import (
     write_metrics,
 )
 from helpers.evaluate.scoring import score
+from helpers.evaluate.threshold import trusted_boxes, trusted_table
 
 __all__ = [
     "best_constant_box",
@@ -36,6 +37,8 @@ __all__ = [
     "results_table",
     "score",
     "threshold_for_precision",
+    "trusted_boxes",
+    "trusted_table",
     "with_interval",
     "write_metrics",
 ]

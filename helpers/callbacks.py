@@ -1,0 +1,77 @@
+"""IoU while the model trains, on pictures of `selection`: a run that goes wrong is seen early, the best step kept."""
+
+from accelerate.utils import gather_object
+from bitsandbytes.nn import Linear4bit
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from helpers import data, evaluate, predict
+from helpers.trainer import BoxTrainer
+
+
+class IoUDuringTraining(TrainerCallback):
+    """Generate on a few pictures every `every` steps and after the last one; log their mean IoU as `eval_iou`.
+
+    Args:
+        sft: the trainer, whose log gets the number (so W&B, TensorBoard and `log.jsonl` do).
+        rows: a `datasets.Dataset` of the project's schema, from `selection` and never from `val`: what is chosen by
+            this number must not be reported on. The processes share the pictures out.
+        every: steps between two measurements.
+        keep_best: save a checkpoint whenever the number is the best so far (the earlier of equal ones), protected
+            from rotation; `BoxTrainer.load_best` takes it back at the end.
+        generation: arguments of `predict.generate_lines`' `model.generate`, such as `max_new_tokens`.
+
+    The training goes on as if nothing had been asked: greedy decoding draws no random number, and the model returns
+    to its mode. Raises ValueError where no picture of `rows` has a box, because then there is no IoU.
+    """
+
+    def __init__(self, sft: BoxTrainer, rows, prompt: str, *, every: int, batch_size: int, keep_best: bool = False,
+                 **generation):
+        self.sft, self.rows, self.prompt, self.every = sft, rows, prompt, every
+        self.batch_size, self.keep_best = batch_size, keep_best
+        self.generation = generation | {"do_sample": False, "use_cache": True}
+        self.truth = data.truth_rows(rows)
+        if not any(row["objects"]["bbox"] for row in self.truth):
+            raise ValueError(f"none of the {len(rows)} pictures for the IoU during training has a box; take more.")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Measure where it is time, log, and ask for a checkpoint where this is the best so far."""
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        log_this_step, iou = control.should_log, self._measure()
+        control.should_log = log_this_step  # or the step's loss would not be logged: Trainer resets it in `log`
+        if self.keep_best and (state.best_metric is None or iou > state.best_metric):
+            state.best_metric, state.best_global_step, control.should_save = iou, state.global_step, True
+
+    def _measure(self) -> float:
+        """Mean IoU (0-1) of the model as it is now; the same number in every process."""
+        accelerator, model = self.sft.accelerator, self.sft.accelerator.unwrap_model(self.sft.model)
+        mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
+        was_training, lines = model.training, []
+        model.eval()
+        _keep_4bit_weights_trainable(model)
+        try:
+            for start in range(0, len(mine), self.batch_size):
+                batch = [self.rows[i] for i in mine[start : start + self.batch_size]]
+                with accelerator.autocast():
+                    lines += predict.generate_lines(model, self.sft.processing_class, batch, self.prompt,
+                                                    self.generation)
+            score = evaluate.score(self.truth, gather_object(lines), resamples=0)
+            iou = score["summary"]["mean_iou"]["value"]
+            self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
+        finally:
+            model.train(was_training)
+        if accelerator.is_main_process:
+            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures")
+        return iou
+
+
+def _keep_4bit_weights_trainable(model) -> None:
+    """Leave 4-bit layers in training mode, which changes nothing but this.
+
+    On some CPUs bitsandbytes repacks the weights of such a layer at its first use in eval mode, for good, and no
+    gradient passes through a repacked layer.
+    """
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.train()

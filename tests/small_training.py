@@ -1,0 +1,70 @@
+"""A training made small: white squares on black, the tiny base, a few steps."""
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image, ImageDraw
+from transformers import (
+    BitsAndBytesConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    TrainerCallback,
+    set_seed,
+)
+from trl import SFTConfig
+
+from helpers import collate, trainer
+from helpers.recipes import RECIPES
+from helpers.settings import TINY_BASE
+
+
+def small_processor():
+    return Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=16 * 784, max_pixels=16 * 784)
+
+
+def squares():
+    draw = np.random.default_rng(0)
+
+    def row(i):
+        y0, x0 = draw.uniform(0, 0.5, 2)
+        picture = Image.new("RGB", (112, 112), "black")
+        ImageDraw.Draw(picture).rectangle([x0 * 112, y0 * 112, x0 * 112 + 40, y0 * 112 + 40], fill="white")
+        objects = {"bbox": [[y0, x0, y0 + 0.35, x0 + 0.35]], "category_id": [0], "category_name": ["nutrition-table"]}
+        return {"image_id": str(i), "image": picture, "objects": objects}
+
+    return datasets.Dataset.from_list([row(i) for i in range(16)])
+
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+                         bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+
+
+def build(recipe, folder, processor, rows, nf4=False, **options):
+    stage = RECIPES[recipe][0]
+    set_seed(0)
+    vlm = Qwen2VLForConditionalGeneration.from_pretrained(
+        TINY_BASE, dtype=torch.bfloat16, quantization_config=NF4 if nf4 else None, device_map={"": "cpu"})
+    vlm.requires_grad_(False)
+    if stage.trains == "full":
+        vlm.model.visual.float().requires_grad_(True)
+    else:
+        vlm = get_peft_model(vlm, LoraConfig(r=4, lora_dropout=0.1, target_modules=stage.lora_targets))
+    options = {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, "gradient_checkpointing": False} | options
+    arguments = SFTConfig(output_dir=str(folder), per_device_train_batch_size=4, bf16=True, max_length=None,
+                          remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
+                          report_to="none", use_cpu=True, seed=0, **options)
+    sft = trainer.BoxTrainer(vlm, args=arguments, train_dataset=rows, processing_class=processor,
+                             data_collator=collate.Collator(processor, "Where?"), callbacks=[trainer.LossLog(folder)])
+    return sft
+
+
+class StopAt(TrainerCallback):
+    """A kill: the process is gone in the middle of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
