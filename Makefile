@@ -67,9 +67,9 @@ compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-
 notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)
 	$(BIN)/python -m helpers.dev.execute $(ARGS)
 
-tiny-base: $(STAMP) ## train the tiny base again and write its weights into helpers/tiny
+tiny-base: $(STAMP) ## train the tiny base again, into runs/tiny-base: minutes on a GPU, hours on a CPU
 	mkdir -p runs/tiny-base
-	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True $(ARGS)
+	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True -p out $(CURDIR)/runs/tiny-base $(ARGS)
 
 env: $(STAMP) ## write environment.yml, environment.lock.yml and requirements.txt from pyproject.toml
 	$(BIN)/python -m helpers.dev.environment
