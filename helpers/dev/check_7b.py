@@ -49,9 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulation", type=int, default=SCALES["7b"]["accumulation"])
     parser.add_argument("--cap-gib", type=float, default=24, help=f"for {' and '.join(CAPPED)}")
-    parser.add_argument("--val", type=int, default=4, help="pictures that are predicted")
-    parser.add_argument("--side-by-side", type=int, default=1, help="recipes at a time (their step times then mix)")
-    parser.add_argument("--no-kill", action="store_true", help="do not kill and resume")
+    parser.add_argument("--val", type=int, default=16, help="pictures that are predicted")
+    parser.add_argument("--side-by-side", type=int, default=1, help="recipes at a time; one trains at a time")
+    parser.add_argument("--kill", nargs="*", default=TRAINED, help="recipes that are killed once and go on")
     parser.add_argument("--tiny", action="store_true", help="a shrunken model, no GPU needed")
     parser.add_argument("--keep", action="store_true", help="keep the runs' files")
     return parser.parse_args()
@@ -60,14 +60,14 @@ def arguments() -> argparse.Namespace:
 def pipeline_arguments(options: argparse.Namespace, recipe: str) -> list[str]:
     """What pipeline.py is called with: the 7B scale's own values, on this model and these pictures."""
     given = {
-        "recipe": recipe, "scale": "7b", "model_id": options.folder / "model", "dataset_id": options.folder / "pictures",
-        "output_root": options.runs / recipe, "epochs": 1, "accumulation": options.accumulation,
-        "save_steps": options.steps // 2, "max_new_tokens": 32, "report_to": "none",
+        "recipe": recipe, "scale": "7b", "model_id": options.folder / "model",
+        "dataset_id": options.folder / "pictures", "output_root": options.runs / recipe, "epochs": 1,
+        "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
     }  # fmt: skip
     if options.tiny:  # no GPU, so scale 7b would be refused: its values one by one, and small pictures
         values = {name: value for name, value in SCALES["7b"].items() if not name.endswith("_id")}
         pixels = {"min_pixels": 16 * IMAGE_TOKEN, "max_pixels": 64 * IMAGE_TOKEN}
-        given = values | given | pixels | {"scale": "tiny"}
+        given = values | given | pixels | {"scale": "tiny", "max_new_tokens": 32}
     return [f"{name}={value}" for name, value in given.items()]
 
 
@@ -75,22 +75,25 @@ def run_recipe(options: argparse.Namespace, recipe: str) -> dict:
     """Run one recipe, killed at half of its steps and started again; its row of the report."""
     events, log = options.report / f"{recipe}.events.jsonl", options.report / f"{recipe}.log"
     cap = options.cap_gib if recipe in CAPPED else 0
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(options.folder / "huggingface"), "TQDM_DISABLE": "1"}
+    cache = str(options.folder / "huggingface")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TQDM_DISABLE": "1"}
     codes, start = [], time.perf_counter()
-    for kill_at in [0] if options.no_kill else [options.steps // 2, 0]:
+    for kill_at in [options.steps // 2, 0] if recipe in options.kill else [0]:
         command = [sys.executable, "-m", "helpers.dev.measured", str(events), str(cap), str(kill_at),
                    *pipeline_arguments(options, recipe)]
         with log.open("a") as out:
             codes.append(subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode)
-        print(f"{recipe}: {'killed' if codes[-1] == -9 else codes[-1]}, {time.perf_counter() - start:.0f} s", flush=True)
+        ended = "killed" if codes[-1] == -9 else f"ended with {codes[-1]}"
+        print(f"{recipe}: {ended}, {time.perf_counter() - start:.0f} s", flush=True)
         if codes[-1] not in (0, -9):
             print(*log.read_text().splitlines()[-30:], sep="\n", flush=True)
             break
     row = {"recipe": recipe, "cap_gib": cap or None, "codes": codes, **summary(read(events))}
     row["wrong"] = wrong(options, recipe, row)
-    row["disk_gib"] = round(sum(file.stat().st_size for file in (options.runs / recipe).rglob("*") if file.is_file()) / 2**30, 1)
+    files = [file for file in (options.runs / recipe).rglob("*") if file.is_file()]
+    row["disk_gib"] = round(sum(file.stat().st_size for file in files) / 2**30, 1)
     if not options.keep:
-        shutil.rmtree(options.runs / recipe, ignore_errors=True)
+        shutil.rmtree((options.runs / recipe).resolve(), ignore_errors=True)
     write_json(options.report / f"{recipe}.json", row)
     return row
 
@@ -116,17 +119,17 @@ def summary(events: list[dict]) -> dict:
     }
     timed = [name for name in calls if "allocated" in calls[name][0] and name not in ("nf4 layers", "trainable")]
     row["seconds"] = {name: [event["seconds"] for event in calls[name]] for name in timed}
-    row["peaks"] = {name: [max(event["allocated"] for event in calls[name]), max(event["reserved"] for event in calls[name])]
+    row["peaks"] = {name: [max(event[held] for event in calls[name]) for held in ("allocated", "reserved")]
                     for name in timed}  # fmt: skip
     return row
 
 
 def wrong(options: argparse.Namespace, recipe: str, row: dict) -> list[str]:
     """What is not as it should be, in words."""
-    expected_codes = [0] if options.no_kill else [-9, 0]
+    expected_codes, resumed = ([-9, 0], [options.steps // 2]) if recipe in options.kill else ([0], [])
     faults = [] if row["codes"] == expected_codes else [f"exit codes {row['codes']}, expected {expected_codes}"]
-    if not options.no_kill and row["resumed_at"] != [options.steps // 2]:
-        faults.append(f"resumed at {row['resumed_at']}, expected step {options.steps // 2}")
+    if row["resumed_at"] != resumed:
+        faults.append(f"resumed at step {row['resumed_at']}, expected {resumed}")
     if row["cap_gib"] and row["reserved"] > row["cap_gib"]:
         faults.append(f"{row['reserved']} GiB reserved, over the cap of {row['cap_gib']}")
     if not options.tiny:
@@ -170,16 +173,16 @@ def main() -> int:
     print(f"model written: {made}, {time.perf_counter() - start:.0f} s", flush=True)
     batch = SCALES["7b"]["batch_size"] * options.accumulation
     sizes = [(width // 4, height // 4) for width, height in SIZES] if options.tiny else SIZES
-    write_pictures(options.folder / "pictures", {"train": options.steps * batch, "selection": 1, "val": options.val}, sizes)
+    counts = {"train": options.steps * batch, "selection": 1, "val": options.val}
+    write_pictures(options.folder / "pictures", counts, sizes)
     torch.cuda.empty_cache()
     print(f"pictures written, {time.perf_counter() - start:.0f} s", flush=True)
     with ThreadPoolExecutor(options.side_by_side) as side_by_side:
         rows = list(side_by_side.map(lambda recipe: run_recipe(options, recipe), options.recipes))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    report = {"command": sys.argv, "device": device, "torch": torch.__version__, "rows": rows,
-              "batch": [SCALES["7b"]["batch_size"], options.accumulation]}  # fmt: skip
-    write_json(options.report / "report.json", report)
-    print(f"{device}, torch {torch.__version__}, batch {SCALES['7b']['batch_size']} x {options.accumulation}", table(rows), sep="\n")
+    machine = f"{device}, torch {torch.__version__}, batch {SCALES['7b']['batch_size']} x {options.accumulation}"
+    write_json(options.report / "report.json", {"command": sys.argv, "machine": machine, "rows": rows})
+    print(machine, table(rows), sep="\n")
     return int(any(row["wrong"] for row in rows))
 
 

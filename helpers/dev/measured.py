@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import Qwen2VLForConditionalGeneration, TrainerCallback
 
 from helpers import merge, model, predict, trainer
@@ -71,13 +72,24 @@ def watch(events: Events) -> None:
     model.check_trainable = events.timed("trainable", model.check_trainable, lambda table: {
         tower: row["trainable"] for tower, row in table.items()})
     own = trainer.BoxTrainer
-    own.train = events.timed("train", own.train)
+    own.train = alone(events.timed("train", own.train), events.path.with_name("training.lock"))
     own._save_checkpoint = events.timed("save checkpoint", own._save_checkpoint)
     own._load_from_checkpoint = events.timed("load checkpoint", own._load_from_checkpoint)
     predict.generate_lines = events.timed("predict a batch", predict.generate_lines, len)
     merge.merge_adapter = events.timed("merge", merge.merge_adapter, lambda value: value[1])
     merge.save_whole = events.timed("save model", merge.save_whole)
     merge.check_reload = events.timed("reload and compare", merge.check_reload)
+
+
+def alone(work: Callable, lock: Path) -> Callable:
+    """`work` that waits until no other process does work with the same lock: step times stay a process's own."""
+
+    @functools.wraps(work)
+    def wrapped(*args, **kwargs):
+        with FileLock(lock):
+            return work(*args, **kwargs)
+
+    return wrapped
 
 
 def clock(events: Events, kill_at: int) -> type[TrainerCallback]:
@@ -134,7 +146,8 @@ def main(file: str, cap_gib: str, kill_at: str, *parameters: str) -> None:
     events = Events(Path(file))
     events.write(call="start", at=time.time())
     if float(cap_gib) and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(float(cap_gib) * GIB / torch.cuda.get_device_properties(0).total_memory)
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(cap_gib) * GIB / whole)
     watch(events)
     transformers.trainer.DEFAULT_CALLBACKS.append(clock(events, int(kill_at)))
     sys.argv = ["pipeline.py", *parameters]
