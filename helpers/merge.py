@@ -1,11 +1,15 @@
 """Adapter + base -> one checkpoint, with the proof that the algebra is right."""
 
+import math
 import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import Qwen2VLForConditionalGeneration
+
+ROWS = 16  # rows of each layer's matrix that are checked weight by weight
 
 
 @torch.inference_mode()
@@ -13,22 +17,44 @@ def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[tor
     """Merge the adapter into the base it sits on, which must not be quantised.
 
     `batch` is a collated batch. Returns the plain model and the relative difference of the logits, before against
-    after: ||before - after|| / ||before||, over the real tokens.
+    after: ||before - after|| / ||before||, over the real tokens. Raises ValueError that names a layer whose merged
+    weights are not W + scaling B A, rounded once to the dtype they are held in.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     real = inputs["attention_mask"].bool()
     before = model(**inputs).logits[real].float()
+    expected = {name: _exact_rows(layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     merged = model.merge_and_unload(safe_merge=True)
+    for name, (rows, exact, allowed) in expected.items():
+        held = merged.get_submodule(name.removeprefix("base_model.model.")).weight[rows].float()
+        if not ((held - exact).abs() <= allowed).all():
+            raise ValueError(f"{name}: merged weights differ by up to {(held - exact).abs().max():.1e} from base + "
+                             "adapter, and rounding does not explain it: the merge is wrong.")
     after = merged(**inputs).logits[real].float()
     return merged, ((before - after).norm() / before.norm()).item()
 
 
+def _exact_rows(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row numbers [16], what these rows should be after merging, in fp32, and how far rounding takes them [16, n]."""
+    base = layer.get_base_layer().weight
+    rows = torch.linspace(0, len(base) - 1, ROWS, device=base.device).long()
+    (adapter,) = layer.active_adapters
+    up, down = layer.lora_B[adapter].weight[rows].float(), layer.lora_A[adapter].weight.float()
+    delta = layer.scaling[adapter] * (up @ down)
+    exact = base[rows].float() + delta
+    allowed = torch.finfo(base.dtype).eps * (exact.abs() + delta.abs()) + 1e-5 * delta.abs().max()
+    return rows, exact, allowed
+
+
 def check_algebra(difference: float, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the relative difference of the logits is rounding: 1e-5 in fp32, 3e-2 in bf16."""
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    if not difference <= tolerance:
+    """Raise ValueError unless the relative difference of the logits is rounding: 1e-5 in fp32.
+
+    In bf16 any number passes: rounding grows through the layers, and .1 to .5 was seen in a 7B model of random
+    weights. There `merge_adapter`'s look at each layer is the proof.
+    """
+    if math.isnan(difference) or (dtype == torch.float32 and difference > 1e-5):
         raise ValueError(f"merged logits differ by {difference:.2e} of their size from base + adapter in {dtype}, and "
-                         f"rounding explains {tolerance:.0e} at most: the merge is wrong.")
+                         "rounding explains 1e-05 at most in float32: the merge is wrong.")
 
 
 def save_whole(model: torch.nn.Module, processor, folder: Path) -> None:

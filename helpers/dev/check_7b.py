@@ -1,0 +1,190 @@
+"""The whole pipeline at 7B without a download: `python -m helpers.dev.check_7b --folder /big/disk/check`.
+
+Builds the published 7B architecture with random weights and pictures at the real pixel budget, then runs pipeline.py
+itself for each recipe: train, be killed after a checkpoint, go on, predict, merge, reload. Prints what it took, and
+ends with 1 where a recipe failed or a count is not the published architecture's. Boxes and losses mean nothing here.
+`--tiny` does the same with a shrunken model on any machine.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from helpers.dev.random_7b import PUBLISHED, SHRUNKEN, write_json, write_model, write_pictures
+from helpers.recipes import IMAGE_TOKEN, RECIPES, SCALES
+
+TRAINED = [recipe for recipe, stages in RECIPES.items() if stages]
+WEIGHTS = 8_291_375_616  # the published index: 16,582,751,232 bytes of bf16
+# LoRA at rank r on a layer of n inputs and m outputs has r (n + m) weights; at r = 64, summed by hand
+LORA_LANGUAGE = 161_480_704  # 28 x 64 x (2 x (3584 + 3584) + 2 x (3584 + 512) + 3 x (3584 + 18944))
+LORA_VISION = 43_155_456  # 64 x (32 x ((1280 + 3840) + 2560 + 2 x (1280 + 5120)) + (5120 + 5120) + (5120 + 3584))
+VISION = 675_759_104
+EXPECTED = {
+    "r1-llm-only": [{"vision": 0, "language": LORA_LANGUAGE, "head": 0}],
+    "r2-vision-only": [{"vision": VISION, "language": 0, "head": 0}],
+    "r3-two-stage": [{"vision": VISION, "language": 0, "head": 0}, {"vision": 0, "language": LORA_LANGUAGE, "head": 0}],
+    "r4-joint": [{"vision": LORA_VISION, "language": LORA_LANGUAGE, "head": 0}],
+}
+NF4_LAYERS = 28 * 7
+CAPPED = ("r1-llm-only", "r4-joint")  # the ones promised to fit a card of 24 GiB
+# width, height; 28 x 28 pixels a token: 1280, 1280, 1274 and 1276 image tokens
+SIZES = [(1120, 896), (896, 1120), (1372, 728), (812, 1232)]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/check-7b"), help="model, pictures, runs; 90 GB free")
+    parser.add_argument("--runs", type=Path, help="where runs are written, on another disk (default: in --folder)")
+    parser.add_argument("--report", type=Path, help="where logs and report.json go (default: in --folder)")
+    parser.add_argument("--recipes", nargs="+", default=TRAINED, choices=TRAINED)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--accumulation", type=int, default=SCALES["7b"]["accumulation"])
+    parser.add_argument("--cap-gib", type=float, default=24, help=f"for {' and '.join(CAPPED)}")
+    parser.add_argument("--val", type=int, default=16, help="pictures that are predicted")
+    parser.add_argument("--side-by-side", type=int, default=1, help="recipes at a time; one trains at a time")
+    parser.add_argument("--kill", nargs="*", default=TRAINED, help="recipes that are killed once and go on")
+    parser.add_argument("--tiny", action="store_true", help="a shrunken model, no GPU needed")
+    parser.add_argument("--keep", action="store_true", help="keep the runs' files")
+    return parser.parse_args()
+
+
+def pipeline_arguments(options: argparse.Namespace, recipe: str) -> list[str]:
+    """What pipeline.py is called with: the 7B scale's own values, on this model and these pictures."""
+    given = {
+        "recipe": recipe, "scale": "7b", "model_id": options.folder / "model",
+        "dataset_id": options.folder / "pictures", "output_root": options.runs / recipe, "epochs": 1,
+        "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
+    }  # fmt: skip
+    if options.tiny:  # no GPU, so scale 7b would be refused: its values one by one, and small pictures
+        values = {name: value for name, value in SCALES["7b"].items() if not name.endswith("_id")}
+        pixels = {"min_pixels": 16 * IMAGE_TOKEN, "max_pixels": 64 * IMAGE_TOKEN}
+        given = values | given | pixels | {"scale": "tiny", "max_new_tokens": 32}
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def run_recipe(options: argparse.Namespace, recipe: str) -> dict:
+    """Run one recipe, killed at half of its steps and started again; its row of the report."""
+    events, log = options.report / f"{recipe}.events.jsonl", options.report / f"{recipe}.log"
+    cap = options.cap_gib if recipe in CAPPED else 0
+    cache = str(options.folder / "huggingface")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TQDM_DISABLE": "1"}
+    codes, start = [], time.perf_counter()
+    for kill_at in [options.steps // 2, 0] if recipe in options.kill else [0]:
+        command = [sys.executable, "-m", "helpers.dev.measured", str(events), str(cap), str(kill_at),
+                   *pipeline_arguments(options, recipe)]
+        with log.open("a") as out:
+            codes.append(subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode)
+        ended = "killed" if codes[-1] == -9 else f"ended with {codes[-1]}"
+        print(f"{recipe}: {ended}, {time.perf_counter() - start:.0f} s", flush=True)
+        if codes[-1] not in (0, -9):
+            print(*log.read_text().splitlines()[-30:], sep="\n", flush=True)
+            break
+    row = {"recipe": recipe, "cap_gib": cap or None, "codes": codes, **summary(read(events))}
+    row["wrong"] = wrong(options, recipe, row)
+    files = [file for file in (options.runs / recipe).rglob("*") if file.is_file()]
+    row["disk_gib"] = round(sum(file.stat().st_size for file in files) / 2**30, 1)
+    if not options.keep:
+        shutil.rmtree((options.runs / recipe).resolve(), ignore_errors=True)
+    write_json(options.report / f"{recipe}.json", row)
+    return row
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def summary(events: list[dict]) -> dict:
+    """The events of a recipe's processes as one row: peaks in GiB, seconds (every time a call was made), counts."""
+    calls: dict[str, list[dict]] = {}
+    for event in events:
+        calls.setdefault(event["call"], []).append(event)
+    steps = [event["seconds"] for event in calls.get("step", [])]
+    row = {name: max((event.get(name, 0) for event in events), default=0) for name in ("allocated", "reserved")}
+    row |= {
+        "step_seconds": {"median": statistics.median(steps), "first": steps[0], "n": len(steps)} if steps else None,
+        "resumed_at": [event["step"] for event in calls.get("train begins", []) if event["step"]],
+        "nf4_layers": sorted({event["result"] for event in calls.get("nf4 layers", [])}),
+        "trainable": [event["result"] for event in calls.get("trainable", [])],
+        "merge_algebra": [event["result"] for event in calls.get("merge", [])],
+        "against_as_trained": [event["result"] for event in calls.get("compare", [])],
+    }
+    timed = [name for name in calls if "allocated" in calls[name][0] and name not in ("nf4 layers", "trainable")]
+    row["seconds"] = {name: [event["seconds"] for event in calls[name]] for name in timed}
+    row["peaks"] = {name: [max(event[held] for event in calls[name]) for held in ("allocated", "reserved")]
+                    for name in timed}  # fmt: skip
+    return row
+
+
+def wrong(options: argparse.Namespace, recipe: str, row: dict) -> list[str]:
+    """What is not as it should be, in words."""
+    expected_codes, resumed = ([-9, 0], [options.steps // 2]) if recipe in options.kill else ([0], [])
+    faults = [] if row["codes"] == expected_codes else [f"exit codes {row['codes']}, expected {expected_codes}"]
+    if row["resumed_at"] != resumed:
+        faults.append(f"resumed at step {row['resumed_at']}, expected {resumed}")
+    if row["cap_gib"] and row["reserved"] > row["cap_gib"]:
+        faults.append(f"{row['reserved']} GiB reserved, over the cap of {row['cap_gib']}")
+    if not options.tiny:
+        trained = [stage for number, stage in enumerate(row["trainable"]) if stage not in row["trainable"][:number]]
+        if trained != EXPECTED[recipe]:
+            faults.append(f"trains {row['trainable']}, expected {EXPECTED[recipe]}")
+        if not set(row["nf4_layers"]) <= {0, NF4_LAYERS}:
+            faults.append(f"{row['nf4_layers']} NF4 layers, expected {NF4_LAYERS}")
+    return faults
+
+
+def table(rows: list[dict]) -> str:
+    """The report in Markdown."""
+    lines = ["| recipe | cap | peak allocated / reserved, GiB | step, s (n) | load | save model | merge | algebra | "
+             "merged against as trained | disk, GiB | wrong |", "|" + "---|" * 11]  # fmt: skip
+    for row in rows:
+        seconds = {name: "/".join(f"{value:.0f}" for value in row["seconds"].get(name, [])) for name in
+                   ("load", "save model", "merge")}  # fmt: skip
+        step = row["step_seconds"] or {"median": float("nan"), "n": 0}
+        algebra = " ".join(f"{value:.1e}" for value in row["merge_algebra"])
+        apart = " ".join(f"{kind} {value:.3f}" for found in row["against_as_trained"] for kind, value in found.items())
+        lines.append(f"| {row['recipe']} | {row['cap_gib'] or '-'} | {row['allocated']} / {row['reserved']} | "
+                     f"{step['median']:.2f} ({step['n']}) | {seconds['load']} | {seconds['save model']} | "
+                     f"{seconds['merge']} | {algebra} | {apart} | {row['disk_gib']} | "
+                     f"{'; '.join(row['wrong']) or 'nothing'} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    options = arguments()
+    options.runs = options.runs or options.folder / "runs"
+    options.report = options.report or options.folder / "report"
+    for folder in (options.folder, options.runs, options.report):
+        folder.mkdir(parents=True, exist_ok=True)
+    for old in options.report.glob("r?-*"):
+        old.unlink()
+    start = time.perf_counter()
+    made = write_model(options.folder / "model", SHRUNKEN if options.tiny else PUBLISHED)
+    if not options.tiny and made["weights"] != WEIGHTS:
+        raise SystemExit(f"the model has {made['weights']} weights, and the published one {WEIGHTS}.")
+    print(f"model written: {made}, {time.perf_counter() - start:.0f} s", flush=True)
+    batch = SCALES["7b"]["batch_size"] * options.accumulation
+    sizes = [(width // 4, height // 4) for width, height in SIZES] if options.tiny else SIZES
+    counts = {"train": options.steps * batch, "selection": 1, "val": options.val}
+    write_pictures(options.folder / "pictures", counts, sizes)
+    torch.cuda.empty_cache()
+    print(f"pictures written, {time.perf_counter() - start:.0f} s", flush=True)
+    with ThreadPoolExecutor(options.side_by_side) as side_by_side:
+        rows = list(side_by_side.map(lambda recipe: run_recipe(options, recipe), options.recipes))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{device}, torch {torch.__version__}, batch {SCALES['7b']['batch_size']} x {options.accumulation}"
+    write_json(options.report / "report.json", {"command": sys.argv, "machine": machine, "rows": rows})
+    print(machine, table(rows), sep="\n")
+    return int(any(row["wrong"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

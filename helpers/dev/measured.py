@@ -1,0 +1,167 @@
+"""pipeline.py, run as it is under a memory cap, each of its steps timed into a file.
+
+`python -m helpers.dev.measured EVENTS.jsonl CAP_GIB KILL_AT name=value ...` runs `pipeline.py name=value ...`.
+CAP_GIB (0: none) bounds what PyTorch reserves on the GPU; KILL_AT (0: never) is the step after whose checkpoint the
+process kills itself, as a power cut would. Each finished call is one JSON line: `{"call", "seconds", "allocated",
+"reserved" (GiB at its peak, its own), ...}`.
+"""
+
+import functools
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from filelock import FileLock
+from transformers import Qwen2VLForConditionalGeneration, TrainerCallback
+
+from helpers import merge, model, predict, trainer
+
+GIB = 2**30
+PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
+
+
+class Events:
+    """The file of finished calls. A call inside another adds its peak to the outer one."""
+
+    def __init__(self, path: Path):
+        self.path, self.open = path, []
+
+    def write(self, **event) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def _mark(self) -> None:
+        """Add the peak since the last mark to every open call, and begin a new one."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            for call in self.open:
+                call[:] = map(max, call, peaks)
+            torch.cuda.reset_peak_memory_stats()
+
+    def timed(self, call: str, work: Callable, result: Callable = lambda value: None) -> Callable:
+        """`work` that writes an event when it returns; `result` makes a JSON value of what it returned."""
+
+        @functools.wraps(work)
+        def wrapped(*args, **kwargs):
+            self._mark()
+            peak, start = [0, 0], time.perf_counter()
+            self.open.append(peak)
+            value = work(*args, **kwargs)
+            self._mark()
+            self.open.pop()
+            self.write(call=call, seconds=round(time.perf_counter() - start, 2), allocated=round(peak[0] / GIB, 2),
+                       reserved=round(peak[1] / GIB, 2), result=result(value))
+            return value
+
+        return wrapped
+
+
+def watch(events: Events) -> None:
+    """Time the pipeline's steps where it looks them up."""
+    base = Qwen2VLForConditionalGeneration
+    base.from_pretrained = staticmethod(events.timed("load", base.from_pretrained))
+    model.check_precision = events.timed("nf4 layers", model.check_precision, len)
+    model.check_trainable = events.timed("trainable", model.check_trainable, lambda table: {
+        tower: row["trainable"] for tower, row in table.items()})
+    own = trainer.BoxTrainer
+    own.train = alone(events.timed("train", own.train), events.path.with_name("training.lock"))
+    own._save_checkpoint = events.timed("save checkpoint", own._save_checkpoint)
+    own._load_from_checkpoint = events.timed("load checkpoint", own._load_from_checkpoint)
+    predict.generate_lines = events.timed("predict a batch", predict.generate_lines, len)
+    merge.merge_adapter = events.timed("merge", merge.merge_adapter, lambda value: value[1])
+    merge.save_whole = events.timed("save model", merge.save_whole)
+    merge.check_reload = events.timed("reload and compare", merge.check_reload)
+
+
+def alone(work: Callable, lock: Path) -> Callable:
+    """`work` that waits until no other process does work with the same lock: step times stay a process's own."""
+
+    @functools.wraps(work)
+    def wrapped(*args, **kwargs):
+        with FileLock(lock):
+            return work(*args, **kwargs)
+
+    return wrapped
+
+
+def clock(events: Events, kill_at: int) -> type[TrainerCallback]:
+    """A callback that writes where a training begins, the seconds of each step, and kills where it should."""
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            events.write(call="train begins", step=state.global_step, n_gpu=args.n_gpu)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            _wait()
+            self.start = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            _wait()
+            events.write(call="step", step=state.global_step, seconds=round(time.perf_counter() - self.start, 3))
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == kill_at:
+                events.write(call="killed", step=state.global_step)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return Clock
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def compare_merges(space: dict) -> dict[str, float]:
+    """How far logits are from those of the model as it was trained: ||other - trained|| / ||trained||.
+
+    `space` is the pipeline's namespace after its last cell. The same batch goes through the NF4 base with its adapter,
+    the merged model that was shipped, and one merged into the dequantised weights. `rounding` is what the same
+    shipped weights differ by when only the attention is computed otherwise: what is not above it says nothing.
+    """
+    inputs = {name: tensor for name, tensor in space["batch"].items() if name != "labels"}
+
+    def logits(vlm: torch.nn.Module) -> torch.Tensor:
+        out = vlm(**{name: tensor.to(vlm.device) for name, tensor in inputs.items()}).logits
+        return out[inputs["attention_mask"].bool().to(out.device)].cpu().float()
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+        return ((one - other).norm() / other.norm()).item()
+
+    full = logits(space["merged"])
+    space["merged"].set_attn_implementation("eager")
+    rounding = apart(logits(space.pop("merged")), full)
+    model.free_memory()
+    trained = logits(space["load_trained"]())
+    model.free_memory()
+    dequantised = logits(space["merge_into"]("dequantised"))
+    model.free_memory()
+    return {"full": apart(full, trained), "dequantised": apart(dequantised, trained), "rounding": rounding}
+
+
+def main(file: str, cap_gib: str, kill_at: str, *parameters: str) -> None:
+    events = Events(Path(file))
+    events.write(call="start", at=time.time())
+    if float(cap_gib) and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(cap_gib) * GIB / whole)
+    watch(events)
+    transformers.trainer.DEFAULT_CALLBACKS.append(clock(events, int(kill_at)))
+    sys.argv = ["pipeline.py", *parameters]
+    space = events.timed("pipeline", runpy.run_path)(str(PIPELINE), run_name="__main__")
+    if space["merges"]:
+        events.timed("compare", compare_merges, lambda value: value)(space)
+    events.write(call="end", at=time.time())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
