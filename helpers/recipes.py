@@ -77,8 +77,9 @@ SCALES: dict[str, dict] = {
     },
 }
 
-# What must be free to start: GPU memory in GiB for the 7B model at the published batch (r2 and r3 hold the base in
-# bf16, and fp32 master weights, gradients and Adam's two moments for 675 M weights beside it), disk in GiB for the
+# What must be free to start. GPU memory in GiB: the most that was allocated with the 7B architecture at the published
+# batch and 1280 image tokens (`python -m helpers.dev.check_7b` on an H200), and about a tenth: 15.5 to load and
+# predict, 20.1 for r1 and r4 (to merge; their training takes 11.6), 25.4 for r2 and r3. Disk in GiB for the
 # checkpoints, the model saved or merged, and the Hub's download.
-GPU_GIB = {"base": 12, "r1-llm-only": 22, "r2-vision-only": 32, "r3-two-stage": 32, "r4-joint": 22}
+GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 28, "r3-two-stage": 28, "r4-joint": 22}
 DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40}}
