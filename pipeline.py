@@ -55,7 +55,7 @@ keep = "last"  # last or best: which step's weights are kept, best by that IoU
 predict_batch_size = None
 max_new_tokens = 128
 constrained = False  # let only answers in the format through; False is the published protocol
-merge_base = "full"  # full or dequantised: which weights the adapter is merged into
+merge_base = "dequantised"  # or full: which weights the adapter is merged into
 
 # where and how
 gpus = None  # such as "0,1"; None: all
@@ -420,14 +420,18 @@ print(f"fine-tuned minus base on the same {gain['n']} pictures: {evaluate.with_i
 # statements, both measured:
 #
 # * **Algebra.** On one base, the adapter applied and the adapter merged give the same logits, up to rounding.
-# * **What matters.** The model that ships (merged, bf16) against the model as it was trained (NF4 base + adapter).
-#   These are not the same weights: the adapter learned on top of NF4's rounding. Their boxes are compared in pairs.
+# * **What matters.** The model that ships (merged, bf16) against the model as it was trained (NF4 base + adapter), their
+#   boxes compared in pairs.
+#
+# The adapter has learned on top of NF4's rounding. Merged into the weights that NF4 stands for (`dequantised`), it stays
+# closer to the model as it was trained than merged into the `full` precision base, so that is the default. Seen at the
+# tiny scale: the same boxes in 81 to 88 of 123 pictures against 12 to 18, and for r3 a loss of .004 mean IoU against .023.
 
 # %%
 def merge_into(kind):
     """The adapter merged into the `full` precision base, or into the `dequantised` NF4 weights it was trained on."""
     dtype = torch.float32 if run.scale == "tiny" else torch.bfloat16  # 7B in fp32 would take 33 GB
-    if kind == "dequantised":
+    if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path).dequantize().to(dtype)
     else:
         base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, dtype=dtype, device_map=model.device_map())

@@ -96,9 +96,9 @@ def test_base_trains_nothing_and_a_second_start_repeats_nothing(monkeypatch):
 
 def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(monkeypatch):
     run("recipe=r1-llm-only")
-    names = run("recipe=r1-llm-only", "merge_base=dequantised")  # merging alone has changed
+    names = run("recipe=r1-llm-only", "merge_base=full")  # merging alone has changed
     assert names["trained"] == {}
-    assert read(f"{PREFIX}r1-llm-only/manifest.json")["parameters"]["merge_base"] == "dequantised"
+    assert read(f"{PREFIX}r1-llm-only/manifest.json")["parameters"]["merge_base"] == "full"
     with pytest.raises(runs.ParameterError, match="learning_rate was None, now 0.01.*run_name"):
         run("recipe=r1-llm-only", "learning_rate=0.01")
     names = run("recipe=r1-llm-only", "learning_rate=0.01", "run_name=faster")
