@@ -51,6 +51,8 @@ from helpers.tiny.questions import by_name, cropped, made_up_name, question
 from helpers.tiny.train import WHOLE, Guide, Learner, train
 from helpers.tiny.trial import run
 
+plt.rcParams["figure.dpi"] = 64  # photos in figures: a committed notebook stays small
+
 # %% [markdown]
 # ## What it is
 #
