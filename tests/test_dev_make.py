@@ -37,7 +37,7 @@ def checkout(repo: Path, tmp_path: Path) -> Path:
 
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "CUDA_VISIBLE_DEVICES")}
+    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "CUDA_VISIBLE_DEVICES")}
     return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, timeout=100, env=clean)
 
 
