@@ -85,7 +85,7 @@ def render_scene(seed: int, index: int, split: str, long_side: int = 512) -> Sce
     product = next((a for a, b in faults["same_product"] if b == index), index)
     digits = barcode_of(seed, split, product)
     drawn = compose_scene(f"{seed}/{split}", index, product, digits, long_side, stored_turned=index in faults["exif"],
-                          needs_panel=index in faults["zero_area"])
+                          needs_panel=index in faults["zero_area"], stand_ins=split not in SPLITS)
     tables = drawn.tables
     if index in faults["zero_area"]:
         name, (x0, y0, _, y1) = tables[-1] if tables else ("nutrition-table", (0.3, 0.3, 0.7, 0.6))

@@ -1,4 +1,4 @@
-"""The American nutrition label, upright and tabular. Each function paints into the whole of `image`."""
+"""The American labels: nutrition, upright and tabular, and drug facts. Each paints into the whole of `image`."""
 
 import random
 
@@ -73,3 +73,41 @@ def us_wide(rng: random.Random, image: Image.Image, style: Style, title: str) ->
             put(image, x + 4, y, f"{name} {rng.randint(0, 40)}g", (style.family, r % 3 == 0, size), style.ink)
             put(image, x + column - 4, y, f"{rng.randint(0, 60)}%", (style.family, False, size), style.ink, "r")
             draw.line((x + 3, y + 0.2 * step, x + column - 3, y + 0.2 * step), fill=style.ink, width=1)
+
+
+DRUG_ROWS = [("Active ingredient", "Purpose"), ("Ibuprofen 200 mg", "Pain reliever"), ("Zinc oxide 10%", "Protectant")]
+DRUG_PARTS = {
+    "Uses": "temporarily relieves minor aches and pains due to headache backache toothache the common cold",
+    "Warnings": "For external use only. Do not use on deep wounds. Ask a doctor before use if you have a fever",
+    "When using this product": "keep out of eyes. Rinse with water to remove. Avoid contact with clothing",
+    "Keep out of reach of children": "If swallowed, get medical help or contact a Poison Control Center right away",
+    "Directions": "adults take 1 tablet every 4 to 6 hours while symptoms persist do not exceed 6 tablets in 24 hours",
+    "Other information": "store at 20-25 C avoid high humidity see end flap for expiration date and lot number",
+    "Inactive ingredients": "colloidal silicon dioxide corn starch sodium lauryl sulfate stearic acid titanium dioxide",
+    "Questions or comments?": "call toll free weekdays 9 AM to 5 PM or visit our site",
+}
+
+
+def drug_facts(rng: random.Random, image: Image.Image, style: Style) -> None:
+    """The label of American medicines (21 CFR 201.66): a large title, bars, headings with text or short rows."""
+    draw, (w, h), ink = ImageDraw.Draw(image), image.size, style.ink
+    pad, bars = max(2, round(0.025 * w)), rng.random() < 0.7
+    draw.rectangle((0, 0, w - 1, h - 1), outline=ink, width=max(1, round(w / rng.choice([60, 120]))))
+    title = rng.choice(["Drug Facts"] * 3 + ["Lighting Facts", "Drug Facts (continued)"])
+    big = fit(title, style.family, True, w - 3 * pad, min(0.16 * h, 0.2 * w))
+    put(image, pad + 1, 1.05 * big, title, (style.family, True, big), ink)
+    y, size = 1.3 * big, max(4, int(min(0.5 * big, 0.05 * h + 3)))
+    draw.rectangle((pad, y, w - pad, y + max(1, 0.12 * big)), fill=ink)
+    y += 0.25 * big
+    for left, right in rng.sample(DRUG_ROWS, rng.randint(0, 3)):
+        y += 1.2 * size
+        put(image, pad + 1, y, left, (style.family, True, fit(left, style.family, True, 0.5 * w, size)), ink)
+        put(image, w - pad, y, right, (style.family, False, fit(right, style.family, False, 0.4 * w, size)), ink, "r")
+        draw.line((pad, y + 0.25 * size, w - pad, y + 0.25 * size), fill=ink, width=1)
+    parts = rng.sample(sorted(DRUG_PARTS.items()), rng.randint(2, 6))
+    step = (h - 2 - y) / len(parts)
+    for heading, text in parts if step > 5 else []:
+        words = [(word, True) for word in heading.split()] + [(word, False) for word in text.split()]
+        paragraph(image, (pad + 1, y + 0.02 * h, w - pad, y + step - 1), words, style.family, ink, size)
+        y += step
+        draw.rectangle((pad, y - 1, w - pad, y - 1 + (rng.choice([0, 2]) if bars else 0)), fill=ink)

@@ -11,6 +11,10 @@ from helpers.scenes.label import Label, Product
 from helpers.scenes.layout import ASPECTS, MIX, Rect, around, camera, face_of, shown_boxes, target_box, turned, unwarped
 from helpers.scenes.warp import Warp, outline
 
+#: what stands where a nutrition panel would, in the scenes of the tiny base: thing -> how often
+STAND_INS = {"drug facts": 7, "cooking table": 4, "price table": 4, "dosage table": 4, "ingredient list": 2,
+             "directions": 1}
+
 
 @dataclass
 class Drawn:
@@ -24,13 +28,18 @@ class Drawn:
 
 
 def compose_scene(key: str, index: int, product_index: int, digits: str, long: int, stored_turned: bool,
-                  needs_panel: bool) -> Drawn:
-    """Draw one scene; `key` names seed and split, `product_index` the design, `index` the photo."""
+                  needs_panel: bool, stand_ins: bool) -> Drawn:
+    """Draw one scene; `key` names seed and split, `product_index` the design, `index` the photo.
+
+    `stand_ins`: in most pictures a thing of STAND_INS takes the place and the style of the nutrition panel.
+    """
     product = Product(random.Random(f"{key}/product/{product_index}"))
     rng = random.Random(f"{key}/photo/{index}")
     aspect = rng.choices([a for a, _ in ASPECTS], [n for _, n in ASPECTS])[0]
     category = rng.choices(list(MIX), list(MIX.values()))[0]
     category = category or ("nutrition-table" if needs_panel else "")
+    if stand_ins and rng.random() < 0.65:
+        category = rng.choices(list(STAND_INS), list(STAND_INS.values()))[0]
     turn = rng.choice([90, 180, 270]) if rng.random() < 0.1 else 0
     shown = (long, round(long / aspect)) if aspect > 1 else (round(long * aspect), long)
     size = shown[::-1] if turn in (90, 270) else shown
@@ -67,7 +76,7 @@ def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, k
     label = Label(rng, product, flat, seen, digits)
     flat = label.decorate(kind, panel)
     draw = rng.random()
-    extra = [] if not category or draw > 0.055 else [category] * (2 if draw < 0.009 else 1)
+    extra = [] if not category or category in STAND_INS or draw > 0.055 else [category] * (2 if draw < 0.009 else 1)
     inner = (max(flat[0], seen[0] - 40) + 4, max(flat[1], seen[1] - 40) + 4,
              min(flat[2], seen[2] + 40) - 4, min(flat[3], seen[3] + 40) - 4)
     label.fill(around(rng, inner, panel), extra, long)

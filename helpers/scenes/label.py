@@ -140,19 +140,22 @@ class Label:
                 min(x0 + ink[2], self.face[2]), min(y0 + ink[3], self.face[3]))
         return hull if hull[2] - hull[0] > 1 and hull[3] - hull[1] > 1 else None
 
-    def panel(self, rect: Rect, category: str) -> None:
-        """Print a nutrition panel over `rect`."""
-        rng, product = self.rng, self.product
-        ground = product.panel_style.paper if product.inset or rng.random() < 0.85 else None
-        framed = category == "nutrition-table-text" or not product.inset
+    def panel(self, rect: Rect, name: str) -> None:
+        """Print over `rect` a nutrition panel (`name` is its category), or the thing of that name in a panel's style."""
+        rng, product, style = self.rng, self.product, self.product.panel_style
+        ground = style.paper if product.inset or rng.random() < 0.85 else None
+        framed = name == "nutrition-table-text" or not product.inset
         if ground and framed:  # the ground is not part of an unframed panel: give it a margin
             grow = rng.uniform(1, 6)
             self.paint((rect[0] - grow, rect[1] - grow, rect[2] + grow, rect[3] + grow), lambda image: None, ground)
             ground = None
-        hull = self.paint(rect, lambda image: draw_panel(rng, image, product.panel_style, product.words, category,
-                                                         product.american), ground, 0, product.panel_style)
-        if hull:
-            self.tables.append((category, hull))
+        if name in DRAW:
+            found, draw = self.things, lambda image: DRAW[name](rng, image, style, product.words, self.digits)
+        else:
+            found = self.tables
+            draw = lambda image: draw_panel(rng, image, style, product.words, name, product.american)  # noqa: E731
+        if hull := self.paint(rect, draw, ground, 0, style):
+            found.append((name, hull))
 
     def fill(self, rects: list[Rect], extra: list[str], long: float) -> None:
         """Print things, and the panels of `extra` categories, into free rectangles of the face."""

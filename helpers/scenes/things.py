@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from helpers.scenes.american import drug_facts
 from helpers.scenes.panels import lookalike
 from helpers.scenes.text import FAMILIES, Style, fit, luma, paragraph, put
 
@@ -14,7 +15,7 @@ SHAPES = {
     "barcode": (1.0, 2.2), "qr code": (1.0, 1.0), "logo": (0.8, 2.6), "product name": (1.4, 6.0),
     "ingredient list": (0.5, 4.0), "directions": (0.5, 3.0), "cooking table": (0.7, 2.6), "price table": (0.7, 2.6),
     "dosage table": (0.7, 2.6), "best-before stamp": (1.8, 5.5), "recycling mark": (0.9, 1.1), "flag": (1.3, 1.7),
-    "seal": (0.95, 1.05), "food picture": (0.7, 1.6),
+    "seal": (0.95, 1.05), "food picture": (0.7, 1.6), "drug facts": (0.3, 3.0),
 }
 _L = ["0001101", "0011001", "0010011", "0111101", "0100011", "0110001", "0101111", "0111011", "0110111", "0001011"]
 _PARITY = ["LLLLLL", "LLGLGG", "LLGGLG", "LLGGGL", "LGLLGG", "LGGLLG", "LGGGLL", "LGLGLG", "LGLGGL", "LGGLGL"]
@@ -196,5 +197,5 @@ DRAW: dict[str, Callable] = {
     "price table": lambda r, i, s, w, d: lookalike(r, i, s, w, "price"),
     "dosage table": lambda r, i, s, w, d: lookalike(r, i, s, w, "dosage"),
     "best-before stamp": best_before, "recycling mark": recycling, "flag": flag, "seal": seal,
-    "food picture": food_picture,
+    "food picture": food_picture, "drug facts": lambda r, i, s, w, d: drug_facts(r, i, s),
 }

@@ -29,7 +29,7 @@ FORBIDDEN = re.compile(r"nutri", re.IGNORECASE)  # what the base must never be t
 # the tokenizer's training text, beside prompts and answers
 NAMES = (
     "barcode", "qr code", "logo", "product name", "ingredient list", "directions", "cooking table", "price table",
-    "dosage table", "best-before stamp", "recycling mark", "flag", "seal", "food picture",
+    "dosage table", "best-before stamp", "recycling mark", "flag", "seal", "food picture", "drug facts",
 )  # fmt: skip
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu zen bra clo dri fle gno pri stu tra".split()
 WORDS = "table list text small energy label panel sign mark box line note seal code area block part".split()

@@ -261,17 +261,26 @@ def train(
 
 
 class Learner:
-    """Model, guide, AdamW and the running average of the weights: one step, saved and restored together."""
+    """Model, guide, optimizers and the running average of the weights: one step, saved and restored together.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) for the matrices inside blocks and layers, AdamW for the rest.
+    """
 
     def __init__(self, model: torch.nn.Module, peak: float, decay: float, guided: float):
         self.model, self.peak, self.decay, self.guided, self.rate = model, peak, decay, guided, 0.0
         self.device = next(model.parameters()).device.type
         self.guide = Guide(model.config.text_config.hidden_size).to(self.device)
         self.mean = {name: value.detach().clone() for name, value in model.named_parameters()}
+        hidden = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and ("blocks." in name or "layers." in name)}
         weights = [*model.parameters(), *self.guide.parameters()]
-        matrices, others = ([p for p in weights if (p.ndim > 1) is many] for many in (True, False))
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=self.device != "cpu")
+        others = [p for p in weights if id(p) not in hidden]
+        groups = [{"params": [p for p in others if (p.ndim > 1) is many], "weight_decay": decay}
+                  for many, decay in ((True, 0.05), (False, 0.0))]  # fmt: skip
+        self.optimizers = [
+            torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=self.device != "cpu"),
+            torch.optim.Muon([p for p in weights if id(p) in hidden], lr=peak, weight_decay=0.05,
+                             adjust_lr_fn="match_rms_adamw"),
+        ]  # fmt: skip
         self.steps = 0
 
     def step(self, pixels: torch.Tensor, item: dict, progress: float) -> torch.Tensor:
@@ -281,20 +290,22 @@ class Learner:
             logits, middle = forward(self.model, pixels, item["size"], item["input_ids"])
         answer, guide = answer_loss(logits, labels), self.guide.loss(middle, kinds, boxes)
         self.rate = learning_rate(progress, self.peak)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
         (answer + max(0.0, 1 - progress / self.guided) * guide).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.steps += 1
         weight = 1 - min(self.decay, self.steps / (self.steps + 9))
         torch._foreach_lerp_(list(self.mean.values()), [p.detach() for p in self.model.parameters()], weight)
         return torch.stack([answer.detach(), guide.detach()])
 
     def _parts(self) -> dict:
-        return {"model": self.model.state_dict(), "guide": self.guide.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "mean": self.mean}  # fmt: skip
+        return {"model": self.model.state_dict(), "guide": self.guide.state_dict(), "mean": self.mean,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}  # fmt: skip
 
     def save(self, path: Path, step: int) -> None:
         """Write everything to `path`, whole or not at all."""
@@ -307,8 +318,10 @@ class Learner:
         if not path.exists():
             return 0
         state = torch.load(path, map_location=self.device, weights_only=True)
-        for part in ("model", "guide", "optimizer"):
+        for part in ("model", "guide"):
             getattr(self, part).load_state_dict(state[part])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         for name, value in state["mean"].items():
             self.mean[name].copy_(value)
         self.steps = state["step"]
