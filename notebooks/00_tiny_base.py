@@ -48,7 +48,8 @@ from helpers.tiny import TINY_DIR
 from helpers.tiny.check import ask, score, table_items, thing_items
 from helpers.tiny.pictures import load_pool
 from helpers.tiny.questions import by_name, cropped, made_up_name, question
-from helpers.tiny.train import WHOLE, Guide, Learner, train
+from helpers.tiny.learner import Guide, Learner
+from helpers.tiny.train import WHOLE, train
 from helpers.tiny.trial import run
 
 plt.rcParams["figure.dpi"] = 64  # photos in figures: a committed notebook stays small
@@ -135,7 +136,7 @@ pd.DataFrame([question(by_name(pool.things[photo][i]), rng) for i in range(5)], 
 Code(inspect.getsource(train), language="python")
 
 # %%
-Code(inspect.getsource(Learner.step), language="python")
+Code(inspect.getsource(Learner.update), language="python")
 
 # %% [markdown]
 # The **guide** is there to make the model look. For the first part of the training a small linear layer, half-way up

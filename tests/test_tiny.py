@@ -10,6 +10,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from helpers.tiny import TINY_DIR
 from helpers.tiny.build import SPECIAL_TOKENS, VOCAB_SIZE, make_random, train_tokenizer
 from helpers.tiny.check import ask, score, table_items, thing_items
+from helpers.tiny.forward import forward, frame_of
 from helpers.tiny.pictures import load_pool, model_size, patches, take
 from helpers.tiny.questions import (
     NAMES,
@@ -21,7 +22,7 @@ from helpers.tiny.questions import (
     prompt_text,
     question,
 )
-from helpers.tiny.train import Questions, chat_ids, encode, forward, token_map, train
+from helpers.tiny.train import Questions, chat_ids, encode, token_map, train
 
 WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
 CHAT = [
@@ -141,7 +142,7 @@ def test_the_training_pass_is_the_models_own(processor, model, pool):
     pixels = patches(take(pool.images[photo][:2], WHOLE[None], size))
     ids = encode(processor, [("Find the logo.", "a"), ("Find the best-before stamp.", "b")] * 2, size)["input_ids"]
     with torch.no_grad():
-        fast, middle = forward(model, pixels, size, ids)
+        fast, middle = forward(model, pixels, ids, frame_of(model, size, ids[:1]))
         plain = model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

@@ -141,7 +141,7 @@ class Label:
         return hull if hull[2] - hull[0] > 1 and hull[3] - hull[1] > 1 else None
 
     def panel(self, rect: Rect, name: str) -> None:
-        """Print over `rect` a nutrition panel (`name` is its category), or the thing of that name in a panel's style."""
+        """Print over `rect` a nutrition panel (`name` is its category), or a thing in the style of a panel."""
         rng, product, style = self.rng, self.product, self.product.panel_style
         ground = style.paper if product.inset or rng.random() < 0.85 else None
         framed = name == "nutrition-table-text" or not product.inset

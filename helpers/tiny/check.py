@@ -11,9 +11,11 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers.boxes import area, pairwise_iou, xyxy_unit_to_yxyx_unit
 from helpers.messages import parse_text, target_text
+from helpers.tiny.forward import forward, frame_of
+from helpers.tiny.learner import answer_loss, learning_rate
 from helpers.tiny.pictures import Pool, model_size, patches, take
 from helpers.tiny.questions import by_name, cropped, prompt_text
-from helpers.tiny.train import WHOLE, answer_loss, chat_ids, encode, forward, learning_rate
+from helpers.tiny.train import WHOLE, chat_ids, encode
 
 TABLE_PROMPT = "Detect the bounding box of the nutrition table."
 Item = tuple[tuple[int, int], int, str, np.ndarray]  # size of the photo, index in the pool, prompt, true boxes [N, 4]
@@ -125,7 +127,8 @@ def lora_probe(
             group["lr"] = learning_rate(step / steps, peak)
         with torch.autocast(device, torch.bfloat16):
             pixels = patches(take(images, WHOLE[None], size))
-            logits, _ = forward(tuned.get_base_model(), pixels, size, item["input_ids"])
+            ids, base = item["input_ids"], tuned.get_base_model()
+            logits, _ = forward(base, pixels, ids.to(device), frame_of(base, size, ids[:1]))
         loss = answer_loss(logits, item["labels"].to(device))
         optimizer.zero_grad()
         loss.backward()

@@ -109,10 +109,12 @@ def take(images: torch.Tensor, crops: np.ndarray, size: Size, exact: bool = True
 
 
 def disturb(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random brightness, contrast, colour cast, greyness and noise, each picture its own; [B, 3, h, w] in 0-1."""
+    """Random blur, brightness, contrast, colour cast, greyness, noise, each picture its own; [B, 3, h, w] in 0-1."""
     def draw(low: float, high: float, *shape: int) -> torch.Tensor:
         return torch.rand(len(images), *shape, generator=generator, device=images.device) * (high - low) + low
 
+    blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    images = torch.lerp(images, blurred, draw(-1, 1, 1, 1, 1).clamp(min=0))
     images = images ** draw(-0.5, 0.5, 1, 1, 1).exp()
     images = (images - 0.5) * draw(0.6, 1.3, 1, 1, 1) + 0.5 + draw(-0.15, 0.15, 1, 1, 1) + draw(-0.08, 0.08, 3, 1, 1)
     grey = draw(-1.0, 1.0, 1, 1, 1).clamp(min=0) ** 2

@@ -17,8 +17,9 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from helpers.tiny.build import make_model, make_processor, model_config, save, train_tokenizer
 from helpers.tiny.check import ask, lora_probe, score, table_items, thing_items
+from helpers.tiny.forward import compile_layers
 from helpers.tiny.pictures import load_pool
-from helpers.tiny.train import compile_layers, train
+from helpers.tiny.train import train
 
 
 def run(
