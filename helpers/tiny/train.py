@@ -113,7 +113,7 @@ def token_map(named: dict[str, np.ndarray], size: tuple[int, int]) -> tuple[np.n
 
 def train(
     model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, pool: Pool, out: str | Path, *,
-    steps: int, batch: int = 64, each: int = 4, peak: float = 1e-3, guided: float = 0.5, decay: float = 0.999,
+    steps: int, batch: int = 64, each: int = 4, peak: float = 2e-3, guided: float = 0.5, decay: float = 0.999,
     seed: int = 0, workers: int = 2, device: str = "cpu", save_every: int = 1000, log_every: int = 50,
     seconds: float = math.inf,
 ) -> Qwen2VLForConditionalGeneration:  # fmt: skip

@@ -26,7 +26,7 @@ def run(
     out: str, *, cache: str = "runs/tiny-scenes", scenes: int = 20_000, image_tokens: int = 100, width: int = 192,
     vision_layers: int = 6, language_layers: int = 4, rope_theta: float = 10.0,
     mrope_section: tuple[int, int, int] = (2, 7, 7), steps: int = 8000, batch: int = 64, each: int = 4,
-    peak: float = 1e-3, guided: float = 0.5, seed: int = 0, seconds: float = math.inf, workers: int = 2,
+    peak: float = 2e-3, guided: float = 0.5, seed: int = 0, seconds: float = math.inf, workers: int = 2,
     start: str = "", compiled: bool = False, probe_pictures: int = 4000, probe_peak: float = 1e-3,
     probe_rank: int = 16, probe_batch: int = 8,
 ) -> dict:  # fmt: skip
