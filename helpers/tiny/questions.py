@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from helpers.boxes import area, clip_unit, xyxy_unit_to_yxyx_unit
+from helpers.boxes import area, xyxy_unit_to_yxyx_unit
 from helpers.messages import target_text
 
 PROMPTS = (
@@ -93,13 +93,18 @@ def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5
     A name is kept when each of its boxes lies either outside the crop or inside it by at least `visible` of its area,
     when they are `MOST_BOXES` at most, and none is too small to be seen (sides of `SMALLEST` on average).
     """
-    kept = {}
+    if not named:
+        return {}
+    boxes, sides = np.concatenate(list(named.values())), crop[2:] - crop[:2]
+    inside = ((boxes - crop[[0, 1, 0, 1]]) / np.tile(sides, 2)).clip(0, 1)
+    size = (inside[:, 2:] - inside[:, :2]).prod(1)
+    share = size * sides.prod() / (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    fits = (share == 0) | ((share >= visible) & (size >= SMALLEST**2))
+    kept, start = {}, 0
     for name, boxes in named.items():
-        inside = clip_unit((boxes - crop[[0, 1, 0, 1]]) / np.tile(crop[2:] - crop[:2], 2))
-        share = area(inside) * np.prod(crop[2:] - crop[:2]) / area(boxes)
-        seen = inside[share > 0]
-        whole = ((share >= visible) | (share == 0)).all()
-        if whole and 0 < len(seen) <= MOST_BOXES and (area(seen) >= SMALLEST**2).all():
+        part = slice(start, start := start + len(boxes))
+        seen = inside[part][share[part] > 0]
+        if fits[part].all() and 0 < len(seen) <= MOST_BOXES:
             kept[name] = seen
     return kept
 

@@ -89,12 +89,12 @@ def encode(processor: Qwen2VLProcessor, texts: list[tuple[str, str]], size: tupl
     lengths = [len(a) + len(b) for a, b in zip(asked, told, strict=True)]
     count = size[0] * size[1] // 784
     longest = count + math.ceil((max(lengths) - count) / 64) * 64  # few different lengths: each is recorded once
-    ids = torch.full((len(texts), longest), processor.tokenizer.pad_token_id)
-    labels = torch.full_like(ids, -100)
+    ids = np.full((len(texts), longest), processor.tokenizer.pad_token_id)
+    labels = np.full_like(ids, -100)
     for i, (a, b) in enumerate(zip(asked, told, strict=True)):
-        ids[i, : lengths[i]] = torch.tensor(a + b)
-        labels[i, len(a) : lengths[i]] = torch.tensor(b)
-    return {"input_ids": ids, "labels": labels}
+        ids[i, : lengths[i]] = a + b
+        labels[i, len(a) : lengths[i]] = b
+    return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
 
 
 def token_map(named: dict[str, np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
