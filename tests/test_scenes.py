@@ -53,6 +53,15 @@ def test_scenes_are_those_that_the_base_was_trained_on(index, name, box, things,
     assert np.asarray(Image.open(io.BytesIO(scene.jpeg))).mean() == pytest.approx(brightness, abs=0.2)
 
 
+def test_another_table_stands_in_the_panels_place_for_the_base_alone():
+    drawn = [render_scene(0, index, "base") for index in range(60)]
+    assert 0.2 < np.mean([bool(scene.tables) for scene in drawn]) < 0.5
+    largest = [max((np.prod(np.subtract(box[2:], box[:2])), name) for name, box in scene.things) for scene in drawn
+               if not scene.tables]
+    assert np.mean([name in compose.STAND_INS for _, name in largest]) > 0.6
+    assert {name for _, name in largest} >= {"drug facts", "cooking table"}
+
+
 def test_seed_split_and_index_each_change_the_picture():
     jpegs = {render_scene(*key).jpeg for key in ((0, 1, "base"), (1, 1, "base"), (0, 2, "base"), (0, 1, "extra"))}
     assert len(jpegs) == 4
