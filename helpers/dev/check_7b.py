@@ -175,7 +175,8 @@ def table(rows: list[dict]) -> str:
         return f"{row['peaks'][call][0]:.1f}" if call in row["peaks"] else "-"
 
     def seconds(row: dict, call: str) -> str:
-        return "/".join(f"{value:.0f}" for value in row["seconds"].get(call, [])) or "-"
+        times = row["seconds"].get(call)
+        return f"{len(times)} x {statistics.median(times):.1f}" if times else "-"
 
     def step(row: dict) -> str:
         return "{median:.2f} ({n})".format(**row["step_seconds"]) if row["step_seconds"] else "-"
@@ -192,7 +193,7 @@ def table(rows: list[dict]) -> str:
         "in merging, GiB": lambda row: peak(row, "merge"),
         "a step, s: median (n)": step,
         "went on at step": lambda row: ", ".join(map(str, row["resumed_at"])) or "-",
-        **{f"{call}, s": lambda row, call=call: seconds(row, call) for call in TIMED},
+        **{f"{call}, times x s": lambda row, call=call: seconds(row, call) for call in TIMED},
         "applied against merged": lambda row: " ".join(f"{value:.1e}" for value in row["merge_algebra"]) or "-",
         "merged against as trained": lambda row: apart(row) or "-",
         "disk, GiB": lambda row: row["disk_gib"],
