@@ -24,7 +24,7 @@
 recipe = "r4-joint"  # base, r1-llm-only, r2-vision-only, r3-two-stage, r4-joint
 scale = "auto"  # 7b, tiny; auto: 7b where a GPU has room for the recipe, else tiny
 model_id = None  # Hub id or local folder
-model_revision = None  # commit, branch or tag on the Hub
+model_revision = None  # commit, branch or tag on the Hub; None: the commit this was written for
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
 
@@ -61,6 +61,7 @@ merge_base = "dequantised"  # or full: which weights the adapter is merged into
 # where and how
 gpus = None  # such as "0,1"; None: all
 output_root = "runs"
+hf_home = None  # the Hub's downloads and caches; None: HF_HOME, else ~/.cache/huggingface
 run_name = None  # None: the recipe's name
 save_steps = None  # a checkpoint every so many steps
 report_to = "auto"  # wandb, tensorboard, none; auto: W&B where there are credentials
@@ -462,7 +463,9 @@ def merge_into(kind):
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path).dequantize().to(dtype)
     else:
-        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, dtype=dtype, device_map=model.device_map())
+        revision = run.model_revision if base_path == run.model_path else None
+        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, revision=revision, dtype=dtype,
+                                                               device_map=model.device_map())
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")

@@ -79,6 +79,9 @@ SCALES: dict[str, dict] = {
     },
 }
 
+# The commit of each model that this project was written for; model_revision takes another.
+REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
+
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture, one batch of
 # 2 pictures of 1280 image tokens a step (`python -m helpers.dev.check_7b --accumulation 1`, one H200): 15.5 to load,
 # 20.1 for r1 and r4 (to merge; their training takes 11.6), 25.4 for r2 and r3, to which accumulation adds gradients of
