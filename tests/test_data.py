@@ -15,6 +15,7 @@ from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.checks import RULES
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
+from helpers.dev import bench_pictures
 
 TABLE = "nutrition-table"
 
@@ -422,3 +423,24 @@ def test_prepare_names_a_picture_that_cannot_be_read_and_goes_on(capsys):
     assert "0000000000002_1 is left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="max_pixels 5"):
         data.prepare(raw, 10, 5)
+
+
+def test_large_pictures_are_read_twice_in_all_and_in_no_epoch(monkeypatch, tmp_path: Path):
+    """The benchmark made small: once by the audit, once to be made smaller, whatever the number of epochs."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    table = bench_pictures.compare(2, 1200, 900, epochs=2)
+    assert table.groupby("way")["decodes"].sum().to_dict() == {"as they are": 4, "prepared once": 4}
+    assert table[table["step"].str.startswith("epoch")].groupby("way")["decodes"].sum()["prepared once"] == 0
+    with bench_pictures.Decodes() as decodes:
+        bench_pictures.photos(1, 1200, 900)[0]["image"].load()
+    assert decodes.count == 1
+
+
+def test_prepared_pictures_outlive_their_files(tmp_path: Path):
+    for number in (1, 2):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number, (640, 480) if number == 1 else (64, 48)))
+    raw = splits(val=[row(n, image={"bytes": None, "path": str(tmp_path / f"{n}.jpg")}) for n in (1, 2)])
+    ready = data.prepare(raw, 1, 64 * 64)
+    for file in tmp_path.glob("*.jpg"):
+        file.unlink()
+    assert [one["image"].convert("RGB").size for one in ready["val"]] == [(56, 28), (64, 48)]
