@@ -203,6 +203,7 @@ PLANTS = {  # fault -> a row of val with it, and perhaps others that follow from
     "repeated-box": lambda n: row(n, [[0.1, 0.2, 0.5, 0.6]] * 2),
     "unknown-category": lambda n: row(n, names=["logo"]),
     "category-mismatch": lambda n: row(n, objects=objects_of([[0.1, 0.2, 0.5, 0.6]], [TABLE]) | {"category_id": [2]}),
+    "missing-id": lambda n: row(n, image_id=""),
     "repeated-id": lambda n: row(n, image_id="0000000000000_1"),
     "barcode-in-two-splits": lambda n: row(n, barcode="0000000000000"),
     "picture-in-two-splits": lambda n: row(n, image=picture(jpeg(0, LARGER, quality=70)), width=160, height=120),

@@ -114,15 +114,17 @@ def _check_rows(result: Audit, name: str, rows: list[dict], facts: list[dict]) -
     fixed, copies = {}, Counter()
     for index, row in enumerate(rows):
         faults, after = check_row(row, facts[index])
+        image_id = row["image_id"] or f"{name}-{index}"
+        if not row["image_id"]:
+            faults.append(("missing-id", f"row {index}"))
         if after is not None:
-            copies[row["image_id"]] += 1
-            copy = copies[row["image_id"]]
-            if copy > 1:
-                faults.append(("repeated-id", f"copy {copy}"))
-                after["image_id"] = f"{row['image_id']}#{copy}"
+            copies[image_id] += 1
+            if copies[image_id] > 1:
+                faults.append(("repeated-id", f"copy {copies[image_id]}"))
+            after["image_id"] = f"{image_id}#{copies[image_id]}" if copies[image_id] > 1 else image_id
             fixed[index] = {key: value for key, value in after.items() if value != row[key]}
             rows[index] = row | after
-        result.faults += [Fault(fault, name, index, row["image_id"], found) for fault, found in faults]
+        result.faults += [Fault(fault, name, index, image_id, found) for fault, found in faults]
     return fixed
 
 
