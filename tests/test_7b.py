@@ -1,6 +1,7 @@
 """The 7B model without its download: names, counts and layouts against literals, the checking command made small."""
 
 import json
+import math
 import re
 import sys
 import time
@@ -62,6 +63,58 @@ def test_the_published_counts():
     assert sum(totals.values()) == check_7b.WEIGHTS == 16_582_751_232 // 2
     assert totals["vision"] == check_7b.VISION == 675_759_104
     assert totals["head"] == 152064 * HIDDEN
+
+
+# The published files' names, N for a layer's number: how many of each, and its shape. Written by hand.
+PUBLISHED_WEIGHTS = {
+    "model.embed_tokens.weight": (1, (152064, 3584)),
+    "model.layers.N.input_layernorm.weight": (28, (3584,)),
+    "model.layers.N.mlp.down_proj.weight": (28, (3584, 18944)),
+    "model.layers.N.mlp.gate_proj.weight": (28, (18944, 3584)),
+    "model.layers.N.mlp.up_proj.weight": (28, (18944, 3584)),
+    "model.layers.N.post_attention_layernorm.weight": (28, (3584,)),
+    "model.layers.N.self_attn.k_proj.bias": (28, (512,)),
+    "model.layers.N.self_attn.k_proj.weight": (28, (512, 3584)),
+    "model.layers.N.self_attn.o_proj.weight": (28, (3584, 3584)),
+    "model.layers.N.self_attn.q_proj.bias": (28, (3584,)),
+    "model.layers.N.self_attn.q_proj.weight": (28, (3584, 3584)),
+    "model.layers.N.self_attn.v_proj.bias": (28, (512,)),
+    "model.layers.N.self_attn.v_proj.weight": (28, (512, 3584)),
+    "model.norm.weight": (1, (3584,)),
+    "lm_head.weight": (1, (152064, 3584)),
+    "visual.blocks.N.attn.proj.bias": (32, (1280,)),
+    "visual.blocks.N.attn.proj.weight": (32, (1280, 1280)),
+    "visual.blocks.N.attn.qkv.bias": (32, (3840,)),
+    "visual.blocks.N.attn.qkv.weight": (32, (3840, 1280)),
+    "visual.blocks.N.mlp.fc1.bias": (32, (5120,)),
+    "visual.blocks.N.mlp.fc1.weight": (32, (5120, 1280)),
+    "visual.blocks.N.mlp.fc2.bias": (32, (1280,)),
+    "visual.blocks.N.mlp.fc2.weight": (32, (1280, 5120)),
+    "visual.blocks.N.norm1.bias": (32, (1280,)),
+    "visual.blocks.N.norm1.weight": (32, (1280,)),
+    "visual.blocks.N.norm2.bias": (32, (1280,)),
+    "visual.blocks.N.norm2.weight": (32, (1280,)),
+    "visual.merger.ln_q.bias": (1, (1280,)),
+    "visual.merger.ln_q.weight": (1, (1280,)),
+    "visual.merger.mlp.0.bias": (1, (5120,)),
+    "visual.merger.mlp.0.weight": (1, (5120, 5120)),
+    "visual.merger.mlp.2.bias": (1, (3584,)),
+    "visual.merger.mlp.2.weight": (1, (3584, 5120)),
+    "visual.patch_embed.proj.weight": (1, (1280, 3, 2, 14, 14)),
+}
+
+
+def test_every_weight_has_its_place_in_the_published_files():
+    """Names and shapes of the model built here, by the older names, against the literals; so do their sums."""
+    built = {}
+    for name, weight in on_meta().state_dict().items():
+        folded = re.sub(r"\.\d+\.(?!weight|bias)", ".N.", random_7b.hub_name(name))
+        count, shapes = built.get(folded, (0, set()))
+        built[folded] = (count + 1, shapes | {tuple(weight.shape)})
+    assert built == {name: (count, {shape}) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
+    sizes = {name: count * math.prod(shape) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
+    assert sum(sizes.values()) == check_7b.WEIGHTS and sum(count for count, _ in PUBLISHED_WEIGHTS.values()) == 730
+    assert sum(size for name, size in sizes.items() if name.startswith("visual.")) == check_7b.VISION
 
 
 def lora_weights(shapes) -> int:
