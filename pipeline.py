@@ -24,7 +24,7 @@
 recipe = "r4-joint"  # base, r1-llm-only, r2-vision-only, r3-two-stage, r4-joint
 scale = "auto"  # 7b, tiny; auto: 7b where a GPU has room for the recipe, else tiny
 model_id = None  # Hub id or local folder
-model_revision = None  # commit, branch or tag on the Hub
+model_revision = None  # commit, branch or tag on the Hub; None: the commit this was written for
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
 
@@ -44,6 +44,7 @@ lora_alpha = None
 lora_dropout = None
 precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
 gradient_checkpointing = None  # recompute activations instead of keeping them
+augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
 seed = 0
 train_limit = None  # use only the first so many pictures
 val_limit = None
@@ -60,6 +61,7 @@ merge_base = "dequantised"  # or full: which weights the adapter is merged into
 # where and how
 gpus = None  # such as "0,1"; None: all
 output_root = "runs"
+hf_home = None  # the Hub's downloads and caches; None: HF_HOME, else ~/.cache/huggingface
 run_name = None  # None: the recipe's name
 save_steps = None  # a checkpoint every so many steps
 report_to = "auto"  # wandb, tensorboard, none; auto: W&B where there are credentials
@@ -89,8 +91,10 @@ from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qw
 from trl import SFTConfig
 
 from helpers import boxes, callbacks, collate, data, evaluate, merge, messages, model, plots, predict, trainer
+from helpers.augment import Augment
 
 transformers.set_seed(run.seed)
+pd.options.display.max_colwidth = 160
 
 # %% [markdown]
 # ## 2 · Data
@@ -117,6 +121,13 @@ with runs.main_first():
     rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
 display(audit.table())
 audit.statistics
+
+# %% [markdown]
+# The faults as pictures: up to three of each kind, with the boxes as the source has them. Every finding is listed by
+# its id in `audit.jsonl` in the run's folder.
+
+# %%
+plots.audit_sheet(raw, audit)
 
 # %%
 truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
@@ -240,6 +251,8 @@ def ask(vlm, path, **inputs):
 # %%
 base_hash = runs.files_hash(run.model_path)
 runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
+if runs.is_main():
+    audit.write(run.folder / "audit.jsonl")
 asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt,
          "constrained": run.constrained}
 baseline = ask(base, Path(run.output_root) / "baselines" / runs.key(**asked) / "baseline.jsonl", **asked)
@@ -314,8 +327,12 @@ def train(stage_run, base_path):
     """Train one stage on the model at `base_path`; returns the table of what trained, per tower."""
     folder, stage = stage_run.folder, stage_run.stage
     tuned = make_trainable(load_base(stage.precision, base_path), stage)
-    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), data_collator=collator, train_dataset=rows["train"],
+    changed = Augment(run.seed) if run.augment else None
+    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), train_dataset=rows["train"],
+                             data_collator=collate.Collator(processor, run.prompt, run.loss_scope, changed),
                              processing_class=processor, callbacks=[trainer.LossLog(folder)])
+    if changed:
+        sft.add_callback(changed)  # tells it the epoch
     if run.eval_steps:
         few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
         sft.add_callback(callbacks.IoUDuringTraining(
@@ -398,6 +415,17 @@ metrics = evaluate.write_metrics(
 evaluate.metrics_table(metrics)
 
 # %% [markdown]
+# That is the cleaned truth. Against the truth as its source has it, an empty box counts as a miss and a picture that
+# the audit dropped as one without an answer:
+
+# %%
+raw_truth = data.raw_truth(raw["val"])
+raw_metrics = evaluate.write_metrics(
+    run.folder / "raw", {"fine-tuned": predictions, "base": baseline, "constant box": constant}, raw_truth
+)
+evaluate.metrics_table(raw_metrics)
+
+# %% [markdown]
 # The same pictures before and after. Eyeballing is not evaluation, but it shows what kind of error is left.
 
 # %%
@@ -435,7 +463,9 @@ def merge_into(kind):
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path).dequantize().to(dtype)
     else:
-        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, dtype=dtype, device_map=model.device_map())
+        revision = run.model_revision if base_path == run.model_path else None
+        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, revision=revision, dtype=dtype,
+                                                               device_map=model.device_map())
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")

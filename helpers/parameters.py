@@ -73,6 +73,7 @@ PARAMETERS: dict[str, Rule] = {
     "min_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
     "max_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
     "gradient_checkpointing": default(flag()),
+    "augment": default(flag()),
     "seed": whole(0, 2**31 - 1),
     "train_limit": default(whole(1, 10**9)),
     "val_limit": default(whole(1, 10**9)),
@@ -86,6 +87,7 @@ PARAMETERS: dict[str, Rule] = {
     "merge_base": one_of("full", "dequantised"),
     "gpus": default(gpu_list()),
     "output_root": text("a folder that can be written"),
+    "hf_home": default(text("a folder for the Hub's downloads and caches")),
     "run_name": default((
         "letters, digits, dots, dashes and underscores",
         lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
@@ -162,3 +164,18 @@ def choose_gpus(gpus: Any) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ParameterError(f"gpus={wanted} cannot be combined with a launcher: use its own option (--gpu_ids).")
     os.environ["CUDA_VISIBLE_DEVICES"] = wanted
+
+
+def choose_cache(hf_home: str | None) -> None:
+    """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
+
+    Must run before the Hub's libraries are imported, or raises ParameterError.
+    """
+    if hf_home is None:
+        return
+    wanted = os.path.abspath(os.path.expanduser(hf_home))
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
+        raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
+                             "kernel, or set HF_HOME before it starts.")
+    os.environ["HF_HOME"] = wanted

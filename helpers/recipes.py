@@ -57,6 +57,7 @@ SCALES: dict[str, dict] = {
         "min_pixels": 256 * IMAGE_TOKEN,
         "max_pixels": 1280 * IMAGE_TOKEN,
         "gradient_checkpointing": True,
+        "augment": False,
         "save_steps": 25,
         "predict_batch_size": 16,
     },
@@ -72,10 +73,14 @@ SCALES: dict[str, dict] = {
         "min_pixels": 16 * IMAGE_TOKEN,
         "max_pixels": 100 * IMAGE_TOKEN,
         "gradient_checkpointing": False,
+        "augment": False,
         "save_steps": 50,
         "predict_batch_size": 32,
     },
 }
+
+# The commit of each model that this project was written for; model_revision takes another.
+REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture, one batch of
 # 2 pictures of 1280 image tokens a step (`python -m helpers.dev.check_7b --accumulation 1`, one H200): 15.5 to load,

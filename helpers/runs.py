@@ -29,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes
 TRAINING = (
     "recipe", "scale", "model_id", "model_revision", "dataset_id", "dataset_revision", "prompt", "loss_scope",
     "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation",
-    "lora_rank", "lora_alpha", "lora_dropout", "precision", "seed", "train_limit",
+    "lora_rank", "lora_alpha", "lora_dropout", "precision", "augment", "seed", "train_limit",
 )  # fmt: skip
 
 
@@ -48,8 +48,11 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Under a launcher the main process runs the block first and the others find what it has cached."""
-    with _processes().main_process_first():
+    """Under a launcher the main process runs the block first and the others find what it has cached.
+
+    On several machines the first process of each other machine follows, then the rest: caches need not be shared.
+    """
+    with _processes().main_process_first(), _processes().local_main_process_first():
         yield
 
 
@@ -127,7 +130,8 @@ def training_values(run: Run) -> dict[str, Any]:
 def open_folder(run: Run, **inputs: Any) -> None:
     """Make the run's folders and manifests; refuse a folder that holds a run with other parameters or inputs.
 
-    `inputs` are hashes of what the run reads (data, base model). Raises ParameterError that names the differences.
+    `inputs` are hashes of what the run reads (data, base model). Raises ParameterError that names the differences, or
+    says that a process on another machine does not see the folder.
     """
     fixed = training_values(run) | inputs
     for folder in {run.folder, *(stage.folder for stage in run.stages)}:
@@ -148,6 +152,10 @@ def open_folder(run: Run, **inputs: Any) -> None:
         }
         if is_main():
             write_json(folder / "manifest.json", manifest)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            _processes().wait_for_everyone()
+        if not (folder / "manifest.json").is_file():
+            raise ParameterError(f"{folder} is not seen by all machines: output_root must be a folder they share.")
 
 
 @contextlib.contextmanager

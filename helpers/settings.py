@@ -9,7 +9,7 @@ from typing import Any
 
 from helpers import parameters
 from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import DISK_GIB, GPU_GIB, RECIPES, SCALES, Stage
+from helpers.recipes import DISK_GIB, GPU_GIB, RECIPES, REVISIONS, SCALES, Stage
 
 PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
@@ -71,9 +71,11 @@ def settle(namespace: dict) -> Run:
     values = {name: namespace[name] for name in PARAMETERS}
     parameters.check(values)
     parameters.choose_gpus(values["gpus"])
+    parameters.choose_cache(values["hf_home"])
     values["scale"] = _choose_scale(values["scale"], values["recipe"])
     for name, default in SCALES[values["scale"]].items():
         values[name] = default if values[name] is None else values[name]
+    values["model_revision"] = values["model_revision"] or REVISIONS.get(values["model_id"])
     parameters.check(values)
     _check_output(values)
     stages = [_stage_run(stage, values) for stage in RECIPES[values["recipe"]]]
@@ -143,14 +145,19 @@ def _check_model(model_id: str, path: str, revision: str | None) -> None:
             raise ParameterError(f"model_id={model_id!r} is not a model's folder: it has no config.json.")
         return
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError
 
+    asked = f"model_id={model_id!r} at revision {revision or 'main'}"
     try:
         hf_hub_download(path, "config.json", revision=revision)
+    except GatedRepoError:
+        raise ParameterError(f"{asked} is gated: accept its terms on its page of the Hub, and give a token with access "
+                             "(HF_TOKEN, or `hf auth login`).") from None
     except Exception as error:
         why = str(error).strip().split("\n")[0]
         raise ParameterError(
-            f"model_id={model_id!r} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the "
-            "network and HF_TOKEN, or give a local folder, or scale=tiny.") from None
+            f"{asked} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the network and "
+            "HF_TOKEN, or give a local folder, or scale=tiny.") from None
 
 
 def _report_target(report_to: str, folder: Path) -> str:

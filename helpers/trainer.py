@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
+from helpers.model import check_one_way
 from helpers.progress import progress_bar
 
 WEIGHTS = "trainable.safetensors"
@@ -23,8 +24,10 @@ COMPLETE = "complete"  # written last: a checkpoint without it was cut off and i
 class BoxTrainer(SFTTrainer):
     """`SFTTrainer` with one checkpoint format for every recipe; see the module's docstring."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: torch.nn.Module, args: SFTConfig, **kwargs):
+        args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
+        super().__init__(model, args=args, **kwargs)
+        check_one_way(self.model, self.args.n_gpu)
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
         self.add_callback(ProgressBar())

@@ -1,8 +1,10 @@
 """The 7B model without its download: names, counts and layouts against literals, the checking command made small."""
 
 import json
+import math
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -61,6 +63,58 @@ def test_the_published_counts():
     assert sum(totals.values()) == check_7b.WEIGHTS == 16_582_751_232 // 2
     assert totals["vision"] == check_7b.VISION == 675_759_104
     assert totals["head"] == 152064 * HIDDEN
+
+
+# The published files' names, N for a layer's number: how many of each, and its shape. Written by hand.
+PUBLISHED_WEIGHTS = {
+    "model.embed_tokens.weight": (1, (152064, 3584)),
+    "model.layers.N.input_layernorm.weight": (28, (3584,)),
+    "model.layers.N.mlp.down_proj.weight": (28, (3584, 18944)),
+    "model.layers.N.mlp.gate_proj.weight": (28, (18944, 3584)),
+    "model.layers.N.mlp.up_proj.weight": (28, (18944, 3584)),
+    "model.layers.N.post_attention_layernorm.weight": (28, (3584,)),
+    "model.layers.N.self_attn.k_proj.bias": (28, (512,)),
+    "model.layers.N.self_attn.k_proj.weight": (28, (512, 3584)),
+    "model.layers.N.self_attn.o_proj.weight": (28, (3584, 3584)),
+    "model.layers.N.self_attn.q_proj.bias": (28, (3584,)),
+    "model.layers.N.self_attn.q_proj.weight": (28, (3584, 3584)),
+    "model.layers.N.self_attn.v_proj.bias": (28, (512,)),
+    "model.layers.N.self_attn.v_proj.weight": (28, (512, 3584)),
+    "model.norm.weight": (1, (3584,)),
+    "lm_head.weight": (1, (152064, 3584)),
+    "visual.blocks.N.attn.proj.bias": (32, (1280,)),
+    "visual.blocks.N.attn.proj.weight": (32, (1280, 1280)),
+    "visual.blocks.N.attn.qkv.bias": (32, (3840,)),
+    "visual.blocks.N.attn.qkv.weight": (32, (3840, 1280)),
+    "visual.blocks.N.mlp.fc1.bias": (32, (5120,)),
+    "visual.blocks.N.mlp.fc1.weight": (32, (5120, 1280)),
+    "visual.blocks.N.mlp.fc2.bias": (32, (1280,)),
+    "visual.blocks.N.mlp.fc2.weight": (32, (1280, 5120)),
+    "visual.blocks.N.norm1.bias": (32, (1280,)),
+    "visual.blocks.N.norm1.weight": (32, (1280,)),
+    "visual.blocks.N.norm2.bias": (32, (1280,)),
+    "visual.blocks.N.norm2.weight": (32, (1280,)),
+    "visual.merger.ln_q.bias": (1, (1280,)),
+    "visual.merger.ln_q.weight": (1, (1280,)),
+    "visual.merger.mlp.0.bias": (1, (5120,)),
+    "visual.merger.mlp.0.weight": (1, (5120, 5120)),
+    "visual.merger.mlp.2.bias": (1, (3584,)),
+    "visual.merger.mlp.2.weight": (1, (3584, 5120)),
+    "visual.patch_embed.proj.weight": (1, (1280, 3, 2, 14, 14)),
+}
+
+
+def test_every_weight_has_its_place_in_the_published_files():
+    """Names and shapes of the model built here, by the older names, against the literals; so do their sums."""
+    built = {}
+    for name, weight in on_meta().state_dict().items():
+        folded = re.sub(r"\.\d+\.(?!weight|bias)", ".N.", random_7b.hub_name(name))
+        count, shapes = built.get(folded, (0, set()))
+        built[folded] = (count + 1, shapes | {tuple(weight.shape)})
+    assert built == {name: (count, {shape}) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
+    sizes = {name: count * math.prod(shape) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
+    assert sum(sizes.values()) == check_7b.WEIGHTS and sum(count for count, _ in PUBLISHED_WEIGHTS.values()) == 730
+    assert sum(size for name, size in sizes.items() if name.startswith("visual.")) == check_7b.VISION
 
 
 def lora_weights(shapes) -> int:
@@ -152,18 +206,46 @@ def test_the_hubs_processor_files_give_the_pixel_budget_and_the_token_ids(folder
         assert 1270 <= patches // 4 <= 1280
 
 
+def check(monkeypatch, folder, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(folder), "--steps", "2", "--accumulation",
+                                      "1", "--val", "2", "--new-tokens", "16", *words])
+    return check_7b.main()
+
+
+def rows_of(folder) -> list[dict]:
+    return json.loads((folder / "report" / "report.json").read_text())["rows"]
+
+
 def test_the_check_made_small(monkeypatch, tmp_path, capsys):
-    """The command itself: train, predict, merge in two ways, reload."""
-    monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(tmp_path), "--recipes", "r1-llm-only",
-                                      "--steps", "2", "--accumulation", "1", "--val", "2", "--kill"])
-    assert check_7b.main() == 0, capsys.readouterr().out
-    row, = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
-    assert row["codes"] == [0] and row["step_seconds"]["n"] == 2 and row["wrong"] == []
+    """The command itself: train, be killed, go on, predict, merge in two ways, reload; then a call that has no time."""
+    assert check(monkeypatch, tmp_path, "--recipes", "r1-llm-only") == 0, capsys.readouterr().out
+    row, = rows_of(tmp_path)
+    assert row["codes"] == [-9, 0] and row["resumed_at"] == [1] and row["step_seconds"]["n"] == 2 and row["wrong"] == []
     assert row["nf4_layers"] == [0, 14] and row["trainable"][0]["vision"] == 0 < row["trainable"][0]["language"]
     assert len(row["merge_algebra"]) == 2 and max(row["merge_algebra"]) < 1e-5
     apart, = row["against_as_trained"]
     assert 0 < apart["dequantised"] < apart["full"] < 0.5
-    assert not (tmp_path / "runs" / "r1-llm-only").exists()
+    assert set(check_7b.TIMED) <= set(row["seconds"])
+    assert not list((tmp_path / "runs").glob("*r1-llm-only*/"))
+
+    model_file = next((tmp_path / "model").glob("*.safetensors"))
+    written, shown = model_file.stat().st_mtime_ns, capsys.readouterr().out
+    assert re.search(r"\| a step, s: median \(n\) \| [\d.]+ \(2\) \|", shown) and "| wrong | nothing |" in shown
+    assert check(monkeypatch, tmp_path, "--recipes", "r2-vision-only", "r4-joint", "--minutes", "0") == 1
+    assert model_file.stat().st_mtime_ns == written, "the model of the first call is used again"
+    assert [row["recipe"] for row in rows_of(tmp_path)] == ["r1-llm-only", "r2-vision-only", "r4-joint"]
+    assert rows_of(tmp_path)[0] == row and rows_of(tmp_path)[1]["codes"] == [None]
+    shown = capsys.readouterr().out
+    assert "| wrong | nothing | not seen to its end: stopped by --minutes before its first step |" in shown
+
+
+def test_the_time_that_is_left_stops_a_recipe(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["check_7b", "--folder", str(tmp_path), "--minutes", "0.02"])
+    options, start = check_7b.arguments(), time.monotonic()
+    assert check_7b.run_until([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", options) is None
+    assert time.monotonic() - start < 10
+    row = {"codes": [-9, None], "seconds": {"load": [1.0], "train": [2.0]}}
+    assert check_7b.wrong(options, "r1-llm-only", row) == ["not seen to its end: stopped by --minutes after 'train'"]
 
 
 @pytest.mark.parametrize(("broken", "said"), [

@@ -321,6 +321,41 @@ def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
     assert len(data.load_splits(str(tmp_path))["val"]) == 29
 
 
+def test_files_written_on_windows_are_read(tmp_path: Path):
+    """A byte order mark, backslashes, CR LF."""
+    write_coco(tmp_path / "coco")
+    found = coco()
+    for picture in found["images"]:
+        picture["file_name"] = f"images\\{picture['file_name']}"
+    (tmp_path / "coco/annotations.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(found).encode())
+    write_own_metadata(tmp_path / "own")
+    file = tmp_path / "own/metadata.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    write_yolo_classes(tmp_path / "yolo")
+    for file in (tmp_path / "yolo/labels").iterdir():
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    for name in ("coco", "own", "yolo"):
+        ds = data.load_splits(str(tmp_path / name))
+        assert ds["val"]["image_id"] == ["a", "b", "c"], name
+        assert [row["category_name"] for row in ds["val"]["objects"]] == [[k for k, _ in t] for t in BOXES.values()]
+
+
+def test_a_yolo_label_without_its_picture_is_listed(tmp_path: Path):
+    write_yolo(tmp_path)
+    write(tmp_path / "labels/gone.txt", "0 0.5 0.5 0.2 0.2\n")
+    raw = data.load_raw(str(tmp_path))
+    assert data.audit(raw).table().set_index("fault").loc["unreadable-picture", "ids"] == ["gone"]
+
+
+def test_what_no_annotation_names_is_said(tmp_path: Path, capsys):
+    write_hf_metadata(tmp_path)
+    save_picture(tmp_path / "extra.jpg", 8)
+    data.load_raw(str(tmp_path))
+    said = capsys.readouterr().out
+    assert "1 pictures in " in said and "have no annotation and are not used, such as extra.jpg" in said
+    assert "numbers of categories read as {0: 'nutrition-table', 1: 'nutrition-table-small'," in said
+
+
 # --- bad input: each has its sentence ---------------------------------------------------------------------------------
 
 
@@ -393,6 +428,15 @@ def test_bad_coco_yolo_and_voc_files_are_named(tmp_path: Path):
     refused(tmp_path / "yolo", "a.txt line 2", "'0 0.5 0.5'", "class cx cy width height")
     write(tmp_path / "yolo/data.yaml", "names: [a\n")
     refused(tmp_path / "yolo", "data.yaml", "not valid YAML")
+
+    (tmp_path / "yolo/data.yaml").write_bytes(b"names: [t\xe9]\n")
+    refused(tmp_path / "yolo", "data.yaml", "not UTF-8 text", "byte 9")
+    write(tmp_path / "yolo/data.yaml", "names: [nutrition-table]\ntrain: 3\n")
+    refused(tmp_path / "yolo", "data.yaml", "train is '3'", "expected a folder")
+    write(file, json.dumps(coco(annotations=["x"])))
+    refused(tmp_path / "coco", "annotations.json", "annotations[0] is 'x'", "expected an object")
+    write(file, json.dumps(coco(categories=[{"id": [1], "name": TABLE}])))
+    refused(tmp_path / "coco", "annotations.json", "id of categories[0] is '[1]'", "expected a number")
 
     write_voc(tmp_path / "voc")
     write(tmp_path / "voc/Annotations/b.xml", "<annotation><filename>b.jpg</filename>")

@@ -165,11 +165,52 @@ def test_the_names_hold_at_7b_too():
     assert sum(bool(re.fullmatch(R4.lora_targets, name)) for name in linear) == 28 * 7 + 32 * 4 + 2
 
 
+def show_gpus(monkeypatch, count: int, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+
+
 def test_device_map(monkeypatch):
     assert model.device_map() == {"": "cpu"}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    show_gpus(monkeypatch, 1)
+    assert model.device_map() == {"": 0}
+    show_gpus(monkeypatch, 2)
     assert model.device_map() == "balanced"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert model.device_map() == {"": 1}
+
+
+@pytest.mark.parametrize("rank", ["2", None])
+def test_more_processes_than_gpus_are_refused(monkeypatch, rank):
+    show_gpus(monkeypatch, 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(ValueError, match=f"LOCAL_RANK={rank}, and this machine shows 2 GPU.*one process a GPU"):
+        model.device_map()
+
+
+@pytest.mark.parametrize(("gpus", "capability", "installed", "chosen"), [
+    (0, (9, 0), True, "eager"), (1, (9, 0), True, "flash_attention_2"), (1, (9, 0), False, "sdpa"),
+    (1, (7, 5), True, "sdpa"),
+])  # fmt: skip
+def test_attention_is_flash_where_it_is_installed_and_the_gpu_has_it(monkeypatch, gpus, capability, installed, chosen):
+    show_gpus(monkeypatch, gpus, capability)
+    monkeypatch.setattr(model, "is_flash_attn_2_available", lambda: installed)
+    assert model.attention() == chosen
+
+
+def test_one_model_over_gpus_and_one_process_a_gpu_are_never_mixed(monkeypatch):
+    spread = with_lora(base(), R1.lora_targets)
+    spread.base_model.model.hf_device_map = {"model.visual": 0, "model.language_model": 1, "lm_head": "cpu"}
+    model.check_one_way(spread, n_gpu=1)
+    with pytest.raises(ValueError, match="Trainer counts 2 GPUs in this process, and must count one"):
+        model.check_one_way(spread, n_gpu=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes, and this one's model lies on the GPUs 0, 1: either"):
+        model.check_one_way(spread, n_gpu=1)
+    alone = base()
+    alone.hf_device_map = {"": 1}
+    model.check_one_way(alone, n_gpu=1)

@@ -1,14 +1,19 @@
 """Parameters: read from papermill's cell or the command line, and refused with one sentence."""
 
 import ast
+import os
 import random
+import re
 import string
+import subprocess
+import sys
+from unittest.mock import Mock
 
 import pytest
 
 from helpers import parameters, settings
 from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import RECIPES, SCALES
+from helpers.recipes import RECIPES, REVISIONS, SCALES
 
 
 @pytest.fixture
@@ -105,12 +110,79 @@ def test_papermill_cell_is_read_from_in_and_not_from_globals():
 def test_papermill_turns_one_gpu_into_a_number(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     parameters.choose_gpus(0)
-    import os
-
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ParameterError, match="launcher"):
         parameters.choose_gpus("0,1")
+
+
+def test_gpus_act_before_cuda_starts_and_come_too_late_after(repo):
+    """In a process of its own, as a run does it: visible before torch is there; refused once CUDA runs."""
+    early = """
+import os, sys
+from helpers import parameters
+assert "torch" not in sys.modules, "torch was imported before the GPUs were chosen"
+parameters.choose_gpus("0,1")
+import torch
+assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and not torch.cuda.is_initialized()
+torch.cuda.is_initialized = lambda: True
+parameters.choose_gpus("0,1")  # a cell run for the second time
+try:
+    parameters.choose_gpus("1")
+except parameters.ParameterError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", early], capture_output=True, text=True, cwd=repo)
+    assert ended.returncode == 0, ended.stderr
+    assert "gpus=1 comes too late: CUDA has started in this process; restart the kernel." in ended.stdout
+
+
+def test_the_caches_move_by_parameter_or_by_environment(repo, tmp_path):
+    script = """
+import os, sys
+from helpers import parameters
+assert "huggingface_hub" not in sys.modules
+parameters.choose_cache({given!r})
+import datasets, huggingface_hub.constants, transformers
+print(huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, sep="\\n")
+try:
+    parameters.choose_cache("/elsewhere")
+except parameters.ParameterError as error:
+    print(error)
+"""
+    for given, variable in ((str(tmp_path / "a"), str(tmp_path / "b")), (None, str(tmp_path / "b"))):
+        ended = subprocess.run([sys.executable, "-c", script.format(given=given)], capture_output=True, text=True,
+                               cwd=repo, env=os.environ | {"HF_HOME": variable})
+        assert ended.returncode == 0, ended.stderr
+        root = given or variable
+        assert ended.stdout.splitlines()[:2] == [f"{root}/hub", f"{root}/datasets"]
+        assert f"hf_home='/elsewhere' comes too late: this process uses {root}" in ended.stdout
+
+
+def test_the_model_is_pinned_and_another_one_is_not(defaults, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *a, revision: asked.append((a, revision)))
+    run = settle(defaults, monkeypatch, "model_id=Qwen/Qwen2-VL-7B-Instruct", "scale=tiny")
+    assert asked == [(("Qwen/Qwen2-VL-7B-Instruct", "config.json"), REVISIONS["Qwen/Qwen2-VL-7B-Instruct"])]
+    assert run.model_revision == asked[0][1] and re.fullmatch("[0-9a-f]{40}", run.model_revision)
+    run = settle(defaults, monkeypatch, "model_id=Qwen/Qwen2-VL-7B-Instruct", "model_revision=v2")
+    assert run.model_revision == "v2" == asked[1][1]
+    assert settle(defaults, monkeypatch, "model_id=some/one-else").model_revision is None
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/config.json").write_text("{}")
+    run = settle(defaults, monkeypatch, f"model_id={tmp_path}/mirror")
+    assert run.model_revision is None and run.model_path == f"{tmp_path}/mirror" and len(asked) == 3
+
+
+def test_a_gated_model_without_a_token_is_refused_in_words(defaults, monkeypatch):
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*arguments, **options):
+        raise GatedRepoError("401 Client Error. (Request ID: 1)\n\nAccess is restricted.", response=Mock())
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
+    with pytest.raises(ParameterError, match=r"model_id='a/b' at revision main is gated: .*HF_TOKEN"):
+        settle(defaults, monkeypatch, "model_id=a/b")
 
 
 def test_seven_b_fits_only_where_the_recipe_fits(monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from small_training import StopAt, build, small_processor, squares
 from transformers import TrainerCallback
@@ -53,6 +54,15 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(recipe, tmp_path, pr
     logs = [trainer.read_log(tmp_path / run / "log.jsonl") for run in ("whole", "killed")]
     assert [line["step"] for line in logs[1]] == list(range(1, 9))
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+
+
+def test_trainer_never_counts_two_gpus_in_one_process(tmp_path, processor, rows, monkeypatch):
+    """A stand-in for two visible GPUs: Trainer would wrap the model in DataParallel and double the batch."""
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 1 if self._n_gpu == 1 else 2))
+    sft = build("r1-llm-only", tmp_path, processor, rows, max_steps=1)
+    assert sft.args.n_gpu == 1 and sft.args.train_batch_size == 4
+    sft.train()
+    assert not isinstance(sft.model_wrapped, torch.nn.DataParallel)
 
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path, processor, rows):

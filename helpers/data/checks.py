@@ -35,6 +35,7 @@ RULES = (
     Rule("repeated-box", "the same box and category twice in a picture", "second dropped"),
     Rule("unknown-category", f"not one of {', '.join(CATEGORIES)}", "box dropped"),
     Rule("category-mismatch", "category_id and category_name disagree", "the name counts"),
+    Rule("missing-id", "image_id is empty", "split and row number taken for it"),
     Rule("repeated-id", "an image_id for the second time", "'#2', '#3' … added to the id"),
     Rule("barcode-in-two-splits", "the same barcode in two splits", "row stays in val, then selection, then train"),
     Rule("picture-in-two-splits", "the same picture in two splits", "row stays in val, then selection, then train"),

@@ -63,6 +63,7 @@ class Pictures:
         A picture of another split is never taken. A file that is not there gets the path where it should be, and the
         audit names it. `DataError` where `name` leads out of `root` or two files have it.
         """
+        name = name.replace("\\", "/")  # written on Windows
         direct = safe_path(self.root, name, where, base)
         if direct.exists():
             return direct
@@ -81,9 +82,9 @@ def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[
     image_id = str(image_id or path.stem)
     try:
         width, height = (int(value or 0) for value in size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{path.name}: width and height are {size!r}; expected whole numbers of pixels") from None
-    if width <= 0 or height <= 0:
+    if not (0 < width < 2**31 and 0 < height < 2**31):
         width, height = shown_size(path)
     image = {"path": str(path), "bytes": None}
     return {

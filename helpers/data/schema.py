@@ -86,7 +86,8 @@ def meta_of(image_id: str, found: dict[str, Any] | None = None) -> dict[str, str
     """The `meta` of a row; barcode and picture number are read from ids that look like Open Food Facts'."""
     match = _OFF_ID.fullmatch(image_id)
     meta = {"barcode": match[1] if match else "", "off_image_id": match[2] if match else "", "image_url": ""}
-    return meta | {key: str(value) for key, value in (found or {}).items() if key in meta and value is not None}
+    found = found if isinstance(found, dict) else {}
+    return meta | {key: str(value) for key, value in found.items() if key in meta and value is not None}
 
 
 def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
@@ -100,10 +101,25 @@ def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
     return {"bbox": boxes, "category_id": ids, "category_name": names}
 
 
+def read_text(file: Path) -> str:
+    """The text of an annotation file, UTF-8 with or without the mark that Windows puts first."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); expected UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); expected a text file") from None
+
+
 def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Path:
     """The path `name`, relative to `base` (else `root`); `DataError` where it, `..` or a link leads out of `root`."""
-    path = Path(base or root, name)
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        path = Path(base or root, name)
+        path.exists()  # OSError where a name is too long
+        inside = root.resolve() in path.resolve().parents  # ValueError where it has a zero byte
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: the picture path {name[:60]!r} cannot be one ({error})") from None
+    if not inside:
         raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")
     return path
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import json_formats, text_formats
-from helpers.data.pictures import split_of
+from helpers.data.pictures import Pictures, split_of
 from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_path
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
@@ -183,7 +183,16 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
             "YOLO": text_formats.read_yolo,
             "Pascal VOC": text_formats.read_voc,
         }[kind](root)
+    _say_unused(root, [row for rows in found.values() for row in rows])
     return {name: _cached(rows, cache_dir) for name, rows in found.items() if rows}
+
+
+def _say_unused(root: Path, rows: list[dict[str, Any]]) -> None:
+    """Say how many picture files no annotation names: they are neither trained on nor scored."""
+    used = {Path(row["image"]["path"]).resolve() for row in rows}
+    unused = [file for file in Pictures(root).files if file.resolve() not in used]
+    if unused:
+        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {unused[0].name}")
 
 
 def check_content(splits: Splits, where: str) -> None:

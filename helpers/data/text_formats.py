@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import yaml
 
 from helpers.data.pictures import NAN_BOX, Pictures, Rows, row, split_of
-from helpers.data.schema import DataError, objects_of, safe_path, split_name
+from helpers.data.schema import DataError, objects_of, read_text, safe_path, split_name
 
 # --- YOLO -------------------------------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ def yolo_files(root: Path) -> list[Path]:
 
 def _parse_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
 
@@ -31,30 +31,44 @@ def _parse_yaml(path: Path) -> Any:
 def read_yolo(root: Path) -> Rows:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or classes.txt.
 
-    A picture without a label file has no box. Class names index the lines; the split is that of data.yaml's `train`,
-    `val`, `test` folders, else of the folder's own name.
+    A picture without a label file has no box; a label file in labels/ without a picture is a row whose picture is
+    missing. Class names index the lines; the split is that of data.yaml's `train`, `val`, `test` folders, else of the
+    folder's own name.
     """
     file = yolo_files(root)[0]
-    config = _parse_yaml(file) if file.suffix != ".txt" else {"names": file.read_text(encoding="utf-8").split("\n")}
+    config = _parse_yaml(file) if file.suffix != ".txt" else {"names": read_text(file).split("\n")}
     names = config["names"]
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(names, dict):
         raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name")
-    folders = {}
-    for name in ("train", "val", "valid", "test"):
-        for entry in [config[name]] if isinstance(config.get(name), str) else config.get(name) or []:
-            parts = [part for part in Path(entry).parts if part not in (".", "..", "/")]
-            folders[Path(*parts)] = split_name(name)
-    splits: Rows = {}
-    for path in Pictures(root).files:
+    folders, splits = _yolo_folders(file, config), {}
+    labels = {path: _label_file(path, root) for path in Pictures(root).files}
+    for label in sorted(root.rglob("labels/**/*.txt")):
+        if label not in labels.values() and label.name != "classes.txt":
+            parts = ["images" if part == "labels" else part for part in label.relative_to(root).parts]
+            labels[root.joinpath(*parts).with_suffix(".jpg")] = label
+    for path, label in labels.items():
         within = path.relative_to(root)
         split = next(
             (name for folder, name in folders.items() if within.is_relative_to(folder)), split_of(path.parent, root)
         )
         new = row(safe_path(root, str(within), str(file)))
-        new["objects"] = objects_of(*_yolo_objects(_label_file(path, root), names))
+        new["objects"] = objects_of(*_yolo_objects(label, names))
         splits.setdefault(split, []).append(new)
     return splits
+
+
+def _yolo_folders(file: Path, config: dict[str, Any]) -> dict[Path, str]:
+    """The folders that a data.yaml names for its splits, each as a path below the root -> split."""
+    folders = {}
+    for name in ("train", "val", "valid", "test"):
+        entries = config.get(name) or []
+        for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
+            if not isinstance(entry, str):
+                raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
+            parts = [part for part in Path(entry).parts if part not in (".", "..", "/")]
+            folders[Path(*parts)] = split_name(name)
+    return folders
 
 
 def _label_file(picture: Path, root: Path) -> Path:
@@ -66,7 +80,7 @@ def _label_file(picture: Path, root: Path) -> Path:
 
 def _yolo_objects(file: Path, names: dict[int, str]) -> tuple[list[list[float]], list[str]]:
     boxes, found = [], []
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else (), 1):
+    for number, line in enumerate(read_text(file).splitlines() if file.exists() else (), 1):
         words = line.split()
         try:
             kind, (cx, cy, w, h) = int(words[0]), map(float, words[1:])
@@ -86,7 +100,7 @@ def read_voc(root: Path) -> Rows:
     for file in sorted(root.rglob("ImageSets/Main/*.txt")):
         if split_name(file.stem) not in ("train", "val", "test"):
             continue  # trainval.txt and lists by class
-        listed |= {line.split()[0]: split_name(file.stem) for line in file.read_text().splitlines() if line.strip()}
+        listed |= {line.split()[0]: split_name(file.stem) for line in read_text(file).splitlines() if line.strip()}
     pictures, splits = Pictures(root), {}
     for file in sorted(root.rglob("*.xml")):
         try:

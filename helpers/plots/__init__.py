@@ -6,11 +6,13 @@ the colour-blind and on any photo. The white ground is the figure's own, for lig
 down and shown as JPEG, charts as PNG, so that a committed notebook stays small.
 """
 
+from helpers.plots.audit import audit_sheet
 from helpers.plots.charts import errors_by, iou_curves, loss_curves, reliability_diagram
 from helpers.plots.labels import label_mask
 from helpers.plots.photos import before_after, best, draw_boxes, gallery, worst
 
 __all__ = [
+    "audit_sheet",
     "before_after",
     "best",
     "draw_boxes",
