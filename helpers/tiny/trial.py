@@ -51,7 +51,7 @@ def run(
     with multiprocessing.get_context("fork").Pool(workers) as crew:
         splits = ("train", "selection", "val")
         pools = {split: load_pool(cache, split, each=crew.imap, device=device) for split in splits}
-        pool = load_pool(cache, "base", scenes, each=crew.imap, device=device)
+        pool = load_pool(cache, "base", scenes, seed=seed, each=crew.imap, device=device)
     ready = time.time()
     model = train(model, processor, pool, out, steps=steps, batch=batch, each=each, peak=peak, guided=guided, seed=seed,
                   seconds=seconds, workers=workers, device=device)  # fmt: skip
