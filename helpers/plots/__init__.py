@@ -7,18 +7,25 @@ down and shown as JPEG, charts as PNG, so that a committed notebook stays small.
 """
 
 from helpers.plots.charts import errors_by, iou_curves, loss_curves, reliability_diagram
+from helpers.plots.dataset import coverage, panels, picture_sizes, position_maps, power_curves, spreads
 from helpers.plots.labels import label_mask
 from helpers.plots.photos import before_after, best, draw_boxes, gallery, worst
 
 __all__ = [
     "before_after",
     "best",
+    "coverage",
     "draw_boxes",
     "errors_by",
     "gallery",
     "iou_curves",
     "label_mask",
     "loss_curves",
+    "panels",
+    "picture_sizes",
+    "position_maps",
+    "power_curves",
     "reliability_diagram",
+    "spreads",
     "worst",
 ]
