@@ -191,7 +191,8 @@ that shows that it looks.""")
 # * **too small** or **too large**, both sides times $s$ around the middle: $\mathrm{IoU} = s^2$ or $1 / s^2$
 
 # %%
-example = table.loc[(xyxy - [0.3, 0.35, 0.7, 0.65]).abs().sum(axis=1).idxmin()]
+middling = (xyxy - [0.3, 0.35, 0.7, 0.65]).abs().sum(axis=1) + (table["height px"] < table["width px"])
+example = table.loc[middling.idxmin()]
 photo = next(row["image"] for row in rows[example["split"]] if row["image_id"] == example["image_id"])
 true = example[["x0", "y0", "x1", "y1"]].to_numpy(float)
 middle, half = np.tile((true[:2] + true[2:]) / 2, 2), (true[2:] - true[:2]) / 2 * [[-1], [1]]

@@ -29,7 +29,8 @@ def panels(
     to which the longest side of a picture is scaled.
     """
     rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
-    figure, grid = new_figure(rows, columns, (max(2.3 * columns, 4.2), 2.5 * rows + 0.4))
+    tallest = max(image.height / image.width for _, image, _, _ in pictures)
+    figure, grid = new_figure(rows, columns, (max(2.3 * columns, 4.2), rows * (2.2 * min(tallest, 1.2) + 0.2) + 0.4))
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, (title, image, solid, dashed) in zip(grid.flat, pictures, strict=False):
