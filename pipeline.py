@@ -44,6 +44,7 @@ lora_alpha = None
 lora_dropout = None
 precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
 gradient_checkpointing = None  # recompute activations instead of keeping them
+augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
 seed = 0
 train_limit = None  # use only the first so many pictures
 val_limit = None
@@ -89,6 +90,7 @@ from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qw
 from trl import SFTConfig
 
 from helpers import boxes, callbacks, collate, data, evaluate, merge, messages, model, plots, predict, trainer
+from helpers.augment import Augment
 
 transformers.set_seed(run.seed)
 
@@ -314,8 +316,12 @@ def train(stage_run, base_path):
     """Train one stage on the model at `base_path`; returns the table of what trained, per tower."""
     folder, stage = stage_run.folder, stage_run.stage
     tuned = make_trainable(load_base(stage.precision, base_path), stage)
-    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), data_collator=collator, train_dataset=rows["train"],
+    changed = Augment(run.seed) if run.augment else None
+    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), train_dataset=rows["train"],
+                             data_collator=collate.Collator(processor, run.prompt, run.loss_scope, changed),
                              processing_class=processor, callbacks=[trainer.LossLog(folder)])
+    if changed:
+        sft.add_callback(changed)  # tells it the epoch
     if run.eval_steps:
         few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
         sft.add_callback(callbacks.IoUDuringTraining(

@@ -1,6 +1,6 @@
 """Rows -> batches with a label mask. What the loss sees is decided here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ class Collator:
         prompt: the question asked of every picture.
         loss_scope: `"assistant"`, the answer and the `<|im_end|>` after it; or `"all-text"`, every text token,
             system and user included, without padding and vision tokens.
+        augment: makes another row of each row first, such as `augment.Augment`; for training alone.
 
     Calling it with N rows returns `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (int64 [N, T]),
     `pixel_values` (float32 [patches, 1176]) and `image_grid_thw` (int64 [N, 3], in patches of 14 pixels).
@@ -28,10 +29,11 @@ class Collator:
         ValueError: a row is longer than 2048 tokens, or an answer has no `<|im_end|>` in its labels.
     """
 
-    def __init__(self, processor, prompt: str, loss_scope: str = "assistant"):
+    def __init__(self, processor, prompt: str, loss_scope: str = "assistant",
+                 augment: Callable[[dict], dict] | None = None):
         if loss_scope not in ("assistant", "all-text"):
             raise ValueError(f"loss_scope={loss_scope!r} is not valid: expected one of assistant, all-text.")
-        self.processor, self.prompt, self.loss_scope = processor, prompt, loss_scope
+        self.processor, self.prompt, self.loss_scope, self.augment = processor, prompt, loss_scope, augment
         tokenizer = processor.tokenizer
         self.header = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -43,6 +45,7 @@ class Collator:
         return [self.processor.apply_chat_template(chat["prompt"] + chat["completion"]) for chat in chats]
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        rows = [self.augment(row) for row in rows] if self.augment else rows
         images = [row["image"].convert("RGB") for row in rows]
         batch = self.processor(images=images, text=self.texts(rows), padding=True, padding_side="right",
                                return_tensors="pt")

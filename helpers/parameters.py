@@ -73,6 +73,7 @@ PARAMETERS: dict[str, Rule] = {
     "min_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
     "max_pixels": default(whole(28 * 28, 16384 * 28 * 28)),
     "gradient_checkpointing": default(flag()),
+    "augment": default(flag()),
     "seed": whole(0, 2**31 - 1),
     "train_limit": default(whole(1, 10**9)),
     "val_limit": default(whole(1, 10**9)),

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes
 TRAINING = (
     "recipe", "scale", "model_id", "model_revision", "dataset_id", "dataset_revision", "prompt", "loss_scope",
     "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation",
-    "lora_rank", "lora_alpha", "lora_dropout", "precision", "seed", "train_limit",
+    "lora_rank", "lora_alpha", "lora_dropout", "precision", "augment", "seed", "train_limit",
 )  # fmt: skip
 
 

@@ -1,0 +1,149 @@
+"""Augmentation: boxes stay the hull of what they framed, none is lost, and a draw depends on its three keys alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_training import StopAt, build, small_processor, squares
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+from helpers import augment, collate, runs, trainer
+from helpers.augment import Augment
+
+
+def drawn(number: int, size: tuple[int, int]) -> tuple[Image.Image, list[float]]:
+    """A grey picture with one white box on whole pixels, at least 8 wide and high; and the box, y first, in 0-1."""
+    width, height = size
+    rng = np.random.default_rng(number)
+    x0, y0 = rng.integers(0, (width - 8, height - 8))
+    x1, y1 = rng.integers((x0 + 8, y0 + 8), (width + 1, height + 1))
+    pixels = np.full((height, width, 3), augment.GREY, np.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    return Image.fromarray(pixels), [y0 / height, x0 / width, y1 / height, x1 / width]
+
+
+@pytest.mark.parametrize("size", [(200, 150), (97, 171), (60, 60), (28, 300)])
+def test_a_box_is_the_tight_hull_of_what_it_framed(size):
+    for number in range(150):
+        picture, box = drawn(number, size)
+        torch.manual_seed(number)
+        warped, boxes = augment.warp(tv_tensors.Image(picture), [box])
+        rows, columns = np.where(warped.numpy()[0] > augment.GREY + 20)
+        hull = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        assert np.abs(boxes - hull).max() < 1.2, (number, boxes, hull)  # pixels
+        assert boxes.min() >= 0 and (boxes[0, 2:] <= np.array(warped.shape[:0:-1])).all()
+
+
+def test_every_kind_of_change_happens_and_its_chance_is_mild():
+    picture, box = drawn(3, (200, 150))
+    sizes, same = set(), 0
+    for number in range(300):
+        torch.manual_seed(number)
+        warped, boxes = augment.warp(tv_tensors.Image(picture), [box])
+        sizes.add(tuple(warped.shape))
+        same += warped.shape[1:] == (150, 200) and np.allclose(boxes[0, [1, 0, 3, 2]] / (150, 200, 150, 200), box)
+    assert len(sizes) > 50 and 20 < same < 120
+    assert any(height > width for _, height, width in sizes), "no quarter turn"
+
+
+def row(number: int, boxes=None) -> dict:
+    picture, box = drawn(number, (120, 100))
+    boxes = [box] if boxes is None else boxes
+    names = ["nutrition-table", "nutrition-table-text", "nutrition-table-small"][: len(boxes)]
+    return {"image_id": str(number), "image": picture, "width": 120, "height": 100, "meta": {"barcode": "1"},
+            "objects": {"bbox": boxes, "category_id": list(range(len(boxes))), "category_name": names}}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one["image"].tobytes() == other["image"].tobytes() and one["objects"] == other["objects"]
+
+
+def test_a_draw_depends_on_seed_epoch_and_image_id_and_on_nothing_else():
+    def view(seed=0, epoch=0, number=1):
+        change = Augment(seed)
+        change.epoch = epoch
+        return change(row(number))
+
+    first = view()
+    for start in (torch.manual_seed, random.seed, np.random.seed):
+        start(5)
+    before = torch.get_rng_state()
+    assert same(view(), first)
+    assert torch.equal(torch.get_rng_state(), before), "the training's own random numbers went on"
+    others = [view(seed=1), view(epoch=1), view(number=2)]
+    assert not any(same(other, first) for other in others)
+
+
+def test_no_box_is_lost_and_names_stay_with_their_boxes():
+    many = [[0.0, 0.0, 0.3, 1.0], [0.5, 0.1, 0.502, 0.4], [0.6, 0.6, 1.0, 1.0]]
+    for epoch in range(60):
+        change = Augment(0)
+        change.epoch = epoch
+        after = change(row(1, many))
+        assert after["objects"]["category_name"] == row(1, many)["objects"]["category_name"]
+        boxes = np.array(after["objects"]["bbox"])
+        assert boxes.shape == (3, 4) and (boxes >= 0).all() and (boxes <= 1).all()
+        assert (boxes[:, 2:] > boxes[:, :2]).all()
+        assert (after["width"], after["height"]) == after["image"].size and after["meta"] == {"barcode": "1"}
+        assert change(row(1, []))["objects"]["bbox"] == []
+
+
+def test_a_draw_that_thins_a_box_is_drawn_again_and_in_the_end_left_alone(monkeypatch):
+    calls = []
+    monkeypatch.setattr(augment, "GEOMETRY", lambda picture, boxes: calls.append(1) or (picture, boxes * 0.01))
+    picture, box = drawn(1, (120, 100))
+    warped, boxes = augment.warp(tv_tensors.Image(picture), [box])
+    assert len(calls) == augment.TRIES and np.allclose(boxes[0, [1, 0, 3, 2]] / (100, 120, 100, 120), box)
+    assert torch.equal(warped, tv_tensors.Image(picture))
+
+
+def test_worker_processes_make_the_same_batches():
+    processor = small_processor()
+    change = Augment(0)
+    collator = collate.Collator(processor, "Where?", augment=change)
+    rows = [row(number) for number in range(6)]
+    for epoch in (0, 1):
+        change.epoch = epoch
+        batches = [list(DataLoader(rows, batch_size=3, collate_fn=collator, num_workers=workers)) for workers in (0, 2)]
+        for alone, shared in zip(*batches, strict=True):
+            assert all(torch.equal(alone[name], shared[name]) for name in alone)
+    plain = collate.Collator(processor, "Where?")(rows[:3])
+    assert not torch.equal(plain["pixel_values"][0], alone["pixel_values"][0])
+
+
+def augmented(folder, processor, rows, seen, **options):
+    """A small training whose augmentation writes down (epoch, image_id) of every row."""
+
+    class Noted(Augment):
+        def __call__(self, row):
+            seen.append((self.epoch, row["image_id"]))
+            return super().__call__(row)
+
+    change = Noted(0)
+    sft = build("r1-llm-only", folder, processor, rows, **options)
+    sft.data_collator = collate.Collator(processor, "Where?", augment=change)
+    sft.add_callback(change)
+    return sft
+
+
+def test_each_epoch_sees_other_views_and_a_killed_run_sees_the_same_ones(tmp_path):
+    processor, rows, seen = small_processor(), squares(), []
+    whole = augmented(tmp_path / "whole", processor, rows, seen)
+    whole.train()
+    ids = set(rows["image_id"])
+    assert [{name for epoch, name in seen if epoch == number} for number in (0, 1)] == [ids, ids] and len(seen) == 32
+    with pytest.raises(KeyboardInterrupt):
+        killed = augmented(tmp_path / "killed", processor, rows, [])
+        killed.add_callback(StopAt(7))
+        killed.train()
+    resumed = augmented(tmp_path / "killed", processor, rows, [])
+    checkpoint = runs.last_checkpoint(tmp_path / "killed")
+    assert checkpoint.endswith("checkpoint-6"), "in the middle of the second epoch"
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for name, weight in resumed._trainable().items():
+        assert torch.equal(weight, whole._trainable()[name]), name
+    logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
