@@ -140,9 +140,9 @@ by_class = table.groupby("class")
 number, area = by_class.size(), by_class["area"].median()
 classes = by_class[["area", "width px", "height px"]].median().round({"area": 2, "width px": 0, "height px": 0})
 display(classes.add_prefix("median ").assign(boxes=number).sort_values("boxes", ascending=False))
-Markdown(f"""**{number.max() / len(table):.0%}** of the boxes are `{number.idxmax()}`, so a mean over all boxes says
-little about the rest. The classes differ in size: the median `{area.idxmax()}` covers
-**{area.max() / area.min():.0f} times** the area of the median `{area.idxmin()}`.""")
+Markdown(f"""**{number.max() / len(table):.0%}** of the boxes are `{number.idxmax()}`: a mean over all boxes is mostly
+about these. The median `{area.idxmax()}` covers **{area.max() / area.min():.1f} times** the area of the median
+`{area.idxmin()}`.""")
 
 # %% [markdown]
 # Are these the sizes of real tables? The circles are quantiles (5, 25, 50, 75, 95 %) of the 130 true boxes of the real

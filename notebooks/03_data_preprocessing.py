@@ -76,6 +76,8 @@ raw = data.load_raw(values["dataset_id"], revision=dataset_revision, seed=seed,
                     limit={"train": 1} | ({"val": val_limit} if val_limit else {}))
 rows = data.clean(raw, data.audit(raw))["val"]
 tables = box_table({"val": data.truth_rows(rows)})
+if tables.empty:
+    raise data.DataError(f"val_limit={val_limit} leaves {len(rows)} pictures of val, none with a box; take more.")
 middling = (tables[["x0", "y0", "x1", "y1"]] - [0.3, 0.35, 0.7, 0.65]).abs().sum(axis=1)
 row = next(row for row in rows if row["image_id"] == tables.loc[middling.idxmin(), "image_id"])
 chat = messages.to_messages(row, prompt)
@@ -203,11 +205,11 @@ counts = {scope: pd.Series(map(kind, tokens)).value_counts() for scope, tokens i
 counts = pd.DataFrame(counts).fillna(0).astype(int)
 display(counts.T.assign(together=counts.sum()))
 share = counts.loc["coordinates"] / counts.sum()
-single = [objects for objects in rows["objects"] if len(objects["bbox"]) == 1]
-frames = pd.Series([re.sub(r"\d+", "#", messages.target_text(objects)) for objects in single]).value_counts()
+boxed = [objects for objects in rows["objects"] if objects["bbox"]]
+frames = pd.Series([re.sub(r"\d+", "#", messages.target_text(objects)) for objects in boxed]).value_counts()
 Markdown(f"""Where the box is stands in the coordinates alone: **{share["assistant"]:.0%}** of what `assistant` trains
 on, **{share["all-text"]:.0%}** of what `all-text` does. With its numbers taken out, the answer is one and the same text
-in {frames.max() / len(single):.0%} of the rows with one box. So much of the loss is about what hardly varies, and a
+in {frames.max() / len(boxed):.0%} of the rows with a table. So much of the loss is about what hardly varies, and a
 small loss is no proof of good boxes: only IoU is.""")
 
 # %% [markdown]
@@ -317,7 +319,7 @@ for changed.epoch in range(11):
     views.append((f"epoch {changed.epoch}", view["image"], boxes.yxyx_unit_to_xyxy_unit(view["objects"]["bbox"]), []))
 display(plots.panels(views, columns=6, names=("true box", "")))
 off, scaled = [], [384, 288, 384, 288]
-for objects in single[:60]:
+for objects in boxed[:60]:
     y0, x0, y1, x1 = (np.array(objects["bbox"][0]) * scaled).round().astype(int)
     white = torch.zeros(3, 384, 288, dtype=torch.uint8)
     white[:, y0:y1, x0:x1] = 255

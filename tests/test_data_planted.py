@@ -2,6 +2,7 @@
 
 import datasets
 import numpy as np
+import pytest
 
 from helpers import data, scenes
 from helpers.data import embedded
@@ -9,8 +10,10 @@ from helpers.data.planted import plant_each, planted_and_found
 from helpers.data.tables import box_table
 
 
-def test_every_rule_of_the_audit_is_planted_once_and_found_there_and_the_sound_row_stays():
+@pytest.mark.parametrize("barcode", ["4006381333931", ""])
+def test_every_rule_of_the_audit_is_planted_once_and_found_there_and_the_sound_row_stays(barcode):
     sound = next(embedded.scene_rows([0], 0, "val"))
+    sound["meta"]["barcode"] = barcode
     raw, planted = plant_each(sound)
     places = {fault[:3] for fault in planted}
     assert {fault for fault, _, _ in places} == {rule.fault for rule in data.RULES} and len(places) == len(data.RULES)

@@ -35,6 +35,7 @@ def plant_each(sound: dict[str, Any]) -> tuple[datasets.DatasetDict, list[Plante
     with open_picture(sound["image"]) as opened:
         picture = ImageOps.exif_transpose(opened).convert("RGB")
     sound = {name: sound[name] for name in FEATURES} | _saved(picture) | _boxed(BOX)
+    sound["meta"] = sound["meta"] | {"barcode": sound["meta"]["barcode"] or "0000000000000"}
     val, train = _faults_in_a_row(picture), _faults_between_splits(picture, sound)
     rows = [sound | {"image_id": f"planted-{i}", "meta": sound["meta"] | {"barcode": str(i)}} for i in range(len(val))]
     rows = [row | change for row, (_, _, change) in zip(rows, val, strict=True)]

@@ -83,7 +83,12 @@ def spreads(
         axes.step(values, shares, where="post", color=COLOURS[0], label=names[0])
         points = (reference or {}).get(quantity, {})
         axes.plot(list(points.values()), list(points), "o", color=COLOURS[1], markerfacecolor="white", label=names[1])
-        axes.set(xlabel=quantity, ylim=(0, 1.02), xscale="log" if quantity in log else "linear")
+        axes.set(xlabel=quantity, ylim=(0, 1.02))
+        if quantity in log:
+            low, high = axes.get_xlim()
+            axes.set_xscale("log", base=2)
+            axes.set_xlim(max(low, values[0] / 1.1), high)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     grid[0].set_ylabel("share of boxes below")
     handles, labels = grid[0].get_legend_handles_labels()
     wanted = 2 if reference else 1

@@ -77,6 +77,7 @@ def padded_batches(orders: Mapping[str, Sequence[Sequence[tuple[int, int]]]], *,
             place += 0.7
         ax.set(xlabel="tokens", yticks=[], ylabel="batches" if number == 0 else "")
         ax.set_title(name, fontsize=9)
+        ax.locator_params(axis="x", nbins=4)
         ax.invert_yaxis()
     kinds = [Patch(color=COLOURS[0]), Patch(color=COLOURS[1]), Patch(**empty)]
     figure.legend(kinds, ["image", "text", "padding"], loc="outside lower center", ncols=3, frameon=False, fontsize=8)
