@@ -59,6 +59,7 @@ from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from helpers import augment, boxes, collate, data, messages, plots
+from helpers.budget import image_tokens, padding_share
 from helpers.data.tables import box_table
 
 # %% [markdown]
@@ -128,6 +129,7 @@ def by_hand(height, width, low, high, unit=28):
     return rounded
 
 
+# %%
 budgets = {name: (at["min_pixels"], at["max_pixels"]) for name, at in recipes.SCALES.items()}
 lines = []
 for width, height in ((3024, 4032), (1080, 1920), (600, 800), (384, 512), (120, 90), (3000, 240)):
@@ -169,16 +171,15 @@ plots.token_grids(seen)
 published = {"7b as published: 4 to 16384": (4 * 784, 16384 * 784)}
 named = {f"{name}: {least // 784} to {most // 784}": (least, most) for name, (least, most) in budgets.items()}
 megapixels = np.geomspace(0.01, 50, 200)
-sides = [(round(1000 * math.sqrt(m * 4 / 3)), round(1000 * math.sqrt(m * 3 / 4))) for m in megapixels]
-curves = {name: (megapixels, [math.prod(smart_resize(*hw, 28, *budget)) / 784 for hw in sides])
-          for name, budget in (published | named).items()}
+sides = 1000 * np.sqrt(np.outer(megapixels, [3 / 4, 4 / 3]))  # width and height of upright photos
+curves = {name: (megapixels, image_tokens(sides, *budget)) for name, budget in (published | named).items()}
 display(plots.budget_curves(curves, {"1200 x 1600": 1.92, "3024 x 4032": 12.2}))
-cost = [f"**{math.prod(smart_resize(4032, 3024, 28, *budget)) / 784:,.0f}** ({name.split(':')[0]})"
+cost = [f"**{image_tokens([(3024, 4032)], *budget)[0]:,}** ({name.split(':')[0]})"
         for name, budget in (published | named).items()]
 shrunk = by_hand(4032, 3024, *budgets["7b"])[0] / 4032
 Markdown(f"""Image tokens of a phone's photo of 3024 × 4032: {", ".join(cost)}. At 1280 tokens its sides shrink
-{1 / shrunk:.1f} times, and letters with them: a line of 30 pixels becomes {30 * shrunk:.0f}. Finding a table survives
-that; reading it may not.""")
+{1 / shrunk:.1f} times, and letters with them: 30 pixels become {30 * shrunk:.0f}, enough to see a table, little to
+read it.""")
 
 # %% [markdown]
 # ## Tokens → labels
@@ -317,7 +318,10 @@ views = [("as it is", row["image"], boxes.yxyx_unit_to_xyxy_unit(row["objects"][
 for changed.epoch in range(11):
     view = changed(row)
     views.append((f"epoch {changed.epoch}", view["image"], boxes.yxyx_unit_to_xyxy_unit(view["objects"]["bbox"]), []))
-display(plots.panels(views, columns=6, names=("true box", "")))
+plots.panels(views, columns=6, names=("true box", ""))
+
+# %%
+torch.manual_seed(seed)
 off, scaled = [], [384, 288, 384, 288]
 for objects in boxed[:60]:
     y0, x0, y1, x1 = (np.array(objects["bbox"][0]) * scaled).round().astype(int)
@@ -326,8 +330,9 @@ for objects in boxed[:60]:
     view, moved = augment.warp(tv_tensors.Image(white), (np.array([[y0, x0, y1, x1]]) / scaled).tolist())
     outline = ops.masks_to_boxes(view[:1].as_subclass(torch.Tensor) > 180).numpy() + [0, 0, 1, 1]
     off.append(np.abs(moved - outline).max())
-Markdown(f"""The same test for its geometry: {len(off)} white boxes on black ground of 288 × 384 px. Box and outline
-differ by {np.median(off):.1f} px (median) and {max(off):.1f} px (most).""")
+Markdown(f"""The test with an outline again, now for this pipeline: {len(off)} white boxes on black ground of 288 × 384
+pixels go through its geometry. Box and outline differ by {np.median(off):.1f} px (median) and {max(off):.1f} px
+(most).""")
 
 # %% [markdown]
 # ## Padding
@@ -337,23 +342,12 @@ differ by {np.median(off):.1f} px (median) and {max(off):.1f} px (most).""")
 # of a sequence is image tokens by `smart_resize` and text tokens by the tokenizer; a batch of the real collator checks.
 
 # %%
-def tokens_of(sizes, least, most):
-    """Image tokens of pictures of these (width, height)."""
-    return np.array([math.prod(smart_resize(int(h), int(w), 28, least, most)) // 784 for w, h in sizes])
-
-
-def padding(lengths, order, size):
-    """Share of padding when `lengths` are batched `size` at a time in this `order`."""
-    batches = [[lengths[i] for i in order[start:start + size]] for start in range(0, len(order), size)]
-    return 1 - sum(lengths) / sum(max(batch) * len(batch) for batch in batches)
-
-
 sizes = list(zip(rows["width"], rows["height"], strict=True))
 text_tokens = np.array([len(ids) - 1 for ids in processor.tokenizer(collator.texts(list(rows))).input_ids])
-lengths, few = tokens_of(sizes, low, high) + text_tokens, min(recipes.SCALES[scale]["batch_size"], len(rows))
+lengths, few = image_tokens(sizes, low, high) + text_tokens, min(recipes.SCALES[scale]["batch_size"], len(rows))
 mask = collator([rows[i] for i in range(few)])["attention_mask"].float()
 Markdown(f"""The first batch of {few} is {mask.shape[1]} tokens long, of which {1 - mask.mean():.2%} are padding;
-expected {max(lengths[:few])} and {padding(lengths[:few], range(few), few):.2%}.
+expected {max(lengths[:few])} and {padding_share(lengths, range(few), few):.2%}.
 
 What if photos come from many phones and cameras? Below, a mix of sizes (an assumption: half of them straight from a
 phone, the rest smaller uploads and crops) at the 7B budget, and at the budget that the model is published with.
@@ -368,12 +362,12 @@ drawn, lines, orders = rng.choice(text_tokens, len(photos)), [], {}
 for name, pictures, text, budget in (("this data", sizes, text_tokens, (low, high)),
                                      ("mix, 7b", photos, drawn, budgets["7b"]),
                                      ("mix, 7b as published", photos, drawn, *published.values())):
-    image = tokens_of(pictures, *budget)
+    image = image_tokens(pictures, *budget)
     total, line = image + text, {"pictures": name, "tokens, median": np.median(image + text), "most": max(image + text)}
     for size in (8, 2):
         ways = {"shuffled": rng.permutation(len(total)), "grouped": get_length_grouped_indices(
             total.tolist(), size, generator=torch.Generator().manual_seed(seed))}
-        line |= {f"{size}, {way}": padding(total, order, size) for way, order in ways.items()}
+        line |= {f"{size}, {way}": padding_share(total, order, size) for way, order in ways.items()}
     lines.append(line)
     if pictures is photos:  # every hundredth batch, to look at
         orders |= {f"{name}, {way}": [[(image[i], text[i]) for i in order[at:at + 2]] for at in range(0, 1000, 200)]
