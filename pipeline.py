@@ -93,6 +93,7 @@ from helpers import boxes, callbacks, collate, data, evaluate, merge, messages, 
 from helpers.augment import Augment
 
 transformers.set_seed(run.seed)
+pd.options.display.max_colwidth = 160
 
 # %% [markdown]
 # ## 2 · Data
@@ -119,6 +120,13 @@ with runs.main_first():
     rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
 display(audit.table())
 audit.statistics
+
+# %% [markdown]
+# The faults as pictures: up to three of each kind, with the boxes as the source has them. Every finding is listed by
+# its id in `audit.jsonl` in the run's folder.
+
+# %%
+plots.audit_sheet(raw, audit)
 
 # %%
 truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
@@ -242,6 +250,8 @@ def ask(vlm, path, **inputs):
 # %%
 base_hash = runs.files_hash(run.model_path)
 runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
+if runs.is_main():
+    audit.write(run.folder / "audit.jsonl")
 asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt,
          "constrained": run.constrained}
 baseline = ask(base, Path(run.output_root) / "baselines" / runs.key(**asked) / "baseline.jsonl", **asked)
@@ -402,6 +412,17 @@ metrics = evaluate.write_metrics(
     run.folder, {"fine-tuned": predictions, "base": baseline, "constant box": constant}, truth
 )
 evaluate.metrics_table(metrics)
+
+# %% [markdown]
+# That is the cleaned truth. Against the truth as its source has it, an empty box counts as a miss and a picture that
+# the audit dropped as one without an answer:
+
+# %%
+raw_truth = data.raw_truth(raw["val"])
+raw_metrics = evaluate.write_metrics(
+    run.folder / "raw", {"fine-tuned": predictions, "base": baseline, "constant box": constant}, raw_truth
+)
+evaluate.metrics_table(raw_metrics)
 
 # %% [markdown]
 # The same pictures before and after. Eyeballing is not evaluation, but it shows what kind of error is left.

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -152,18 +153,46 @@ def test_the_hubs_processor_files_give_the_pixel_budget_and_the_token_ids(folder
         assert 1270 <= patches // 4 <= 1280
 
 
+def check(monkeypatch, folder, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(folder), "--steps", "2", "--accumulation",
+                                      "1", "--val", "2", "--new-tokens", "16", *words])
+    return check_7b.main()
+
+
+def rows_of(folder) -> list[dict]:
+    return json.loads((folder / "report" / "report.json").read_text())["rows"]
+
+
 def test_the_check_made_small(monkeypatch, tmp_path, capsys):
-    """The command itself: train, predict, merge in two ways, reload."""
-    monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(tmp_path), "--recipes", "r1-llm-only",
-                                      "--steps", "2", "--accumulation", "1", "--val", "2", "--kill"])
-    assert check_7b.main() == 0, capsys.readouterr().out
-    row, = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
-    assert row["codes"] == [0] and row["step_seconds"]["n"] == 2 and row["wrong"] == []
+    """The command itself: train, be killed, go on, predict, merge in two ways, reload; then a call that has no time."""
+    assert check(monkeypatch, tmp_path, "--recipes", "r1-llm-only") == 0, capsys.readouterr().out
+    row, = rows_of(tmp_path)
+    assert row["codes"] == [-9, 0] and row["resumed_at"] == [1] and row["step_seconds"]["n"] == 2 and row["wrong"] == []
     assert row["nf4_layers"] == [0, 14] and row["trainable"][0]["vision"] == 0 < row["trainable"][0]["language"]
     assert len(row["merge_algebra"]) == 2 and max(row["merge_algebra"]) < 1e-5
     apart, = row["against_as_trained"]
     assert 0 < apart["dequantised"] < apart["full"] < 0.5
-    assert not (tmp_path / "runs" / "r1-llm-only").exists()
+    assert set(check_7b.TIMED) <= set(row["seconds"])
+    assert not list((tmp_path / "runs").glob("*r1-llm-only*/"))
+
+    model_file = next((tmp_path / "model").glob("*.safetensors"))
+    written, shown = model_file.stat().st_mtime_ns, capsys.readouterr().out
+    assert re.search(r"\| a step, s: median \(n\) \| [\d.]+ \(2\) \|", shown) and "| wrong | nothing |" in shown
+    assert check(monkeypatch, tmp_path, "--recipes", "r2-vision-only", "r4-joint", "--minutes", "0") == 1
+    assert model_file.stat().st_mtime_ns == written, "the model of the first call is used again"
+    assert [row["recipe"] for row in rows_of(tmp_path)] == ["r1-llm-only", "r2-vision-only", "r4-joint"]
+    assert rows_of(tmp_path)[0] == row and rows_of(tmp_path)[1]["codes"] == [None]
+    shown = capsys.readouterr().out
+    assert "| wrong | nothing | not seen to its end: stopped by --minutes before its first step |" in shown
+
+
+def test_the_time_that_is_left_stops_a_recipe(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["check_7b", "--folder", str(tmp_path), "--minutes", "0.02"])
+    options, start = check_7b.arguments(), time.monotonic()
+    assert check_7b.run_until([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", options) is None
+    assert time.monotonic() - start < 10
+    row = {"codes": [-9, None], "seconds": {"load": [1.0], "train": [2.0]}}
+    assert check_7b.wrong(options, "r1-llm-only", row) == ["not seen to its end: stopped by --minutes after 'train'"]
 
 
 @pytest.mark.parametrize(("broken", "said"), [

@@ -1,6 +1,7 @@
 """The schema, the audit and what it does, splits without leaks, the embedded scenes, pictures prepared once."""
 
 import io
+import json
 import time
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import data, scenes
+from helpers import data, evaluate, scenes
 from helpers.data import embedded
-from helpers.data.audit import audit, clean
+from helpers.data.audit import _twins, audit, clean
 from helpers.data.checks import RULES
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
 
@@ -177,6 +178,96 @@ def test_exif_that_the_boxes_follow_or_that_leaves_no_trace_is_named_and_kept():
     assert found(raw) == {"exif-as-shown": ["0000000000001_1"], "exif-undecided": ["0000000000002_1"]}
     assert cleaned(raw)["val"].to_list() == raw["val"].to_list()
     assert raw["val"][0]["image"].size == (48, 64)
+
+
+# --- all rules at once ------------------------------------------------------------------------------------------------
+
+
+def turned(number: int, declared: tuple[int, int], orientation: int = 6) -> dict:
+    return row(number, image=picture(jpeg(number, orientation=orientation)), width=declared[0], height=declared[1])
+
+
+LARGER = (160, 120)
+PLANTS = {  # fault -> a row of val with it, and perhaps others that follow from it
+    "unreadable-picture": lambda n: row(n, image=picture(jpeg(n)[:-200])),
+    "too-thin-picture": lambda n: row(n, image=picture(jpeg(n, (1000, 4))), width=1000, height=4),
+    "exif-as-shown": lambda n: turned(n, (48, 64)),
+    "exif-as-stored": lambda n: turned(n, (64, 48)),
+    "exif-undecided": lambda n: turned(n, (64, 48), orientation=3),
+    "wrong-size": lambda n: row(n, width=65),
+    "not-a-box": lambda n: row(n, [[0.1, 0.2, float("inf"), 0.6], [0.1, 0.2, 0.5, 0.6]]),
+    "inverted-box": lambda n: row(n, [[0.5, 0.2, 0.1, 0.6]]),
+    "out-of-range-box": lambda n: row(n, [[0.1, -0.2, 0.5, 0.6]]),
+    "empty-box": lambda n: row(n, [[0.1, 0.2, 0.1, 0.6], [0.1, 0.2, 0.5, 0.6]]),
+    "repeated-box": lambda n: row(n, [[0.1, 0.2, 0.5, 0.6]] * 2),
+    "unknown-category": lambda n: row(n, names=["logo"]),
+    "category-mismatch": lambda n: row(n, objects=objects_of([[0.1, 0.2, 0.5, 0.6]], [TABLE]) | {"category_id": [2]}),
+    "repeated-id": lambda n: row(n, image_id="0000000000000_1"),
+    "barcode-in-two-splits": lambda n: row(n, barcode="0000000000000"),
+    "picture-in-two-splits": lambda n: row(n, image=picture(jpeg(0, LARGER, quality=70)), width=160, height=120),
+    "no-table": lambda n: row(n, []),
+}
+
+
+def planted(seed: int, good: int = 30, bad: int = 40) -> tuple[datasets.DatasetDict, dict[str, set[tuple[str, int]]]]:
+    """A data set with faults at random places, and fault -> (split, row number) of each."""
+    draw = np.random.default_rng(seed)
+    kinds = [*PLANTS, *draw.choice(list(PLANTS), bad - len(PLANTS)), *[""] * good]
+    first = row(0, image=picture(jpeg(0, LARGER)), width=160, height=120)
+    lists, places = {"train": [], "selection": [first], "val": []}, {kind: set() for kind in PLANTS}
+    for number, kind in enumerate(draw.permutation(kinds).tolist(), 1):
+        # what stands in two splits is dropped from train, because selection has it; an id is repeated in one split
+        split = "selection" if kind == "repeated-id" else "val"
+        if kind.endswith("two-splits") or not kind and number % 2:
+            split = "train"
+        if kind:
+            places[kind].add((split, len(lists[split])))
+        lists[split].append(PLANTS[kind](number) if kind else row(number))
+    return splits(**lists), places
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_audit_finds_every_planted_fault_and_nothing_else(seed):
+    assert set(PLANTS) == {rule.fault for rule in RULES}
+    raw, places = planted(seed)
+    places["no-table"] |= places["unknown-category"]  # nothing is left of its only box
+    result = audit(raw)
+    seen = {kind: {(fault.split, fault.index) for fault in result.faults if fault.fault == kind} for kind in PLANTS}
+    assert seen == places
+    again = audit(clean(raw, result))
+    assert {fault.fault for fault in again.faults} <= {"exif-as-shown", "exif-undecided", "no-table"}
+
+
+def test_findings_are_listed_in_a_file(tmp_path: Path):
+    raw, places = planted(0)
+    result = audit(raw)
+    result.write(tmp_path / "audit.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert len(lines) == len(result.faults) == result.table()["count"].sum()
+    assert {(line["split"], line["index"]) for line in lines if line["fault"] == "repeated-id"} == places["repeated-id"]
+    assert all(line["action"] in {rule.action for rule in RULES} and line["image_id"] for line in lines)
+
+
+def test_scores_count_the_raw_truth_whole_and_the_cleaned_truth_alone():
+    boxes = [[0.1, 0.2, 0.5, 0.6]]
+    raw = splits(val=[row(1), row(2, [*boxes, [0.3, 0.3, 0.3, 0.9]]), row(3, image=picture(b"broken")),
+                      row(4, [[0.1, 0.2, 0.5]]), row(5, objects=None)])  # fmt: skip
+    truth, raw_truth = data.truth_rows(cleaned(raw)["val"]), data.raw_truth(raw["val"])
+    answers = [{"image_id": r["image_id"], "boxes": [[0.2, 0.1, 0.6, 0.5]], "labels": [TABLE]} for r in truth]
+    after = evaluate.score(truth, answers, resamples=0)
+    assert (after["pictures"], after["summary"]["mean_iou"]["n"], after["summary"]["mean_iou"]["value"]) == (4, 2, 1.0)
+    before = evaluate.score(raw_truth, answers, resamples=0)
+    assert (before["pictures"], before["summary"]["mean_iou"]["n"]) == (5, 4)
+    assert before["summary"]["mean_iou"]["value"] == (1 + 0.5 + 0 + 0) / 4
+    assert before["problems"]["pictures without a prediction"] == ["0000000000003_1"]
+    json.dumps(before, allow_nan=False)
+
+
+def test_the_same_picture_is_found_among_many():
+    thumbs = np.random.default_rng(0).integers(0, 256, (1300, 768)).astype(float)
+    others = np.concatenate([thumbs[[700, 5]] + 1.0, thumbs[1299:] + 9.0])
+    twins = _twins(thumbs, others)
+    assert twins[700] == 0 and twins[5] == 1 and (twins >= 0).sum() == 2
 
 
 # --- across rows and splits -------------------------------------------------------------------------------------------

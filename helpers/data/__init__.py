@@ -11,13 +11,14 @@ import datasets
 from helpers.data.audit import Audit, Fault, audit, clean
 from helpers.data.checks import RULES, Rule
 from helpers.data.embedded import load_embedded
+from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, check_limit, empty_split, split_name
 from helpers.data.sources import FORMATS, HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 
 __all__ = [
     "FEATURES", "FORMATS", "HUB_ID", "HUB_REVISION", "RULES", "SPLIT_NAMES", "Audit", "DataError", "Fault", "Rule",
-    "audit", "clean", "load_raw", "load_splits", "prepare", "truth_rows",
+    "audit", "clean", "load_raw", "load_splits", "prepare", "raw_truth", "truth_rows",
 ]  # fmt: skip
 
 
@@ -111,3 +112,17 @@ def load_splits(
 def truth_rows(split: datasets.Dataset) -> list[dict[str, Any]]:
     """The rows of a split without their pictures: what `truth.jsonl` holds."""
     return split.remove_columns("image").to_list()
+
+
+def raw_truth(split: datasets.Dataset) -> list[dict[str, Any]]:
+    """The rows of a raw split without their pictures, in a form that `evaluate.score` can count.
+
+    Each of its boxes stays, empty, swapped or outside as it is; what is not four numbers becomes four NaN.
+    """
+    rows = truth_rows(split)
+    for row in rows:
+        objects = row["objects"] or {}
+        boxes = [box if box and len(box) == 4 and None not in box else NAN_BOX for box in objects.get("bbox") or []]
+        names = [name or "" for name in objects.get("category_name") or []] + [""] * len(boxes)
+        row["objects"] = {"bbox": boxes, "category_name": names[: len(boxes)]}
+    return rows

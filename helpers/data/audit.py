@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -17,6 +19,7 @@ from helpers.data.pictures import FACTS, picture_facts
 from helpers.data.schema import DataError, fingerprint, workers
 
 SAME_PICTURE = 3.0  # root mean square difference of two 16 x 16 thumbnails, in 0-255 levels
+BLOCK = 512  # thumbnails that are compared at once
 
 
 class Fault(NamedTuple):
@@ -48,6 +51,12 @@ class Audit:
                 lines.append({**rule._asdict(), "count": len(found), "ids": ids})
         return pd.DataFrame(lines, columns=[*Rule._fields, "count", "ids"])
 
+    def write(self, path: Path) -> None:
+        """Every finding as a JSON line: fault, split, row number, image_id, what was found, what is done."""
+        action = {rule.fault: rule.action for rule in RULES}
+        lines = [json.dumps({**fault._asdict(), "action": action[fault.fault]}) + "\n" for fault in self.faults]
+        path.write_text("".join(lines))
+
 
 def _picture_facts(split: datasets.Dataset, name: str) -> list[dict[str, Any]]:
     undecoded = split.select_columns("image").cast_column("image", Image(decode=False))
@@ -67,10 +76,12 @@ def _twins(thumbs: np.ndarray, others: np.ndarray) -> np.ndarray:
     """For each thumbnail [N, 768] the row of `others` [M, 768] that shows the same picture, or -1. int64 [N]."""
     if not len(thumbs) or not len(others):
         return np.full(len(thumbs), -1)
-    squares = (thumbs**2).sum(1)[:, None] + (others**2).sum(1)[None] - 2 * thumbs @ others.T
-    nearest = squares.argmin(axis=1)
-    distance = np.sqrt(np.maximum(squares.min(axis=1), 0) / thumbs.shape[1])
-    return np.where(distance <= SAME_PICTURE, nearest, -1)
+    found = []
+    for some in np.split(thumbs, range(BLOCK, len(thumbs), BLOCK)):  # N x M distances at once would not fit
+        squares = (some**2).sum(1)[:, None] + (others**2).sum(1)[None] - 2 * some @ others.T
+        distance = np.sqrt(np.maximum(squares.min(axis=1), 0) / some.shape[1])
+        found.append(np.where(distance <= SAME_PICTURE, squares.argmin(axis=1), -1))
+    return np.concatenate(found)
 
 
 def _check_across(

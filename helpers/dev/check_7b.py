@@ -1,9 +1,10 @@
 """The whole pipeline at 7B without a download: `python -m helpers.dev.check_7b --folder /big/disk/check`.
 
 Builds the published 7B architecture with random weights and pictures at the real pixel budget, then runs pipeline.py
-itself for each recipe: train, be killed after a checkpoint, go on, predict, merge, reload. Prints what it took, and
-ends with 1 where a recipe failed or a count is not the published architecture's. Boxes and losses mean nothing here.
-`--tiny` does the same with a shrunken model on any machine.
+itself for each recipe: train, be killed after a checkpoint, go on, predict a batch, merge, reload. Prints a table of
+what it took, and ends with 1 where a recipe failed or a count is not the published architecture's. Boxes and losses
+mean nothing here. `--minutes 8` stops whatever has not ended by then and reports what was seen; a second call with
+other `--recipes` keeps the model and adds its columns. `--tiny` does the same with a shrunken model on any machine.
 """
 
 import argparse
@@ -36,6 +37,8 @@ EXPECTED = {
 }
 NF4_LAYERS = 28 * 7
 CAPPED = ("r1-llm-only", "r4-joint")  # the ones promised to fit a card of 24 GiB
+TIMED = ("load", "train", "save checkpoint", "load checkpoint", "predict a batch", "merge", "save model",
+         "reload and compare")  # fmt: skip
 # width, height; 28 x 28 pixels a token: 1280, 1280, 1274 and 1276 image tokens
 SIZES = [(1120, 896), (896, 1120), (1372, 728), (812, 1232)]
 
@@ -49,25 +52,32 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulation", type=int, default=SCALES["7b"]["accumulation"])
     parser.add_argument("--cap-gib", type=float, default=24, help=f"for {' and '.join(CAPPED)}")
-    parser.add_argument("--val", type=int, default=16, help="pictures that are predicted")
+    parser.add_argument("--val", type=int, default=16, help="pictures that are predicted, in one batch")
+    parser.add_argument("--new-tokens", type=int, default=128, help="longest answer; random weights never stop sooner")
     parser.add_argument("--side-by-side", type=int, default=1, help="recipes at a time; one trains at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything together; then it stops")
     parser.add_argument("--kill", nargs="*", default=TRAINED, help="recipes that are killed once and go on")
     parser.add_argument("--tiny", action="store_true", help="a shrunken model, no GPU needed")
     parser.add_argument("--keep", action="store_true", help="keep the runs' files")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.runs = options.runs or options.folder / "runs"
+    options.report = options.report or options.folder / "report"
+    options.deadline = time.monotonic() + 60 * options.minutes
+    return options
 
 
 def pipeline_arguments(options: argparse.Namespace, recipe: str) -> list[str]:
     """What pipeline.py is called with: the 7B scale's own values, on this model and these pictures."""
     given = {
         "recipe": recipe, "scale": "7b", "model_id": options.folder / "model",
-        "dataset_id": options.folder / "pictures", "output_root": options.runs / recipe, "epochs": 1,
+        "dataset_id": options.folder / "pictures", "output_root": options.runs, "epochs": 1,
         "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
+        "predict_batch_size": options.val, "max_new_tokens": options.new_tokens,
     }  # fmt: skip
     if options.tiny:  # no GPU, so scale 7b would be refused: its values one by one, and small pictures
         values = {name: value for name, value in SCALES["7b"].items() if not name.endswith("_id")}
         pixels = {"min_pixels": 16 * IMAGE_TOKEN, "max_pixels": 64 * IMAGE_TOKEN}
-        given = values | given | pixels | {"scale": "tiny", "max_new_tokens": 32}
+        given = values | given | pixels | {"scale": "tiny"}
     return [f"{name}={value}" for name, value in given.items()]
 
 
@@ -75,27 +85,41 @@ def run_recipe(options: argparse.Namespace, recipe: str) -> dict:
     """Run one recipe, killed at half of its steps and started again; its row of the report."""
     events, log = options.report / f"{recipe}.events.jsonl", options.report / f"{recipe}.log"
     cap = options.cap_gib if recipe in CAPPED else 0
-    cache = str(options.folder / "huggingface")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TQDM_DISABLE": "1"}
     codes, start = [], time.perf_counter()
     for kill_at in [options.steps // 2, 0] if recipe in options.kill else [0]:
         command = [sys.executable, "-m", "helpers.dev.measured", str(events), str(cap), str(kill_at),
                    *pipeline_arguments(options, recipe)]
-        with log.open("a") as out:
-            codes.append(subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode)
-        ended = "killed" if codes[-1] == -9 else f"ended with {codes[-1]}"
+        codes.append(run_until(command, log, options))
+        ended = {-9: "killed", None: "stopped by --minutes"}.get(codes[-1], f"ended with {codes[-1]}")
         print(f"{recipe}: {ended}, {time.perf_counter() - start:.0f} s", flush=True)
         if codes[-1] not in (0, -9):
-            print(*log.read_text().splitlines()[-30:], sep="\n", flush=True)
+            print(*(log.read_text().splitlines()[-30:] if codes[-1] else []), sep="\n", flush=True)
             break
     row = {"recipe": recipe, "cap_gib": cap or None, "codes": codes, **summary(read(events))}
+    row["wall_seconds"] = round(time.perf_counter() - start)
     row["wrong"] = wrong(options, recipe, row)
-    files = [file for file in (options.runs / recipe).rglob("*") if file.is_file()]
+    folders = [path for path in options.runs.glob(f"*-{recipe.replace('-two-stage', '')}*") if path.is_dir()]
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     row["disk_gib"] = round(sum(file.stat().st_size for file in files) / 2**30, 1)
-    if not options.keep:
-        shutil.rmtree((options.runs / recipe).resolve(), ignore_errors=True)
+    for folder in [] if options.keep else folders:
+        shutil.rmtree(folder, ignore_errors=True)
     write_json(options.report / f"{recipe}.json", row)
     return row
+
+
+def run_until(command: list[str], log: Path, options: argparse.Namespace) -> int | None:
+    """The exit code of `command`, whose words go into `log`; None where the time was up before its end."""
+    cache = str(options.folder / "huggingface")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TQDM_DISABLE": "1"}
+    left = options.deadline - time.monotonic()
+    if left <= 0:
+        return None
+    with log.open("a") as out:
+        try:
+            return subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment,
+                                  timeout=left if left < float("inf") else None).returncode
+        except subprocess.TimeoutExpired:
+            return None
 
 
 def read(path: Path) -> list[dict]:
@@ -127,6 +151,9 @@ def summary(events: list[dict]) -> dict:
 def wrong(options: argparse.Namespace, recipe: str, row: dict) -> list[str]:
     """What is not as it should be, in words."""
     expected_codes, resumed = ([-9, 0], [options.steps // 2]) if recipe in options.kill else ([0], [])
+    if None in row["codes"]:
+        seen = f"after {list(row['seconds'])[-1]!r}" if row["seconds"] else "before its first step"
+        return [f"not seen to its end: stopped by --minutes {seen}"]
     faults = [] if row["codes"] == expected_codes else [f"exit codes {row['codes']}, expected {expected_codes}"]
     if row["resumed_at"] != resumed:
         faults.append(f"resumed at step {row['resumed_at']}, expected {resumed}")
@@ -142,43 +169,71 @@ def wrong(options: argparse.Namespace, recipe: str, row: dict) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    """The report in Markdown."""
-    lines = ["| recipe | cap | peak allocated / reserved, GiB | step, s (n) | load | save model | merge | algebra | "
-             "merged against as trained | disk, GiB | wrong |", "|" + "---|" * 11]  # fmt: skip
-    for row in rows:
-        seconds = {name: "/".join(f"{value:.0f}" for value in row["seconds"].get(name, [])) for name in
-                   ("load", "save model", "merge")}  # fmt: skip
-        step = row["step_seconds"] or {"median": float("nan"), "n": 0}
-        algebra = " ".join(f"{value:.1e}" for value in row["merge_algebra"])
-        apart = " ".join(f"{kind} {value:.3f}" for found in row["against_as_trained"] for kind, value in found.items())
-        lines.append(f"| {row['recipe']} | {row['cap_gib'] or '-'} | {row['allocated']} / {row['reserved']} | "
-                     f"{step['median']:.2f} ({step['n']}) | {seconds['load']} | {seconds['save model']} | "
-                     f"{seconds['merge']} | {algebra} | {apart} | {row['disk_gib']} | "
-                     f"{'; '.join(row['wrong']) or 'nothing'} |")
-    return "\n".join(lines)
+    """The report in Markdown, a column a recipe."""
+
+    def peak(row: dict, call: str) -> str:
+        return f"{row['peaks'][call][0]:.1f}" if call in row["peaks"] else "-"
+
+    def seconds(row: dict, call: str) -> str:
+        times = row["seconds"].get(call)
+        return f"{len(times)} x {statistics.median(times):.1f}" if times else "-"
+
+    def step(row: dict) -> str:
+        return "{median:.2f} ({n})".format(**row["step_seconds"]) if row["step_seconds"] else "-"
+
+    def apart(row: dict) -> str:
+        return ", ".join(f"{kind} {value:.3f}" for found in row["against_as_trained"] for kind, value in found.items())
+
+    lines = {
+        "cap, GiB": lambda row: row["cap_gib"] or "none",
+        "most allocated, GiB": lambda row: row["allocated"],
+        "most reserved, GiB": lambda row: row["reserved"],
+        "allocated in training, GiB": lambda row: peak(row, "train"),
+        "in predicting a batch, GiB": lambda row: peak(row, "predict a batch"),
+        "in merging, GiB": lambda row: peak(row, "merge"),
+        "a step, s: median (n)": step,
+        "went on at step": lambda row: ", ".join(map(str, row["resumed_at"])) or "-",
+        **{f"{call}, times x s": lambda row, call=call: seconds(row, call) for call in TIMED},
+        "applied against merged": lambda row: " ".join(f"{value:.1e}" for value in row["merge_algebra"]) or "-",
+        "merged against as trained": lambda row: apart(row) or "-",
+        "disk, GiB": lambda row: row["disk_gib"],
+        "all of it, s": lambda row: row["wall_seconds"],
+        "wrong": lambda row: "; ".join(row["wrong"]) or "nothing",
+    }
+    body = [[name, *(str(show(row)) for row in rows)] for name, show in lines.items()]
+    head = [["", *(row["recipe"] for row in rows)], ["---"] * (len(rows) + 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in head + body)
 
 
-def main() -> int:
-    options = arguments()
-    options.runs = options.runs or options.folder / "runs"
-    options.report = options.report or options.folder / "report"
-    for folder in (options.folder, options.runs, options.report):
-        folder.mkdir(parents=True, exist_ok=True)
-    for old in options.report.glob("r?-*"):
-        old.unlink()
-    start = time.perf_counter()
-    made = write_model(options.folder / "model", SHRUNKEN if options.tiny else PUBLISHED)
-    if not options.tiny and made["weights"] != WEIGHTS:
-        raise SystemExit(f"the model has {made['weights']} weights, and the published one {WEIGHTS}.")
-    print(f"model written: {made}, {time.perf_counter() - start:.0f} s", flush=True)
+def prepare_inputs(options: argparse.Namespace) -> None:
+    """Write the model, unless an earlier call has, and the pictures. SystemExit where it has other counts."""
+    start, model, made = time.perf_counter(), options.folder / "model", options.folder / "model.json"
+    published = SHRUNKEN if options.tiny else PUBLISHED
+    if not made.is_file() or json.loads(made.read_text())["config"] != published:
+        made.unlink(missing_ok=True)
+        counts = write_model(model, published)
+        if not options.tiny and counts["weights"] != WEIGHTS:
+            raise SystemExit(f"the model has {counts['weights']} weights, and the published one {WEIGHTS}.")
+        write_json(made, {"config": published, **counts})
+        torch.cuda.empty_cache()
+        print(f"model written: {counts}, {time.perf_counter() - start:.0f} s", flush=True)
     batch = SCALES["7b"]["batch_size"] * options.accumulation
     sizes = [(width // 4, height // 4) for width, height in SIZES] if options.tiny else SIZES
     counts = {"train": options.steps * batch, "selection": 1, "val": options.val}
     write_pictures(options.folder / "pictures", counts, sizes)
-    torch.cuda.empty_cache()
     print(f"pictures written, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main() -> int:
+    options = arguments()
+    for folder in (options.folder, options.runs, options.report):
+        folder.mkdir(parents=True, exist_ok=True)
+    for old in [file for recipe in options.recipes for file in options.report.glob(f"{recipe}.*")]:
+        old.unlink()
+    prepare_inputs(options)
     with ThreadPoolExecutor(options.side_by_side) as side_by_side:
-        rows = list(side_by_side.map(lambda recipe: run_recipe(options, recipe), options.recipes))
+        list(side_by_side.map(lambda recipe: run_recipe(options, recipe), options.recipes))
+    rows = [json.loads(file.read_text()) for file in sorted(options.report.glob("r?-*.json"))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{device}, torch {torch.__version__}, batch {SCALES['7b']['batch_size']} x {options.accumulation}"
     write_json(options.report / "report.json", {"command": sys.argv, "machine": machine, "rows": rows})

@@ -125,10 +125,13 @@ def compare_merges(space: dict) -> dict[str, float]:
     """How far logits are from those of the model as it was trained: ||other - trained|| / ||trained||.
 
     `space` is the pipeline's namespace after its last cell. The same batch goes through the NF4 base with its adapter,
-    the merged model that was shipped, and one merged into the dequantised weights. `rounding` is what the same
-    shipped weights differ by when only the attention is computed otherwise: what is not above it says nothing.
+    the merged model that was shipped, and the adapter merged into the other base; keys are the names that `merge_base`
+    takes. `rounding` is what the same shipped weights differ by when only the attention is computed otherwise: what is
+    not above it says nothing.
     """
     inputs = {name: tensor for name, tensor in space["batch"].items() if name != "labels"}
+    shipped = space["run"].merge_base
+    other = {"dequantised": "full", "full": "dequantised"}[shipped]
 
     def logits(vlm: torch.nn.Module) -> torch.Tensor:
         out = vlm(**{name: tensor.to(vlm.device) for name, tensor in inputs.items()}).logits
@@ -137,15 +140,15 @@ def compare_merges(space: dict) -> dict[str, float]:
     def apart(one: torch.Tensor, other: torch.Tensor) -> float:
         return ((one - other).norm() / other.norm()).item()
 
-    full = logits(space["merged"])
-    space["merged"].set_attn_implementation("eager")
-    rounding = apart(logits(space.pop("merged")), full)
+    found = {shipped: logits(space["merged"])}
+    space["merged"].set_attn_implementation("eager" if model.attention() != "eager" else "sdpa")
+    rounding = apart(logits(space.pop("merged")), found[shipped])
     model.free_memory()
     trained = logits(space["load_trained"]())
     model.free_memory()
-    dequantised = logits(space["merge_into"]("dequantised"))
+    found[other] = logits(space["merge_into"](other).to(torch.bfloat16))
     model.free_memory()
-    return {"full": apart(full, trained), "dequantised": apart(dequantised, trained), "rounding": rounding}
+    return {kind: apart(found[kind], trained) for kind in ("dequantised", "full")} | {"rounding": rounding}
 
 
 def main(file: str, cap_gib: str, kill_at: str, *parameters: str) -> None:

@@ -6,6 +6,7 @@ the colour-blind and on any photo. The white ground is the figure's own, for lig
 down and shown as JPEG, charts as PNG, so that a committed notebook stays small.
 """
 
+from helpers.plots.audit import audit_sheet
 from helpers.plots.charts import errors_by, iou_curves, loss_curves, reliability_diagram
 from helpers.plots.dataset import coverage, panels, picture_sizes, position_maps, power_curves, spreads
 from helpers.plots.labels import label_mask
@@ -13,6 +14,7 @@ from helpers.plots.photos import before_after, best, draw_boxes, gallery, worst
 from helpers.plots.preprocessing import budget_curves, padded_batches, seen_picture, token_grids
 
 __all__ = [
+    "audit_sheet",
     "before_after",
     "best",
     "budget_curves",

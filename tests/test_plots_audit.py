@@ -1,0 +1,46 @@
+"""The audit's picture sheet: up to three pictures of each kind of fault, unreadable ones and raw boxes included."""
+
+import io
+
+import matplotlib
+import pytest
+from PIL import Image
+from test_data import planted, row, splits
+
+from helpers import data, plots
+from helpers.plots import audit as audit_plots
+
+
+@pytest.fixture
+def as_figure(monkeypatch):
+    matplotlib.use("agg")
+    monkeypatch.setattr(audit_plots, "finish", lambda figure, path, photos=False: figure)
+
+
+def test_the_sheet_shows_each_kind_of_fault(as_figure):
+    raw, places = planted(0)
+    audit = data.audit(raw)
+    shown = [axes.get_title().split("\n") for axes in plots.audit_sheet(raw, audit).axes if axes.get_title()]
+    counts = audit.table().set_index("fault")["count"]
+    assert [line[0] for line in shown] == [
+        f"{fault} {n} of {count}" for fault, count in counts.items() for n in range(1, min(count, 3) + 1)]
+    assert all(line[1].split()[0] in raw for line in shown)
+
+
+def test_raw_boxes_are_drawn_where_they_can_be(as_figure):
+    nan = float("nan")
+    boxes = [[0.1, 0.2, 0.5, 0.6], [0.5, 0.6, 0.1, 0.2], [0.2, 0.2, 0.2, 0.9], [nan] * 4, [0.1, 0.2]]
+    raw = splits(val=[row(1, boxes)])
+    axes = plots.audit_sheet(raw, data.audit(raw), each=1).axes[0]
+    assert len(axes.patches) == 3
+    (crosses,) = axes.collections
+    assert crosses.get_offsets().tolist() == [[0.55, 0.8]]  # the one without area, from the lower left
+
+
+def test_the_finished_sheet_is_a_picture_and_nothing_found_is_said(tmp_path):
+    raw, _ = planted(1)
+    sheet = plots.audit_sheet(raw, data.audit(raw), path=tmp_path / "audit.png")
+    assert Image.open(io.BytesIO(sheet.data)).size[0] > 600 and (tmp_path / "audit.png").stat().st_size > 1000
+    assert len(sheet.data) < 400_000
+    clean = splits(val=[row(1)])
+    assert plots.audit_sheet(clean, data.audit(clean)).data
