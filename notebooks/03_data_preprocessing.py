@@ -152,7 +152,7 @@ right; a box in pixels would not.""")
 # What is left of a photo? Put together again from the numbers that the model is given, at the 7B budget and at the
 # tiny one, with the grid of image tokens. The box is the true one.
 
-# %%
+# %% tags=["thumbnail"]
 seen, true = [], boxes.yxyx_unit_to_xyxy_unit(row["objects"]["bbox"])
 for name, (least, most) in budgets.items():
     batch = processor.image_processor(row["image"], min_pixels=least, max_pixels=most, return_tensors="pt")
