@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from helpers.evaluate import score
-from helpers.plots.figure import COLOURS, LINES, finish, new_figure
+from helpers.plots.figure import COLOURS, LINES, finish
+from helpers.plots.figure import charts as _charts
 
 
 def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, path: Path | None = None) -> Shown:
@@ -103,13 +102,3 @@ def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Pa
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.legend(fontsize=8, frameon=False)
     return finish(figure, path)
-
-
-def _charts(columns: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Axes]]:
-    """One row of empty charts on a white ground with a light grid."""
-    figure, grid = new_figure(1, columns, size)
-    for axes in grid.flat:
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid[0]

@@ -19,6 +19,16 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
     return plt.subplots(rows, columns, figsize=size, dpi=DPI, facecolor="white", layout="constrained", squeeze=False)
 
 
+def charts(columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """One row of empty charts of `size` in inches together, on a white ground with a light grid."""
+    figure, grid = new_figure(1, columns, size)
+    for axes in grid.flat:
+        axes.grid(color="0.9", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid[0]
+
+
 def finish(figure: Figure, path: Path | None, photos: bool = False) -> Shown:
     """Write the figure to `path` (from the first process alone), close it, and return it as a picture to show."""
     if path is not None and int(os.environ.get("RANK", 0)) == 0:

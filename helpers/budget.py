@@ -1,0 +1,24 @@
+"""How long sequences get and how much of a batch is padding, by arithmetic: without opening a picture."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+from helpers.recipes import IMAGE_TOKEN
+
+UNIT = math.isqrt(IMAGE_TOKEN)  # pixels: an image token's side
+
+
+def image_tokens(sizes: Iterable[tuple[int, int]], min_pixels: int, max_pixels: int) -> np.ndarray:
+    """Image tokens of pictures of these (width, height) in pixels: int64 [N]."""
+    resized = [smart_resize(int(height), int(width), UNIT, min_pixels, max_pixels) for width, height in sizes]
+    return np.array([height * width // IMAGE_TOKEN for height, width in resized], dtype=np.int64)
+
+
+def padding_share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
+    """Share of padding when sequences of these `lengths` are batched in this `order` and filled up to the longest."""
+    taken = np.asarray(lengths)[np.asarray(order)]
+    batches = [taken[start : start + batch_size] for start in range(0, len(taken), batch_size)]
+    return float(1 - taken.sum() / sum(batch.max() * len(batch) for batch in batches))

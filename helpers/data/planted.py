@@ -1,0 +1,117 @@
+"""Faults put there on purpose, to see that the audit finds them: one of each kind, and those of the scenes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any, NamedTuple
+
+import datasets
+import pandas as pd
+from PIL import Image, ImageOps
+
+from helpers import scenes
+from helpers.data.audit import Audit
+from helpers.data.pictures import SIDEWAYS, open_picture
+from helpers.data.schema import FEATURES, empty_split, objects_of
+
+BOX = [0.1, 0.2, 0.5, 0.6]
+
+
+class Planted(NamedTuple):
+    """One fault put there on purpose: the rule that should find it, where, and what was done."""
+
+    fault: str
+    split: str
+    index: int
+    done: str
+
+
+def plant_each(sound: dict[str, Any]) -> tuple[datasets.DatasetDict, list[Planted]]:
+    """Splits whose rows are copies of `sound`, each with another fault, and the list of what was planted.
+
+    `sound` is a row of the schema whose picture can be read, undecoded ({"bytes", "path"}). The last row of val is
+    left sound; two rows of train share its picture or its barcode.
+    """
+    with open_picture(sound["image"]) as opened:
+        picture = ImageOps.exif_transpose(opened).convert("RGB")
+    sound = {name: sound[name] for name in FEATURES} | _saved(picture) | _boxed(BOX)
+    sound["meta"] = sound["meta"] | {"barcode": sound["meta"]["barcode"] or "0000000000000"}
+    val, train = _faults_in_a_row(picture), _faults_between_splits(picture, sound)
+    rows = [sound | {"image_id": f"planted-{i}", "meta": sound["meta"] | {"barcode": str(i)}} for i in range(len(val))]
+    rows = [row | change for row, (_, _, change) in zip(rows, val, strict=True)]
+    across = [sound | {"image_id": f"planted-train-{i}"} | change for i, (_, _, change) in enumerate(train)]
+    splits = {"train": across, "selection": [], "val": [*rows, sound]}
+    planted = [Planted(fault, split, index, done) for split, faults in (("val", val), ("train", train))
+               for index, (fault, done, _) in enumerate(faults)]
+    return datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows, features=FEATURES) if rows else empty_split()
+         for name, rows in splits.items()}
+    ), planted
+
+
+def _faults_in_a_row(picture: Image.Image) -> list[tuple[str, str, dict[str, Any]]]:
+    """(the rule, what is done, the fields that change) for each fault that one row alone can have."""
+    half = _saved(picture)["image"]["bytes"]
+    half = {"bytes": half[: len(half) // 2], "path": None}
+    return [
+        ("unreadable-picture", "the file ends half-way", {"image": half}),
+        ("too-thin-picture", "804 x 4 pixels", _saved(picture.resize((804, 4)))),
+        ("exif-as-shown", "stored lying, width and height as shown", _saved(picture, 6, as_shown=True)),
+        ("exif-as-stored", "stored lying, width and height as stored", _saved(picture, 6)),
+        ("exif-undecided", "stored upside down", _saved(picture, 3)),
+        ("wrong-size", "width one pixel too large", {"width": picture.width + 1}),
+        ("not-a-box", "a coordinate that is no number", _boxed([0.1, 0.2, float("nan"), 0.6])),
+        ("inverted-box", "top and bottom swapped", _boxed([0.5, 0.2, 0.1, 0.6])),
+        ("out-of-range-box", "right edge at 1.3", _boxed([0.1, 0.2, 0.5, 1.3])),
+        ("empty-box", "top and bottom both at .1", _boxed([0.1, 0.2, 0.1, 0.6])),
+        ("repeated-box", "the same box twice", _boxed(BOX, BOX)),
+        ("unknown-category", "a box named logo", _boxed(BOX, name="logo")),
+        ("category-mismatch", "the id of another name", {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),
+        ("repeated-id", "the id of the first that can be read", {"image_id": "planted-2"}),
+        ("no-table", "no box", _boxed()),
+    ]
+
+
+def _faults_between_splits(picture: Image.Image, sound: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The same for faults that a row of train has because of the sound one in val."""
+    own = sound["meta"] | {"barcode": "of its own"}
+    return [
+        ("barcode-in-two-splits", "barcode of val, picture of its own", _saved(ImageOps.mirror(picture))),
+        ("picture-in-two-splits", "picture of val, barcode of its own", {"meta": own}),
+    ]
+
+
+def _saved(picture: Image.Image, orientation: int = 1, as_shown: bool = False) -> dict[str, Any]:
+    """The fields of a row for `picture` as a JPEG with this EXIF orientation; its size as stored, or as shown."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture.save(file, "JPEG", exif=exif)
+    width, height = picture.size[::-1] if as_shown and orientation in SIDEWAYS else picture.size
+    return {"image": {"bytes": file.getvalue(), "path": None}, "width": width, "height": height}
+
+
+def _boxed(*yxyx: list[float], name: str = "nutrition-table") -> dict[str, Any]:
+    """The field `objects` with these boxes alone."""
+    return {"objects": objects_of(list(yxyx), [name] * len(yxyx))}
+
+
+def planted_and_found(raw: datasets.DatasetDict, audit: Audit, seed: int) -> pd.DataFrame:
+    """For the embedded scenes of `seed`: by split and kind the rows with a planted fault, and those that were found.
+
+    Columns: split, planted (what), rows (where), found (where), same (True or False). A `raw` that was cut short holds
+    fewer of them.
+    """
+    lines = []
+    for split, rows in raw.items():
+        faults = scenes.planted_faults(seed, split)
+        named = [(fault.fault, fault.index) for fault in audit.faults if fault.split == split]
+        codes = [meta["barcode"] for meta in rows["meta"]]
+        pairs = [pair for pair in faults["same_product"] if max(pair) < len(rows)]
+        for what, put, found in (
+            ("box without area", faults["zero_area"], [index for fault, index in named if fault == "empty-box"]),
+            ("turned by EXIF", faults["exif"], [index for fault, index in named if fault.startswith("exif")]),
+            ("two photos of a product", sum(pairs, ()), [i for i, code in enumerate(codes) if codes.count(code) > 1]),
+        ):
+            put, found = sorted(index for index in put if index < len(rows)), sorted(set(found))
+            lines.append({"split": split, "planted": what, "rows": put, "found": found, "same": put == found})
+    return pd.DataFrame(lines)

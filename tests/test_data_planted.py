@@ -1,0 +1,50 @@
+"""Faults of every kind, planted: the audit finds each where it was put; and boxes as a table."""
+
+import datasets
+import numpy as np
+import pytest
+
+from helpers import data, scenes
+from helpers.data import embedded
+from helpers.data.planted import plant_each, planted_and_found
+from helpers.data.tables import box_table
+
+
+@pytest.mark.parametrize("barcode", ["4006381333931", ""])
+def test_every_rule_of_the_audit_is_planted_once_and_found_there_and_the_sound_row_stays(barcode):
+    sound = next(embedded.scene_rows([0], 0, "val"))
+    sound["meta"]["barcode"] = barcode
+    raw, planted = plant_each(sound)
+    places = {fault[:3] for fault in planted}
+    assert {fault for fault, _, _ in places} == {rule.fault for rule in data.RULES} and len(places) == len(data.RULES)
+    audit = data.audit(raw)
+    found = {(fault.fault, fault.split, fault.index) for fault in audit.faults}
+    assert places <= found
+    assert {fault for fault, _, _ in found - places} == {"no-table"}  # where the only box was dropped
+    unusable = [index for fault, split, index in places if fault in ("unreadable-picture", "too-thin-picture")]
+    assert set(audit.keep["val"]) == set(range(len(raw["val"]))) - set(unusable) and not audit.keep["train"]
+    assert raw["val"][-1]["image_id"] == sound["image_id"] and raw["val"].features == data.FEATURES
+
+
+def test_what_is_planted_in_the_scenes_is_held_against_what_was_found(monkeypatch):
+    faults = {"zero_area": [1, 70], "exif": [2], "same_product": [(0, 3), (2, 80)]}
+    monkeypatch.setattr(scenes, "planted_faults", lambda seed, split: faults)
+    drawn = list(embedded.scene_rows(list(range(4)), 0, "val"))  # with these faults
+    raw = datasets.DatasetDict({"val": datasets.Dataset.from_list(drawn, embedded.SCENE_FEATURES)})
+    table = planted_and_found(raw, data.audit(raw), 0).set_index("planted")
+    rows = {"box without area": [1], "turned by EXIF": [2], "two photos of a product": [0, 3]}
+    assert table["rows"].to_dict() == table["found"].to_dict() == rows and table["same"].all()
+    blind = planted_and_found(raw, data.Audit(), 0).set_index("planted")["same"]
+    assert blind.to_dict() == dict(zip(rows, [False, False, True], strict=True))
+
+
+def test_a_line_a_box():
+    objects = {"bbox": [[0.1, 0.2, 0.5, 0.4], [0, 0, 1, 1]], "category_name": ["nutrition-table", "x"]}
+    rows = [{"image_id": "a", "width": 200, "height": 100, "objects": objects},
+            {"image_id": "b", "width": 9, "height": 9, "objects": {"bbox": [], "category_name": []}}]
+    table = box_table({"train": rows, "val": []})
+    assert len(table) == 2 and list(table["split"]) == ["train", "train"]
+    first = table.iloc[0]
+    columns = ["x0", "y0", "width", "height", "area", "width / height", "width px", "height px"]
+    np.testing.assert_allclose(first[columns].astype(float), [0.2, 0.1, 0.2, 0.4, 0.08, 0.5, 40, 40])
+    assert box_table({"val": []}).empty
