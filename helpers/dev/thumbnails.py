@@ -19,7 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from helpers.dev.pairs import Pair, PairError, find_pairs, read_notebook
 
 TAG = "thumbnail"
-SIZE = (360, 220)  # pixels: the largest width and height
+WIDTHS = (480, 400, 320)  # pixels, the first that fits; the README shows them at 320
 MAX_BYTES = 40_000
 MADE_OF = "made of"  # the key of the note in the PNG
 
@@ -41,16 +41,16 @@ def picture_of(notebook: NotebookNode, name: str) -> bytes:
 
 
 def shrink(picture: bytes) -> bytes:
-    """A PNG of at most SIZE and MAX_BYTES, on white, with a note of what it was made of."""
+    """A PNG of at most MAX_BYTES, on white, noting what it was made of; a photo gets fewer pixels and colours."""
     with Image.open(io.BytesIO(picture)) as opened:
         image = opened.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    image.thumbnail(SIZE, Image.Resampling.LANCZOS)
     note = PngInfo()
     note.add_text(MADE_OF, hashlib.sha256(picture).hexdigest()[:16])
-    for colours in (256, 128, 64, 32, 16):
-        buffer = io.BytesIO()
-        image.quantize(colours).save(buffer, "png", optimize=True, pnginfo=note)
+    for width, colours in ((width, colours) for width in WIDTHS for colours in (256, 64, 16)):
+        small, buffer = image.copy(), io.BytesIO()
+        small.thumbnail((width, width), Image.Resampling.LANCZOS)
+        small.quantize(colours).save(buffer, "png", optimize=True, pnginfo=note)
         if buffer.tell() <= MAX_BYTES:
             break
     return buffer.getvalue()
@@ -71,7 +71,7 @@ def problem(pair: Pair) -> str:
     path = path_of(pair)
     try:
         picture = picture_of(read_notebook(pair.ipynb), pair.ipynb.name)
-    except ThumbnailError as error:
+    except (ThumbnailError, PairError) as error:
         return str(error)
     if not path.is_file():
         return f"notebooks/thumbnails/{path.name} is missing; run make notebooks."
@@ -80,7 +80,7 @@ def problem(pair: Pair) -> str:
             return f"notebooks/thumbnails/{path.name} was made of another picture than {pair.ipynb.name} shows now; " \
                    "run make notebooks."
     if path.stat().st_size > MAX_BYTES:
-        return f"notebooks/thumbnails/{path.name} is larger than {MAX_BYTES / 1e3:.0f} kB."
+        return f"notebooks/thumbnails/{path.name} is larger than {MAX_BYTES / 1e3:.0f} kB; tag another cell."
     return ""
 
 
