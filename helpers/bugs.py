@@ -157,7 +157,8 @@ def walk(start: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], rate:
 def scale_residual(vlm: nn.Module, factor: float) -> nn.Module:
     """The same function with a residual stream `factor` times as large: every layer normalises what it reads.
 
-    All that is written into the stream is multiplied: embeddings, image tokens, each layer's two outputs.
+    All that is written into the stream is multiplied: embeddings, image tokens, each layer's two outputs. The head must
+    have weights of its own (at 7B and tiny it has).
     """
     language, last = vlm.model.language_model, vlm.model.visual.merger.mlp[2]
     written = [language.embed_tokens.weight, last.weight, last.bias]

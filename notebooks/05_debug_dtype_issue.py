@@ -21,7 +21,7 @@
 # | 8 | memory that is not given back | the second run in a notebook is out of memory |
 
 # %% tags=["parameters"]
-model_id = "embedded"  # or a folder or Hub id of a Qwen2-VL that fits into this machine's memory, twice
+model_id = "embedded"  # or the folder or Hub id of a Qwen2-VL that this machine can hold several times
 dataset_id = "embedded"  # or a Hub id, a local folder or file
 pictures = 8  # how many are asked about and trained on
 learning_rate = 1e-5  # the small step of bug 3
@@ -29,10 +29,14 @@ steps = 40  # of bug 3's walk
 seed = 0
 
 # %%
+import re
+from pathlib import Path
+
 from helpers import parameters
 
 known = {
-    "model_id": parameters.text("embedded, a local folder or a Hub id"),
+    "model_id": ("embedded, a folder that holds a model, or a Hub id", lambda value: isinstance(value, str) and (
+        re.fullmatch(r"embedded|[\w-]+/[\w.-]+", value) or (Path(value) / "config.json").is_file())),
     "dataset_id": parameters.text("embedded, a local folder or file, or a Hub id"),
     "pictures": parameters.whole(2, 64), "learning_rate": parameters.number(0, 1e-4),
     "steps": parameters.whole(2, 10_000), "seed": parameters.whole(0, 2**31 - 1),
@@ -45,7 +49,6 @@ from helpers import runs
 
 runs.quiet_libraries()
 import tempfile
-from pathlib import Path
 from unittest.mock import patch
 
 import pandas as pd
