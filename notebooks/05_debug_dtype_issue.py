@@ -155,6 +155,7 @@ saw(1, "one tower in two dtypes", "Error" in broken[1] and "loss" in broken[3] a
 # **Cause.** Trainer counts the GPUs that it *sees*. If a model lies on one of them (`device_map={"": 0}`) it multiplies
 # the batch and wraps the model into `nn.DataParallel`, which cuts every tensor of the batch in two along its first
 # axis. For text that is right. For Qwen2-VL it is not: `pixel_values` has a row for each *patch*, not for each picture.
+# A 4-bit model is spared the wrap, not the larger batch.
 #
 # **Fix.** One process drives one model. Where it sees several GPUs, spread the layers (`device_map="balanced"`):
 # Trainer finds more than one device in `hf_device_map` and counts one GPU. Or start a process for each GPU
