@@ -439,10 +439,10 @@ print(f"After del {after_del} of {in_use} MB were still held, and an error held 
 saw(8, "memory that is not given back", min(after_del, with_error) > 0.5 * in_use, freed == without == 0)
 
 # %% [markdown]
-# **Fix.** Build what a run needs inside a function and let it go out of scope, `del` the names, then
-# `model.free_memory()`: it collects the rings and gives PyTorch's cache back to the GPU. `%reset -f out` empties `Out`;
-# after an error restart the kernel, or raise another one to push the last out. `nvidia-smi` shows what is *reserved*;
-# `torch.cuda.memory_allocated()` what is held.
+# **Fix.** Build what a run needs inside a function and let it go out of scope, or `del` the names; then
+# `model.free_memory()` collects the rings and gives PyTorch's cache back to the GPU. Where a cell has shown the model,
+# `%xdel model` takes it out of `Out` too (`%reset -f out` leaves `_` behind). A last error goes when another one comes.
+# `nvidia-smi` shows what is *reserved*, `torch.cuda.memory_allocated()` what is held.
 #
 # All that happened above, in one table:
 

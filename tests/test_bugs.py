@@ -8,6 +8,8 @@ import gc
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from peft import LoraConfig, get_peft_model
 from small_training import NF4, small_processor, squares
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Trainer
@@ -212,3 +214,16 @@ def test_a_trainer_and_an_error_hold_the_model_until_they_are_collected(tmp_path
     del error
     model.free_memory()
     assert held() == 0
+
+
+def test_out_and_the_last_error_hold_what_they_were_given_as_the_notebook_says():
+    """In a kernel, with a small object in the model's place: `True` where it is still held."""
+    begin = "import gc, weakref\nclass M: pass\nmodel = M(); held = weakref.ref(model)"
+    look = "gc.collect(); print(held() is not None)"
+    died = "def run():\n    x = M(); globals()['held'] = weakref.ref(x); 1 / 0\nrun()"
+    sources = [begin, "model", "%reset -f out", "del model", look,
+               begin, "model", "%xdel model", look, died, look, "1 / 0", look]
+    notebook = new_notebook(cells=[new_code_cell(source) for source in sources])
+    NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute()
+    printed = [cell.outputs[0].text.strip() for cell in notebook.cells if cell.source == look]
+    assert printed == ["True", "False", "True", "False"]

@@ -31,6 +31,8 @@ SMALL = {
     "01_dataset_exploration": {"train_limit": 48, "val_limit": 24},
     "02_model_understanding": {"pictures": 8},
     "03_data_preprocessing": {"val_limit": 16},
+    "04_evaluation_analysis": {"train_pictures": 16, "val_pictures": 12, "selection_pictures": 12,
+                               "prompt_pictures": 2},
     "05_debug_dtype_issue": {"pictures": 3, "steps": 5},
     "06_quantization_and_trainable_params": {"ranks": "2", "steps": 3, "pictures": 4},
 }
