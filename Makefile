@@ -64,8 +64,9 @@ compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-
 	$(BIN)/python -m helpers.evaluate compare $(if $(A),$(A),$(error A= is missing; make compare A=r4-joint B=r1-llm-only)) \
 		$(if $(B),$(B),$(error B= is missing; make compare A=r4-joint B=r1-llm-only))
 
-notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)
+notebooks: sync ## run every notebook, refresh its committed outputs and thumbnail (ARGS=notebooks/x.ipynb for one)
 	$(BIN)/python -m helpers.dev.execute $(ARGS)
+	$(BIN)/python -m helpers.dev.thumbnails
 
 tiny-base: $(STAMP) ## train the tiny base again, into runs/tiny-base: minutes on a GPU, hours on a CPU
 	mkdir -p runs/tiny-base

@@ -191,12 +191,13 @@ def test_stray_twins_of_run_outputs_are_ignored(pair, tmp_path, capsys):
 
 
 def test_jupyterlab_pairs_the_sources_and_leaves_run_outputs_alone(repo):
-    config = load_jupytext_config(str(repo / "pipeline.ipynb"))
-    formats = {name: config.default_formats(str(repo / name)) for name in
+    formats = {name: load_jupytext_config(str(repo / name)).default_formats(str(repo / name)) for name in
                ("pipeline.ipynb", "notebooks/topic.ipynb", "runs/r4-joint.ipynb", "runs/demo/demo.ipynb", "out.ipynb")}
     assert formats["pipeline.ipynb"] and formats["notebooks/topic.ipynb"]
     assert not any(formats[name] for name in ("runs/r4-joint.ipynb", "runs/demo/demo.ipynb", "out.ipynb"))
-    assert tomllib.loads((repo / "jupytext.toml").read_text())["notebook_metadata_filter"] == "-all"
+    for name in ("jupytext.toml", "notebooks/jupytext.toml"):
+        settings = tomllib.loads((repo / name).read_text())
+        assert (settings["notebook_metadata_filter"], settings["cell_metadata_filter"]) == ("-all", "tags,-all")
 
 
 def test_saving_in_jupyterlab_writes_both_sides_and_keeps_the_record(pair, tmp_path):
