@@ -59,7 +59,7 @@ def read_yolo(root: Path) -> Rows:
 
 
 def _yolo_folders(file: Path, config: dict[str, Any]) -> dict[Path, str]:
-    """The folders, or the pictures of .txt lists, that a data.yaml names for its splits: path below the root -> split."""
+    """The folders, or pictures of .txt lists, that a data.yaml names for its splits: path below the root -> split."""
     folders = {}
     for name in ("train", "val", "valid", "test"):
         entries = config.get(name) or []
