@@ -113,8 +113,8 @@ raw["val"][0]
 
 # %% [markdown]
 # Photos come with faults: a box of no size, a picture stored lying on its side. The audit finds them; each rule says
-# what is done. Nothing is dropped in silence: the sheet shows up to three pictures of each kind with the boxes that came
-# in, and `audit.jsonl` in the run's folder lists every finding by its id.
+# what is done. Nothing is dropped in silence: the sheet shows up to three pictures of each kind, with the boxes that
+# came in, and `audit.jsonl` in the run's folder lists every finding by its id.
 
 # %%
 with runs.main_first():

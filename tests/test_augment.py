@@ -129,7 +129,7 @@ def augmented(folder, processor, rows, seen, **options):
     return sft
 
 
-def test_each_epoch_sees_other_views_and_a_killed_run_sees_the_same_ones(tmp_path):
+def test_each_epoch_sees_other_views_and_a_killed_or_shared_run_sees_the_same_ones(tmp_path):
     processor, rows, seen = small_processor(), squares(), []
     whole = augmented(tmp_path / "whole", processor, rows, seen)
     whole.train()
@@ -145,5 +145,8 @@ def test_each_epoch_sees_other_views_and_a_killed_run_sees_the_same_ones(tmp_pat
     resumed.train(resume_from_checkpoint=checkpoint)
     for name, weight in resumed._trainable().items():
         assert torch.equal(weight, whole._trainable()[name]), name
-    logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
-    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    shared = augmented(tmp_path / "shared", processor, rows, [], dataloader_num_workers=2)
+    shared.train()
+    logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed", "shared")]
+    losses = [[line["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1] == losses[2]
