@@ -100,6 +100,14 @@ def test_a_draw_that_thins_a_box_is_drawn_again_and_in_the_end_left_alone(monkey
     assert torch.equal(warped, tv_tensors.Image(picture))
 
 
+def test_a_picture_never_gets_too_thin_for_the_model():
+    thin = tv_tensors.Image(torch.zeros(3, 10, 1990, dtype=torch.uint8))
+    for number in range(40):
+        torch.manual_seed(number)
+        short, long = sorted(augment.warp(thin, [[0.1, 0.4, 0.9, 0.6]] if number % 2 else [])[0].shape[-2:])
+        assert long <= 200 * short
+
+
 def test_worker_processes_make_the_same_batches():
     processor = small_processor()
     change = Augment(0)
