@@ -113,20 +113,14 @@ raw["val"][0]
 
 # %% [markdown]
 # Photos come with faults: a box of no size, a picture stored lying on its side. The audit finds them; each rule says
-# what is done. Nothing is dropped in silence.
+# what is done. Nothing is dropped in silence: the sheet shows up to three pictures of each kind, with the boxes that
+# came in, and `audit.jsonl` in the run's folder lists every finding by its id.
 
 # %%
 with runs.main_first():
     audit = data.audit(raw)
     rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
-display(audit.table())
-audit.statistics
-
-# %% [markdown]
-# The faults as pictures: up to three of each kind, with the boxes as the source has them. Every finding is listed by
-# its id in `audit.jsonl` in the run's folder.
-
-# %%
+display(audit.table(), audit.statistics)
 plots.audit_sheet(raw, audit)
 
 # %%

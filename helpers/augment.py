@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional
 from transformers import TrainerCallback
 
 from helpers.boxes import xyxy_px_to_xyxy_unit, xyxy_unit_to_xyxy_px, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
+from helpers.data.checks import MOST_ASPECT
 
 GREY = 114  # what lies beyond the edge of a turned or moved picture
 LEAST_SIDE = 2.0  # pixels: a draw that leaves a box thinner than this is drawn again
@@ -84,7 +85,7 @@ GEOMETRY = v2.Compose([
     v2.RandomZoomOut(fill=GREY, side_range=(1, 1.4), p=0.2),
     v2.RandomApply([CropAroundTables()], p=0.5),
 ])
-LOOK = v2.Compose([  # no change of hue: it alone takes longer than all else
+LOOK = v2.Compose([  # no change of hue: it takes longer than a turn, light and JPEG together
     v2.RandomApply([v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)], p=0.8),
     v2.RandomGrayscale(p=0.05),
     v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=0.15),
@@ -121,15 +122,20 @@ class Augment(TrainerCallback):
 def warp(picture: tv_tensors.Image, yxyx_unit: list[list[float]]) -> tuple[tv_tensors.Image, np.ndarray]:
     """`picture` [3, H, W] after `GEOMETRY` and its boxes [N, 4] in its new pixels, x first.
 
-    Draws with torch's random numbers; as it was where no draw of five leaves every box two pixels wide and high.
+    Draws with torch's random numbers, again where the result does not fit; as it was where no draw of five does.
     """
-    if not yxyx_unit:
-        return GEOMETRY(picture), np.zeros((0, 4))  # without boxes, or torchvision would keep their canvas as it was
     height, width = picture.shape[-2:]
     boxes = xyxy_unit_to_xyxy_px(yxyx_unit_to_xyxy_unit(yxyx_unit), width, height)
     before = tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=(height, width))
     for _ in range(TRIES):
-        warped, after = GEOMETRY(picture, before)
-        if (after[:, 2:] - after[:, :2]).min() >= LEAST_SIDE:
+        # alone where there are no boxes: torchvision would leave their canvas as it was
+        warped, after = GEOMETRY(picture, before) if len(boxes) else (GEOMETRY(picture), before)
+        if _fits(warped, after):
             return warped, after.numpy()
     return picture, boxes
+
+
+def _fits(picture: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes) -> bool:
+    """Whether the model takes a picture of this shape, and every box is wide and high enough to be seen."""
+    short, long = sorted(picture.shape[-2:])
+    return long <= MOST_ASPECT * short and bool((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all())

@@ -100,6 +100,14 @@ def test_a_draw_that_thins_a_box_is_drawn_again_and_in_the_end_left_alone(monkey
     assert torch.equal(warped, tv_tensors.Image(picture))
 
 
+def test_a_picture_never_gets_too_thin_for_the_model():
+    thin = tv_tensors.Image(torch.zeros(3, 10, 1990, dtype=torch.uint8))
+    for number in range(40):
+        torch.manual_seed(number)
+        short, long = sorted(augment.warp(thin, [[0.1, 0.4, 0.9, 0.6]] if number % 2 else [])[0].shape[-2:])
+        assert long <= 200 * short
+
+
 def test_worker_processes_make_the_same_batches():
     processor = small_processor()
     change = Augment(0)
@@ -129,7 +137,7 @@ def augmented(folder, processor, rows, seen, **options):
     return sft
 
 
-def test_each_epoch_sees_other_views_and_a_killed_run_sees_the_same_ones(tmp_path):
+def test_each_epoch_sees_other_views_and_a_killed_or_shared_run_sees_the_same_ones(tmp_path):
     processor, rows, seen = small_processor(), squares(), []
     whole = augmented(tmp_path / "whole", processor, rows, seen)
     whole.train()
@@ -145,5 +153,8 @@ def test_each_epoch_sees_other_views_and_a_killed_run_sees_the_same_ones(tmp_pat
     resumed.train(resume_from_checkpoint=checkpoint)
     for name, weight in resumed._trainable().items():
         assert torch.equal(weight, whole._trainable()[name]), name
-    logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed")]
-    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    shared = augmented(tmp_path / "shared", processor, rows, [], dataloader_num_workers=2)
+    shared.train()
+    logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "killed", "shared")]
+    losses = [[line["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1] == losses[2]

@@ -270,6 +270,29 @@ def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Pa
     assert raw["val"]["image_id"] == ["a", "b", "c"] and len(raw["train"]) == len(raw["selection"]) == 1
 
 
+def test_yolo_splits_by_lists_of_pictures(tmp_path: Path):
+    write_yolo(tmp_path)
+    write(tmp_path / "data.yaml", "names: [nutrition-table, nutrition-table-text]\ntrain: train.txt\nval: ./val.txt\n")
+    write(tmp_path / "train.txt", f"./images/a.jpg\n{tmp_path.resolve()}/images/b.jpg\n")
+    write(tmp_path / "val.txt", "images/c.jpg\n")
+    raw = data.load_raw(str(tmp_path))
+    assert raw["val"]["image_id"] == ["c"] and sorted([*raw["train"]["image_id"], *raw["selection"]["image_id"]]) == [
+        "a", "b"]
+    (tmp_path / "val.txt").unlink()
+    refused(tmp_path, "val.txt", "cannot be read", "expected a text file")
+
+
+def test_the_shards_of_a_split_are_read_as_one(tmp_path: Path):
+    rows = table_rows()
+    (tmp_path / "set/data").mkdir(parents=True)
+    for number in range(2):
+        rows.select([number]).to_parquet(str(tmp_path / f"set/data/train-0000{number}-of-00002.parquet"))
+    rows.select([2]).to_parquet(str(tmp_path / "set/data/val-00000-of-00001.parquet"))
+    raw = data.load_raw(str(tmp_path / "set"))
+    assert raw["val"]["image_id"] == ["c"] and sorted([*raw["train"]["image_id"], *raw["selection"]["image_id"]]) == [
+        "a", "b"]
+
+
 def undecoded(split: datasets.Dataset) -> list[dict]:
     return list(split.cast_column("image", datasets.Image(decode=False))["image"])
 
@@ -449,6 +472,8 @@ def test_a_table_that_cannot_be_used_is_named(tmp_path: Path):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     refused(tmp_path / "cut", file.name, "not a whole Parquet file")
+    file.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
+    refused(tmp_path / "cut", file.name, "cannot be read as Parquet")
     table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
     refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
     wrong = table_rows().remove_columns("objects").add_column("objects", ["a", "b", "c"])

@@ -37,7 +37,7 @@ def broken(value: Any, draw: random.Random) -> Any:
         if draw.random() < 0.25:
             del inner[last]
         else:
-            inner[last] = draw.choice(ODD)
+            inner[last] = copy.deepcopy(draw.choice(ODD))
     return value
 
 

@@ -59,16 +59,24 @@ def read_yolo(root: Path) -> Rows:
 
 
 def _yolo_folders(file: Path, config: dict[str, Any]) -> dict[Path, str]:
-    """The folders that a data.yaml names for its splits, each as a path below the root -> split."""
+    """The folders, or pictures of .txt lists, that a data.yaml names for its splits: path below the root -> split."""
     folders = {}
     for name in ("train", "val", "valid", "test"):
         entries = config.get(name) or []
         for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
             if not isinstance(entry, str):
                 raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
-            parts = [part for part in Path(entry).parts if part not in (".", "..", "/")]
-            folders[Path(*parts)] = split_name(name)
+            listed = safe_path(file.parent, str(_below(entry, file.parent)), str(file))
+            lines = read_text(listed).splitlines() if listed.suffix == ".txt" else [entry]
+            folders |= {_below(line.strip(), file.parent): split_name(name) for line in lines if line.strip()}
     return folders
+
+
+def _below(entry: str, root: Path) -> Path:
+    """A path of a data.yaml as one below `root`: "../train/images" is often written for "train/images"."""
+    path = Path(entry)
+    path = path.relative_to(root) if path.is_relative_to(root) else path
+    return Path(*(part for part in path.parts if part not in (".", "..", "/")))
 
 
 def _label_file(picture: Path, root: Path) -> Path:
