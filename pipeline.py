@@ -191,6 +191,7 @@ nf4 = BitsAndBytesConfig(
 
 def load_base(precision, path=run.model_path):
     """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process or on the CPU."""
+    model.patches_as_product()
     base = Qwen2VLForConditionalGeneration.from_pretrained(
         path,
         revision=run.model_revision if path == run.model_path else None,
@@ -230,6 +231,7 @@ def ask(vlm, path, **inputs):
                    max_new_tokens=run.max_new_tokens, names=names, **inputs)
     with runs.exclusive(path):
         if not runs.is_done(path.parent, path.name, key):
+            vlm.set_attn_implementation(model.attention(training=False))
             with runs.timed(run.folder, path.stem):
                 predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
                                 key=key, names=names, max_new_tokens=run.max_new_tokens, do_sample=False)

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
 from helpers.recipes import Stage
@@ -25,14 +26,27 @@ def device_map() -> str | dict[str, int | str]:
     return "balanced" if torch.cuda.device_count() > 1 else {"": 0}
 
 
-def attention() -> str:
-    """On a GPU `flash_attention_2` where the package is installed, else PyTorch's `sdpa`; on a CPU `eager`.
+def attention(training: bool = True) -> str:
+    """On a GPU `flash_attention_2` where the package is installed, else PyTorch's `sdpa`; on a CPU `eager` to train.
 
-    On two CPU cores the tiny model trains 1.28 x as fast with `eager` as with `sdpa`.
+    On two CPU cores the tiny model trains 1.28 x as fast with `eager` as with `sdpa`, and answers faster with `sdpa`.
     """
     if not torch.cuda.is_available():
-        return "eager"
+        return "eager" if training else "sdpa"
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def patches_as_product() -> None:
+    """Let Qwen2-VL's patch embedding be the matrix product that it is: a convolution whose stride is its kernel.
+
+    The result is the same up to rounding. On a CPU in bf16 the convolution takes a third of the vision tower's time,
+    the product almost none. Changes the class, so that copies and models loaded later have it too.
+    """
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [patches, 1176] -> [patches, hidden]
+        weight = self.proj.weight
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
+
+    modeling_qwen2_vl.PatchEmbed.forward = forward
 
 
 def tower_of(name: str) -> str:

@@ -52,6 +52,20 @@ def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
     assert not (tmp_path / "together.parts").exists()
 
 
+def test_the_tower_may_look_at_a_few_pictures_at_a_time(vlm, processor, rows):
+    images = [row["image"] for row in rows]
+    batch = processor(images=images, text=["<|vision_start|><|image_pad|><|vision_end|>"] * 6, return_tensors="pt")
+    with torch.inference_mode():
+        whole, few = (predict.look(vlm, batch["pixel_values"], batch["image_grid_thw"], n).pooler_output for n in (6, 4))
+    assert [len(tokens) for tokens in few] == (batch["image_grid_thw"].prod(-1) // 4).tolist()
+    for a, b in zip(whole, few, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_sizes_are_those_of_the_pictures(rows):
+    assert predict._sizes(rows) == [row["image"].size for row in rows]
+
+
 def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     real, calls = predict.generate_lines, []
