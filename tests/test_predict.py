@@ -53,10 +53,10 @@ def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
 
 
 def test_the_tower_may_look_at_a_few_pictures_at_a_time(vlm, processor, rows):
-    images = [row["image"] for row in rows]
-    batch = processor(images=images, text=["<|vision_start|><|image_pad|><|vision_end|>"] * 6, return_tensors="pt")
+    batch = processor.image_processor([row["image"] for row in rows], return_tensors="pt")
     with torch.inference_mode():
-        whole, few = (predict.look(vlm, batch["pixel_values"], batch["image_grid_thw"], n).pooler_output for n in (6, 4))
+        whole, few = (predict.look(vlm, batch["pixel_values"], batch["image_grid_thw"], at_once).pooler_output
+                      for at_once in (6, 4))
     assert [len(tokens) for tokens in few] == (batch["image_grid_thw"].prod(-1) // 4).tolist()
     for a, b in zip(whole, few, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
