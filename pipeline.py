@@ -244,7 +244,8 @@ base_hash = runs.files_hash(run.model_path)
 runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
 asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt,
          "constrained": run.constrained}
-baseline = ask(base, Path(run.output_root) / "baselines" / runs.key(**asked) / "baseline.jsonl", **asked)
+kept_in = Path(run.output_root) / "baselines" / runs.key(pixels=[run.min_pixels, run.max_pixels], **asked)
+baseline = ask(base, kept_in / "baseline.jsonl", **asked)
 print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
 del base
 model.free_memory()

@@ -72,7 +72,7 @@ def _rounded(numbers: dict) -> dict:
 
 def readme_block(ledger: dict, scale: str = "tiny") -> str:
     """The README's results, in Markdown: the table, what the recipes' differences are, what 50 pictures can tell."""
-    rows = {row: ledger["rows"].get(f"{scale}/{row}") for row in ROWS}
+    rows = {row: ledger.get("rows", {}).get(f"{scale}/{row}") for row in ROWS}
     head = ["", "n", "embedded: mean IoU (95 %)", *HEADS, "run", "commit", "7B, published"]
     lines = [table_line(head), table_line(["---"] * len(head))]
     for row, entry in rows.items():
@@ -86,7 +86,11 @@ def readme_block(ledger: dict, scale: str = "tiny") -> str:
                                  ", ".join(entry["run"]), ", ".join(dict.fromkeys(map(str, entry["commit"]))),
                                  published]))
     said = [f"- {key.split('/')[1].replace(' - ', ' minus ')}: {with_interval(value)}, {_verdict(value)}"
-            for key, value in ledger["comparisons"].items() if key.startswith(f"{scale}/")]
+            for key, value in ledger.get("comparisons", {}).items() if key.startswith(f"{scale}/")]
+    if "collators" in ledger:
+        both = ledger["collators"]
+        said.append(f"- loss on the answer alone minus on all text ({both['recipe']}, {both['seeds']} seeds each): "
+                    f"{with_interval(both['difference'])}, {both['verdict']}")
     told = what_fifty_tell(ledger, scale)
     return "\n".join([*lines, *([""] if said else []), *said, *(["", told] if told else [])])
 
@@ -99,8 +103,9 @@ def _verdict(difference: dict) -> str:
 
 def what_fifty_tell(ledger: dict, scale: str = "tiny") -> str:
     """What the published table's 50 pictures can tell apart, by the spreads measured here; "" where there are none."""
-    entries = [ledger["rows"][f"{scale}/{row}"] for row in ROWS[2:] if f"{scale}/{row}" in ledger["rows"]]
-    paired = [value["spread"] for key, value in ledger["comparisons"].items() if key.startswith(f"{scale}/")]
+    rows, comparisons = ledger.get("rows", {}), ledger.get("comparisons", {})
+    entries = [rows[f"{scale}/{row}"] for row in ROWS[2:] if f"{scale}/{row}" in rows]
+    paired = [value["spread"] for key, value in comparisons.items() if key.startswith(f"{scale}/")]
     if not entries or not paired:
         return ""
     root, z = math.sqrt(PUBLISHED_N), stats.norm.ppf(1 - ALPHA / 2)
@@ -122,7 +127,7 @@ def write(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     if not found["rows"]:
         raise FileNotFoundError(f"no scored run in {runs_dir}; make one: make run RECIPE=r4-joint")
     before, readme_before, text = _read(path), _block(Path(readme)), Path(readme).read_text(encoding="utf-8")
-    ledger = {part: before.get(part, {}) | found[part] for part in ("rows", "comparisons")}
+    ledger = before | {part: before.get(part, {}) | found[part] for part in ("rows", "comparisons")}
     path.write_text(json.dumps(ledger, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = text.replace(f"{BEGIN}\n{readme_before}\n{END}", f"{BEGIN}\n{readme_block(ledger)}\n{END}")
     Path(readme).write_text(text, encoding="utf-8")
@@ -137,7 +142,7 @@ def stale(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     ledger, found, problems = _read(path), collect(runs_dir), []
     for part in ("rows", "comparisons"):
         for key, now in found[part].items():
-            was = ledger[part].get(key)
+            was = ledger.get(part, {}).get(key)
             problems += [f"{path}, {key}: {name} is {was and was.get(name)!r}, the run on disk says {value!r}"
                          for name, value in now.items() if was is None or was.get(name) != value]
     shown, expected = _block(Path(readme)).splitlines(), readme_block(ledger).splitlines()
