@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -30,7 +31,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
 
     Under a launcher each process takes every world-size-th picture, and rank 0 writes the file; all return all lines:
     `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences" (0-1), "rejected", "stopped",
-    "new_tokens"}`. A batch that does not fit into the GPU's memory is halved.
+    "new_tokens"}`. A batch that does not fit into memory is halved.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_suffix(".parts")
@@ -47,19 +48,20 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     own.write_text("".join(_as_text(line) for line in _whole_lines(own)))  # drops a line that a kill has cut
     with own.open("a") as file:
         while todo:
-            batch, rest = todo[:batch_size], todo[batch_size:]
+            batch, lines = todo[:batch_size], None
             try:
                 lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation, names)
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
+            except Exception as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
-                torch.cuda.empty_cache()
-                batch_size = max(1, batch_size // 2)
-                print(f"out of GPU memory: going on with batches of {batch_size}")
+            if lines is None:  # here the error, which holds on to the batch's tensors, is gone
+                clear_device_cache(garbage_collection=True)
+                batch_size = len(batch) // 2
+                print(f"out of memory: going on with batches of {batch_size}")
                 continue
             file.write("".join(_as_text(line) for line in lines))
             file.flush()
-            todo = rest
+            todo = todo[len(batch):]
             bar.update(len(batch))
     bar.close()
     _wait_for_all(world)

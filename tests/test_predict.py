@@ -93,17 +93,28 @@ def test_lines_of_other_inputs_are_not_taken_over(vlm, processor, rows, tmp_path
     assert ask(vlm, processor, rows.select([0]), tmp_path / "p.jsonl")[0]["text"] != "old"
 
 
-def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
+def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys, error):
     real = predict.generate_lines
 
     def only_one_fits(*arguments):
         if len(arguments[2]) > 1:
-            raise torch.cuda.OutOfMemoryError("full")
+            raise error
         return real(*arguments)
 
     monkeypatch.setattr(predict, "generate_lines", only_one_fits)
-    assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4)) == 2
-    assert "batches of 2" in capsys.readouterr().out
+    assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)) == 2
+    assert "out of memory: going on with batches of 1" in capsys.readouterr().out
+
+
+def test_an_error_of_another_kind_is_not_taken_for_memory(vlm, processor, rows, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(predict, "generate_lines", fails)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ask(vlm, processor, rows, tmp_path / "p.jsonl")
 
 
 def test_one_answer_as_a_line(processor):
