@@ -93,9 +93,10 @@ display(Markdown(f"{len(peers)} of {len(found)} runs were scored on the same pic
 display(evaluate.metrics_table(chosen["metrics"]))
 tuned, constant = scores["fine-tuned"], scores["constant box"]
 lift = evaluate.paired_bootstrap(tuned["per_picture"], constant["per_picture"])
-seen = lift["difference"]["low"] > 0
+above, below = lift["difference"]["low"] > 0, lift["difference"]["high"] < 0
+worth = "better than" if above else "worse than" if below else "not to be told from"
 display(Markdown(f"Fine-tuned minus constant box, picture by picture: {evaluate.with_interval(lift['difference'])} "
-                 f"mean IoU, so it {'looks at the picture' if seen else 'cannot be told from one that never looks'}."))
+                 f"mean IoU: {worth} a box that never looks at the picture."))
 
 # %% [markdown]
 # Several tables on one picture: boxes and truth are matched one to one for the greatest sum of IoU, whatever their
@@ -130,7 +131,7 @@ display(Markdown(f"All is named, and n stays {named['summary']['mean_iou']['n']}
 # anywhere in it.
 
 # %%
-sizes = sorted({12, 25, min(50, len(truth)), len(truth)})
+sizes = [n for n in (12, 25, 50) if n < len(truth)] + [len(truth)]
 widths = {n: intervals.interval(intervals.mean, [r["iou"] for r in tuned["per_picture"][:n] if r["iou"] is not None])
           for n in sizes}
 display(pd.DataFrame({f"first {n}": {"mean IoU (95 %)": evaluate.with_interval(one), "half width": round(
@@ -249,10 +250,10 @@ display(evaluate.trusted_table(trusted))
 said = f"No confidence makes the boxes of {len(rows['selection'])} pictures of selection 95 % right: use none unseen."
 if trusted["threshold"] is not None:
     kept = trusted["selection"]["kept"]
-    said = (f"Chosen on {len(rows['selection'])} pictures of selection, where {kept} boxes pass"
-            f"{' (so few that the choice is mostly chance)' if kept < 20 else ''}. On val "
-            f"{trusted['kept']['precision']['n']} of {trusted['all']['precision']['n']} boxes pass, with a precision "
-            f"of {evaluate.with_interval(trusted['kept']['precision'])}.")
+    said = (f"Boxes that pass: {kept} on the {len(rows['selection'])} pictures of selection that chose the threshold"
+            f"{' (so few that the choice is mostly chance)' if kept < 20 else ''}, on val "
+            f"{trusted['kept']['precision']['n']} of {trusted['all']['precision']['n']}, there with a precision of "
+            f"{evaluate.with_interval(trusted['kept']['precision'])}.")
 display(Markdown(said))
 
 # %% [markdown]
