@@ -18,7 +18,7 @@ PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
 ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sync lab run recipes table compare notebooks tiny-base env clean
+.PHONY: help setup demo test lint sync lab run recipes table compare prompts collators notebooks tiny-base env clean
 
 help: ## show the targets and what they take
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,12 +57,18 @@ run-%: sync
 	@mkdir -p runs
 	$(ON_GPUS) $(PAPERMILL) pipeline.ipynb runs/$*.ipynb -p recipe $* -p scale $(SCALE) $(ARGS)
 
-table: $(STAMP) ## show the results of all runs found in runs/
+table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
 	$(BIN)/python -m helpers.evaluate table $(ARGS)
 
 compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-only
 	$(BIN)/python -m helpers.evaluate compare $(if $(A),$(A),$(error A= is missing; make compare A=r4-joint B=r1-llm-only)) \
 		$(if $(B),$(B),$(error B= is missing; make compare A=r4-joint B=r1-llm-only))
+
+prompts: $(STAMP) ## ask several prompts without training, in NF4 and bf16 (ARGS='--scale 7b')
+	$(BIN)/python -m helpers.dev.prompts $(ARGS)
+
+collators: $(STAMP) ## train on the answer alone and on all text, 3 seeds each, and compare: an hour on a CPU
+	$(BIN)/python -m helpers.dev.collators $(ARGS)
 
 notebooks: sync ## run every notebook, refresh its committed outputs and thumbnail (ARGS=notebooks/x.ipynb for one)
 	$(BIN)/python -m helpers.dev.execute $(ARGS)

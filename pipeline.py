@@ -196,6 +196,7 @@ nf4 = BitsAndBytesConfig(
 
 def load_base(precision, path=run.model_path):
     """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process or on the CPU."""
+    model.patches_as_product()
     base = Qwen2VLForConditionalGeneration.from_pretrained(
         path,
         revision=run.model_revision if path == run.model_path else None,
@@ -235,6 +236,7 @@ def ask(vlm, path, **inputs):
                    max_new_tokens=run.max_new_tokens, names=names, **inputs)
     with runs.exclusive(path):
         if not runs.is_done(path.parent, path.name, key):
+            vlm.set_attn_implementation(model.attention(training=False))
             with runs.timed(run.folder, path.stem):
                 predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
                                 key=key, names=names, max_new_tokens=run.max_new_tokens, do_sample=False)
@@ -249,7 +251,8 @@ if runs.is_main():
     audit.write(run.folder / "audit.jsonl")
 asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt,
          "constrained": run.constrained}
-baseline = ask(base, Path(run.output_root) / "baselines" / runs.key(**asked) / "baseline.jsonl", **asked)
+kept_in = Path(run.output_root) / "baselines" / runs.key(pixels=[run.min_pixels, run.max_pixels], **asked)
+baseline = ask(base, kept_in / "baseline.jsonl", **asked)
 print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
 del base
 model.free_memory()

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
 from helpers.recipes import Stage
@@ -51,14 +52,29 @@ def check_one_way(model: nn.Module, n_gpu: int) -> None:
                          "use DataParallel; spread the model with device_map='balanced', or start one process a GPU.")
 
 
-def attention() -> str:
+def attention(training: bool = True) -> str:
     """On a GPU `flash_attention_2` where the package is installed and the GPU has it (Ampere or newer), else PyTorch's
-    `sdpa`; on a CPU `eager`: on two cores the tiny model trains 1.28 x as fast with it as with `sdpa`.
+    `sdpa`; on a CPU `eager` to train and `sdpa` to answer.
+
+    On two CPU cores the tiny model trains 1.28 x as fast with `eager` as with `sdpa`, and answers faster with `sdpa`.
     """
     if not torch.cuda.is_available():
-        return "eager"
+        return "eager" if training else "sdpa"
     new_enough = torch.cuda.get_device_capability()[0] >= 8
     return "flash_attention_2" if new_enough and is_flash_attn_2_available() else "sdpa"
+
+
+def patches_as_product() -> None:
+    """Let Qwen2-VL's patch embedding be the matrix product that it is: a convolution whose stride is its kernel.
+
+    The result is the same up to rounding. On a CPU in bf16 the convolution takes a third of the vision tower's time,
+    the product almost none. Changes the class, so that copies and models loaded later have it too.
+    """
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # [patches, 1176] -> [patches, hidden]
+        weight = self.proj.weight
+        return nn.functional.linear(hidden_states.to(weight.dtype), weight.flatten(1))
+
+    modeling_qwen2_vl.PatchEmbed.forward = forward
 
 
 def tower_of(name: str) -> str:

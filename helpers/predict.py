@@ -1,5 +1,6 @@
 """Batched greedy generation: one JSON line a picture, with a confidence for every box. Goes on where it was killed."""
 
+import io
 import json
 import math
 import os
@@ -7,7 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import datasets
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from helpers.grammar import Grammar, GrammarConstraint
 from helpers.messages import parse_text, to_messages
@@ -26,39 +31,42 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
 
     Under a launcher each process takes every world-size-th picture, and rank 0 writes the file; all return all lines:
     `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences" (0-1), "rejected", "stopped",
-    "new_tokens"}`. A batch that does not fit into the GPU's memory is halved.
+    "new_tokens"}`. A batch that does not fit into memory is halved.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    longest_first = sorted(range(len(rows)), key=lambda i: -_tokens(rows[i]["image"].size, processor))
+    tokens = [_tokens(size, processor) for size in _sizes(rows)]
+    longest_first = sorted(range(len(rows)), key=lambda i: -tokens[i])
     mine = longest_first[rank::world]
     done = _read_parts(parts, key)
-    todo = [i for i in mine if rows[i]["image_id"] not in done]
+    ids = list(rows["image_id"])
+    todo = [i for i in mine if ids[i] not in done]
     model.eval()
     bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
     own = parts / f"{key}.{rank}.jsonl"
     own.write_text("".join(_as_text(line) for line in _whole_lines(own)))  # drops a line that a kill has cut
     with own.open("a") as file:
         while todo:
-            batch, rest = todo[:batch_size], todo[batch_size:]
+            batch, lines = todo[:batch_size], None
             try:
                 lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation, names)
-            except torch.cuda.OutOfMemoryError:
-                if batch_size == 1:
+            except Exception as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
-                torch.cuda.empty_cache()
-                batch_size = max(1, batch_size // 2)
-                print(f"out of GPU memory: going on with batches of {batch_size}")
+            if lines is None:  # here the error, which holds on to the batch's tensors, is gone
+                clear_device_cache(garbage_collection=True)
+                batch_size = len(batch) // 2
+                print(f"out of memory: going on with batches of {batch_size}")
                 continue
             file.write("".join(_as_text(line) for line in lines))
             file.flush()
-            todo = rest
+            todo = todo[len(batch):]
             bar.update(len(batch))
     bar.close()
     _wait_for_all(world)
     if rank == 0:
-        _join(parts, key, rows["image_id"], path)
+        _join(parts, key, ids, path)
     _wait_for_all(world)
     return read_jsonl(path)
 
@@ -74,16 +82,31 @@ def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generati
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     images = [row["image"].convert("RGB") for row in rows]
     batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    seen = look(model, batch.pop("pixel_values"), batch["image_grid_thw"])
     batch = batch.to(model.device)
     length = batch["input_ids"].shape[1]
     if names is not None:
         grammar = Grammar(processor.tokenizer, names, max_new_tokens=generation["max_new_tokens"])
         generation = generation | {"logits_processor": [GrammarConstraint(grammar, length)]}
-    out = model.generate(**batch, **generation, return_dict_in_generate=True, output_logits=True)
+    out = model.generate(**batch, mm_encoder_outputs={"image": seen}, **generation, return_dict_in_generate=True,
+                         output_logits=True)
     scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
     answers = out.sequences[:, length:]
     return [line(row["image_id"], tokens, logs, processor.tokenizer)
             for row, tokens, logs in zip(rows, answers.tolist(), scores.tolist(), strict=True)]
+
+
+def look(model, pixel_values: torch.Tensor, grids: torch.Tensor, at_once: int = 4) -> BaseModelOutputWithPooling:
+    """The vision tower's view of a batch, as `model.generate` takes it: `pooler_output` is N tensors [tokens, hidden].
+
+    `pixel_values` [patches, 1176] and `grids` [N, 3] are the processor's. The tower works on `at_once` pictures at a
+    time: it gains nothing from more, and on a CPU its activations then stay in the cache.
+    """
+    few = grids.split(at_once)
+    pieces = pixel_values.split([int(grid.prod(-1).sum()) for grid in few])
+    views = [model.get_image_features(pixels.to(model.device), grid.to(model.device)).pooler_output
+             for pixels, grid in zip(pieces, few, strict=True)]
+    return BaseModelOutputWithPooling(pooler_output=tuple(tokens for view in views for tokens in view))
 
 
 def line(image_id: str, tokens: list[int], log_probabilities: list[float], tokenizer) -> dict:
@@ -109,6 +132,16 @@ def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: lis
             digits.append(log_probability)
         at += len(piece)
     return math.exp(sum(digits) / len(digits))
+
+
+def _sizes(rows) -> list[tuple[int, int]]:
+    """(width, height) of every picture, from its file's head: nothing is decoded."""
+    sizes = []
+    for picture in rows.select_columns("image").cast_column("image", datasets.Image(decode=False)):
+        stored = picture["image"]
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+            sizes.append(image.size)
+    return sizes
 
 
 def _tokens(size: tuple[int, int], processor) -> int:

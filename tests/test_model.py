@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from helpers import merge, model
 from helpers.recipes import LORA_TARGETS, RECIPES, Stage
@@ -214,3 +215,16 @@ def test_one_model_over_gpus_and_one_process_a_gpu_are_never_mixed(monkeypatch):
     alone = base()
     alone.hf_device_map = {"": 1}
     model.check_one_way(alone, n_gpu=1)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_patch_embedding_as_a_product_is_the_convolution(monkeypatch, dtype, bound):
+    monkeypatch.setattr(modeling_qwen2_vl.PatchEmbed, "forward", modeling_qwen2_vl.PatchEmbed.forward)
+    torch.manual_seed(0)
+    embed, pixels = modeling_qwen2_vl.PatchEmbed(embed_dim=32).to(dtype), torch.randn(7, 3 * 2 * 14 * 14)
+    convolved = embed(pixels)
+    (slope,) = torch.autograd.grad(convolved.sum(), embed.proj.weight)
+    model.patches_as_product()
+    product = embed(pixels)
+    torch.testing.assert_close(product, convolved, atol=bound, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(product.sum(), embed.proj.weight)[0], slope, atol=20 * bound, rtol=0)

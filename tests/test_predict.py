@@ -52,6 +52,20 @@ def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
     assert not (tmp_path / "together.parts").exists()
 
 
+def test_the_tower_may_look_at_a_few_pictures_at_a_time(vlm, processor, rows):
+    batch = processor.image_processor([row["image"] for row in rows], return_tensors="pt")
+    with torch.inference_mode():
+        whole, few = (predict.look(vlm, batch["pixel_values"], batch["image_grid_thw"], at_once).pooler_output
+                      for at_once in (6, 4))
+    assert [len(tokens) for tokens in few] == (batch["image_grid_thw"].prod(-1) // 4).tolist()
+    for a, b in zip(whole, few, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_sizes_are_those_of_the_pictures(rows):
+    assert predict._sizes(rows) == [row["image"].size for row in rows]
+
+
 def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
     real, calls = predict.generate_lines, []
@@ -79,17 +93,28 @@ def test_lines_of_other_inputs_are_not_taken_over(vlm, processor, rows, tmp_path
     assert ask(vlm, processor, rows.select([0]), tmp_path / "p.jsonl")[0]["text"] != "old"
 
 
-def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
+def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys, error):
     real = predict.generate_lines
 
     def only_one_fits(*arguments):
         if len(arguments[2]) > 1:
-            raise torch.cuda.OutOfMemoryError("full")
+            raise error
         return real(*arguments)
 
     monkeypatch.setattr(predict, "generate_lines", only_one_fits)
-    assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4)) == 2
-    assert "batches of 2" in capsys.readouterr().out
+    assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)) == 2
+    assert "out of memory: going on with batches of 1" in capsys.readouterr().out
+
+
+def test_an_error_of_another_kind_is_not_taken_for_memory(vlm, processor, rows, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(predict, "generate_lines", fails)
+    with pytest.raises(RuntimeError, match="shapes"):
+        ask(vlm, processor, rows, tmp_path / "p.jsonl")
 
 
 def test_one_answer_as_a_line(processor):

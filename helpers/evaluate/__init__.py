@@ -1,6 +1,6 @@
 """Predictions and truth in, matches, metrics and intervals out. Reads files; needs no GPU and no model.
 
-python -m helpers.evaluate table [RUNS_DIR]
+python -m helpers.evaluate table [RUNS_DIR] [--write | --check]
 python -m helpers.evaluate compare A B
 python -m helpers.evaluate score FOLDER
 python -m helpers.evaluate reference FILE.csv
@@ -20,17 +20,22 @@ from helpers.evaluate.reports import (
     write_metrics,
 )
 from helpers.evaluate.scoring import score
+from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix, over_seeds
 from helpers.evaluate.threshold import trusted_boxes, trusted_table
 
 __all__ = [
     "best_constant_box",
     "compare",
     "constant_predictions",
+    "difference_over_seeds",
     "find_runs",
+    "group_seeds",
     "interval",
+    "iou_matrix",
     "keep_confident",
     "load_score",
     "metrics_table",
+    "over_seeds",
     "paired_bootstrap",
     "reliability",
     "rescore",

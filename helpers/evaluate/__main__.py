@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from helpers.evaluate import ledger
 from helpers.evaluate.reference import check_reference
 from helpers.evaluate.reports import compare, rescore, results_table
 
@@ -13,6 +14,10 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     table = commands.add_parser("table", help="the results of all runs found")
     table.add_argument("runs_dir", nargs="?", default="runs")
+    table.add_argument("--write", action="store_true", help="write the ledger and the README's results from the runs")
+    table.add_argument("--check", action="store_true", help="fail where README, ledger and runs do not agree")
+    table.add_argument("--ledger", default="results.json")
+    table.add_argument("--readme", default="README.md")
     pair = commands.add_parser("compare", help="two runs on the same pictures, by a paired bootstrap")
     pair.add_argument("a", help="a run's name or folder; name:base for its baseline")
     pair.add_argument("b")
@@ -23,7 +28,11 @@ def main(arguments: list[str] | None = None) -> None:
     reference.add_argument("file", help="CSV with image_id, iou, prediction, pred_boxes, gt_boxes")
     given = parser.parse_args(arguments)
     try:
-        if given.command == "table":
+        if given.command == "table" and given.check:
+            _check_results(given)
+        elif given.command == "table" and given.write:
+            print(ledger.write(given.runs_dir, given.ledger, given.readme))
+        elif given.command == "table":
             print(results_table(given.runs_dir))
         elif given.command == "compare":
             print(compare(given.a, given.b, given.runs_dir))
@@ -34,6 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"{name}: {value}")
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
+
+
+def _check_results(given: argparse.Namespace) -> None:
+    problems = ledger.stale(given.runs_dir, given.ledger, given.readme)
+    if problems:
+        raise ValueError("\n".join([*problems, f"{len(problems)} stale; make table ARGS=--write"]))
+    print(f"every number of the results in {given.readme} is that of {given.ledger}")
 
 
 def _print_scores(metrics: dict) -> None:

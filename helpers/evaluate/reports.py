@@ -9,6 +9,7 @@ import pandas as pd
 
 from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
 from helpers.evaluate.scoring import score
+from helpers.evaluate.seeds import group_seeds, iou_matrix, over_seeds
 
 FILES = {
     "fine-tuned": "predictions.jsonl",
@@ -69,7 +70,7 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     rows = {}
     for name, scored in metrics["scores"].items():
         summary = scored["summary"]
-        numbers = {head: _number(summary[metric]["value"], metric in _PERCENT) for head, metric in METRICS.items()}
+        numbers = {head: number(summary[metric]["value"], metric in _PERCENT) for head, metric in METRICS.items()}
         rows[name] = {"n": summary["mean_iou"]["n"], "mean IoU (95 %)": with_interval(summary["mean_iou"]), **numbers}
     return pd.DataFrame(rows).T
 
@@ -113,7 +114,7 @@ def _read_lines(path: Path) -> list[dict]:
 
 
 def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
-    """Every scored run: `{"run", "recipe", "scale", "command", "metrics"}`, sorted by name."""
+    """Every scored run: its name and scores, and from its manifest what made it, sorted by name."""
     runs = []
     for path in sorted(Path(runs_dir).glob(f"{PREFIX}*/metrics.json")):
         manifest_path = path.with_name("manifest.json")
@@ -126,6 +127,10 @@ def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
                 "recipe": manifest.get("recipe", name),
                 "scale": manifest.get("scale", "unknown"),
                 "command": command if isinstance(command, str) else " ".join(command),
+                "commit": manifest.get("git"),
+                "machine": manifest.get("machine"),
+                "parameters": manifest.get("parameters", {}),
+                "seed": manifest.get("parameters", {}).get("seed"),
                 "metrics": _read_json(path),
             }
         )
@@ -150,10 +155,12 @@ def _scale_table(scale: str, runs: list[dict]) -> str:
         else:
             rows.append(_row(name, run, name if name in FILES else "fine-tuned"))
             shown += [run["run"]] if name == run["run"] or name not in FILES else []
+    rows += [_seeds_row(name, group) for name, group in group_seeds(runs).items() if len(group) > 1]
     own = [run for run in runs if run["run"] not in shown and "fine-tuned" in run["metrics"]["scores"]]
     rows += [_row(run["recipe"], run, "fine-tuned") for run in own]
     head = ["model", "n", "mean IoU (95 %)", *METRICS, "run", "command"]
-    lines = [f"Scale `{scale}`, intervals by bootstrap over pictures:", "", _line(head), _line(["---"] * len(head))]
+    lines = [f"Scale `{scale}`, intervals by bootstrap over pictures (and over seeds, where there are several):", "",
+             table_line(head), table_line(["---"] * len(head))]
     notes = [f"Missing: {name}. Make it: `make run RECIPE={name}`." for name in missing if name != "constant box"]
     if len({run["metrics"]["truth"]["hash"] for run in runs}) > 1:
         notes.append("These runs were not all scored on the same truth: compare only those that share it.")
@@ -172,18 +179,30 @@ def _run_of_row(row: str, runs: list[dict]) -> dict | None:
 def _row(name: str, run: dict, which: str) -> str:
     summary = run["metrics"]["scores"][which]["summary"]
     iou = summary["mean_iou"]
-    numbers = [_number(summary[metric]["value"], percent=metric in _PERCENT) for metric in METRICS.values()]
-    return _line([name, str(iou["n"]), with_interval(iou), *numbers, run["run"], f"`{run['command']}`"])
+    numbers = [number(summary[metric]["value"], percent=metric in _PERCENT) for metric in METRICS.values()]
+    return table_line([name, str(iou["n"]), with_interval(iou), *numbers, run["run"], f"`{run['command']}`"])
+
+
+def _seeds_row(name: str, group: list[dict]) -> str:
+    """The mean over the seeds of a recipe, its interval over seeds and pictures."""
+    iou = over_seeds(iou_matrix(group)[0])
+    summaries = [run["metrics"]["scores"]["fine-tuned"]["summary"] for run in group]
+    numbers = []
+    for metric in METRICS.values():
+        values = [summary[metric]["value"] for summary in summaries]
+        numbers.append(number(None if None in values else sum(values) / len(values), metric in _PERCENT))
+    return table_line([f"{name}, mean of {len(group)} seeds", str(iou["n"]), with_interval(iou), *numbers,
+                       ", ".join(run["run"] for run in group), "–"])
 
 
 _PERCENT = ("detection_rate", "iou_over_50", "iou_over_70")
 
 
-def _line(cells: list[str]) -> str:
+def table_line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
-def _number(value: float | None, percent: bool = False) -> str:
+def number(value: float | None, percent: bool = False) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.0f} %" if percent else f"{value:.3f}".replace("0.", ".", 1)
@@ -191,7 +210,7 @@ def _number(value: float | None, percent: bool = False) -> str:
 
 def with_interval(metric: dict) -> str:
     """A metric or difference of `score` or `paired_bootstrap` as text: `.712 (.671 to .750)`."""
-    return f"{_number(metric['value'])} ({_number(metric['low'])} to {_number(metric['high'])})"
+    return f"{number(metric['value'])} ({number(metric['low'])} to {number(metric['high'])})"
 
 
 def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
@@ -206,7 +225,7 @@ def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
         f"- {name_a}: mean IoU {with_interval(score_a['summary']['mean_iou'])}",
         f"- {name_b}: mean IoU {with_interval(score_b['summary']['mean_iou'])}",
         f"- difference on the same {difference['n']} pictures: {difference['value']:+.3f} "
-        f"({_number(difference['low'])} to {_number(difference['high'])})",
+        f"({number(difference['low'])} to {number(difference['high'])})",
         f"- verdict: {result['verdict']}",
         f"- 50 pictures would have told them apart {100 * result['power_50']:.0f} times in 100",
     ]

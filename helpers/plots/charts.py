@@ -28,7 +28,7 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
     right.set(xlabel="IoU at least", ylabel="share of pictures", xlim=(0, 1), ylim=(0, 1.02))
     for threshold in (0.5, 0.7):
         right.axvline(threshold, color="0.6", linewidth=0.8, zorder=0)
-    right.legend(fontsize=8, frameon=False, loc="lower left")
+    right.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="lower left")
     return finish(figure, path)
 
 
@@ -73,7 +73,7 @@ def reliability_diagram(reliability: dict, *, path: Path | None = None) -> Shown
     axes.scatter(x, y, s=15 + 250 * count / count.sum(), color=COLOURS[0], label=f"boxes (n = {count.sum()})")
     axes.set(xlabel="confidence", ylabel="share with IoU > .5", xlim=(0, 1.02), ylim=(-0.02, 1.04))
     axes.set_title(f"mean gap {reliability['ece']:.2f}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="lower right")
     return finish(figure, path)
 
 
