@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import is_flash_attn_2_available
 
+from helpers import parity
 from helpers.recipes import Stage
 
 TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
@@ -125,8 +126,10 @@ def trainable_to_fp32(model: nn.Module) -> None:
 def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     """`base` with the adapter in `folder`, after a check that every key of the file found its place.
 
-    Raises ValueError that names the keys: after a rename of modules PEFT loads what fits and only warns.
+    Raises ValueError that names the keys: after a rename of modules PEFT loads what fits and only warns; ParityError
+    where the adapter was trained on another base.
     """
+    parity.check_base(folder, parity.base_of(base.config._name_or_path, getattr(base.config, "_commit_hash", None)))
     model = PeftModel.from_pretrained(base, str(folder))
     file = load_file(Path(folder) / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model)
