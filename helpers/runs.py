@@ -158,8 +158,9 @@ def continue_wandb(folder: Path) -> None:
     manifest = read_json(folder / "manifest.json")
     run_id = manifest.get("wandb_run_id") or uuid.uuid4().hex[:8]
     if is_main():
-        if wandb.run is not None and wandb.run.id != run_id:
-            wandb.finish()
+        if wandb.run is None or wandb.run.id != run_id:
+            wandb.finish()  # the run of a stage before this one
+            wandb.teardown()  # W&B reads the environment anew only after it
         write_json(folder / "manifest.json", manifest | {"wandb_run_id": run_id})
     os.environ.update(WANDB_RUN_ID=run_id, WANDB_RESUME="allow")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,7 +20,8 @@ def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: 
     """Rows whose picture is the one that the processor would make of it, as a JPEG (quality 95); written once, cached.
 
     A picture over `max_pixels` is turned by its EXIF tag and resized as Qwen2-VL's processor does (sides a multiple of
-    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes.
+    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes. From here
+    on no picture file is read, so none can be missed in the middle of a training.
     Boxes are in 0-1 and stay; `width` and `height` stay those of the original. A picture that cannot be read is left
     out and named: `clean` has already dropped them.
     """
@@ -66,7 +68,7 @@ def _shrink(image: dict[str, Any], min_pixels: int, max_pixels: int, factor: int
         width, height = picture.size
         if width * height <= max_pixels:
             picture.load()
-            return image
+            return image if image["bytes"] is not None else {"bytes": Path(image["path"]).read_bytes(), "path": None}
         new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
         small = ImageOps.exif_transpose(draft_resize(picture, (new_width, new_height)))
     file = io.BytesIO()

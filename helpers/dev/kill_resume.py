@@ -131,6 +131,8 @@ def trial(recipe: str, folder: Path, moments: tuple[str, ...], seed: int) -> lis
     for root in (whole, killed):
         assert not root.exists(), f"{root} is left from an earlier trial; delete it"
     finish(start(recipe, whole, whole.with_suffix(".log")), whole.with_suffix(".log"))
+    if RECIPES[recipe][-1].trains == "full":  # its model is saved before it predicts; others are merged after
+        moments = tuple(sorted(moments, key=lambda moment: moment == "evaluation"))
     for moment in moments:
         kill = kill_at(moment, recipe, killed, draw)
         if kill:
