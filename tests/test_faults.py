@@ -79,7 +79,7 @@ def test_sigterm_saves_first_and_the_run_goes_on_from_there(tmp_path, processor,
 
 
 @pytest.mark.parametrize("file, error", [
-    ("trainable.safetensors", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+    ("trainable.safetensors", SafetensorError("I/O error: No space left on device (os error 28)")),
     ("optimizer.pt", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 202624 vs 202512")),
     ("trainer_state.json", OSError(errno.ENOSPC, "No space left on device")),
 ])  # as each library says it, seen on a tmpfs that was full

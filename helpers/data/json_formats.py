@@ -69,6 +69,8 @@ def _metadata_row(pictures: Pictures, file: Path, found: dict[str, Any], where: 
     field = next((key for key in _NAME_FIELDS if isinstance(objects.get(key), list)), None)
     if not isinstance(objects.get("bbox"), list) or field is None:
         raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
+    if not isinstance(found.get("meta") or {}, dict):
+        raise DataError(f"{where}: meta is {found['meta']!r}; expected an object with barcode, off_image_id, image_url")
     path = pictures.find(found["file_name"], file.parent, split_of(file.parent, pictures.root), where)
     new = row(path, found.get("image_id"), found.get("meta"), (found.get("width"), found.get("height")))
     names = [CATEGORIES[n] if isinstance(n, int) and 0 <= n < len(CATEGORIES) else str(n) for n in objects[field]]

@@ -81,7 +81,9 @@ def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[
     image_id = str(image_id or path.stem)
     try:
         width, height = (int(value or 0) for value in size)
-    except (TypeError, ValueError):
+        if max(width, height) > 10**6:
+            raise ValueError("no picture is as large")
+    except (TypeError, ValueError, OverflowError):
         raise DataError(f"{path.name}: width and height are {size!r}; expected whole numbers of pixels") from None
     if width <= 0 or height <= 0:
         width, height = shown_size(path)

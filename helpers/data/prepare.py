@@ -20,8 +20,8 @@ def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: 
     """Rows whose picture is the one that the processor would make of it, as a JPEG (quality 95); written once, cached.
 
     A picture over `max_pixels` is turned by its EXIF tag and resized as Qwen2-VL's processor does (sides a multiple of
-    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes. From here
-    on no picture file is read, so none can be missed in the middle of a training.
+    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes. No
+    picture file is read after this, so that none can be missed in the middle of a training.
     Boxes are in 0-1 and stay; `width` and `height` stay those of the original. A picture that cannot be read is left
     out and named: `clean` has already dropped them.
     """

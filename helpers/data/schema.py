@@ -102,6 +102,8 @@ def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
 
 def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Path:
     """The path `name`, relative to `base` (else `root`); `DataError` where it, `..` or a link leads out of `root`."""
+    if "\0" in name or len(name) > 4096:
+        raise DataError(f"{where}: the picture path {name[:40]!r} is none; expected a path below {root}")
     path = Path(base or root, name)
     if not path.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")

@@ -43,7 +43,7 @@ def read_yolo(root: Path) -> Rows:
     folders = {}
     for name in ("train", "val", "valid", "test"):
         for entry in [config[name]] if isinstance(config.get(name), str) else config.get(name) or []:
-            parts = [part for part in Path(entry).parts if part not in (".", "..", "/")]
+            parts = [part for part in Path(str(entry)).parts if part not in (".", "..", "/")]
             folders[Path(*parts)] = split_name(name)
     splits: Rows = {}
     for path in Pictures(root).files:
