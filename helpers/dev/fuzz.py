@@ -18,7 +18,7 @@ SHOWN = 5
 
 
 def hunt(name: str, cases: Iterable[Any], check: Callable[[Any], str]) -> list[str]:
-    """Check every case; prints counts and the slowest, returns counter-examples (`check` gives "" where all is well)."""
+    """Check every case (`check` gives "" where all is well); prints counts, returns the counter-examples."""
     found, counted, slowest = [], 0, 0.0
     for case in cases:
         start = time.perf_counter()
@@ -32,7 +32,7 @@ def hunt(name: str, cases: Iterable[Any], check: Callable[[Any], str]) -> list[s
             fault = fault or f"takes {seconds:.1f} s"
         if fault:
             found.append(f"{fault}: {case!r}")
-    print(f"{name}: {counted} cases, {len(found)} counter-examples, the slowest took {slowest * 1000:.0f} ms", flush=True)
+    print(f"{name}: {counted} cases, {len(found)} counter-examples, slowest {slowest * 1000:.0f} ms", flush=True)
     print(*(f"  {one[:600]}" for one in found[:SHOWN]), sep="\n", end="\n" if found else "")
     return found
 

@@ -21,7 +21,8 @@ from helpers.parameters import PARAMETERS, ParameterError
 OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"  # no name is looked up
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
 ODD = (None, True, False, -1, 0, 1, 7, 2**40, 0.5, 1e-9, float("nan"), float("inf"), "", " ", "None", "0,1",
-       "r4-joint", "7b", "tiny", "auto", "best", "../x", "/proc/x", "/dev/null", "~", "~nobody/x", "\x00", "a" * 5000, "é\n", "x/y", [], {},
+       "r4-joint", "7b", "tiny", "auto", "best", "../x", "/proc/x", "/dev/null", "~", "~nobody/x",
+       "\x00", "a" * 5000, "é\n", "x/y", [], {},
        (1, 2), b"x")
 
 

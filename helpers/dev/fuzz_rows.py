@@ -55,7 +55,8 @@ def box(draw: random.Random) -> list[float | None] | None:
 def row(draw: random.Random, number: int) -> dict[str, Any]:
     """A row of the schema's types, with anything in it."""
     count = draw.choice((0, 1, 1, 2, 5))
-    names = [draw.choice((*CATEGORIES, "NUTRITION-TABLE", "", "bread", "no nutrition table", None)) for _ in range(count)]
+    known = (*CATEGORIES, *CATEGORIES, "NUTRITION-TABLE", "", "bread", "no nutrition table", None)
+    names = [draw.choice(known) for _ in range(count)]
     ids = [CATEGORIES.index(name) if name in CATEGORIES else draw.choice((-1, 99, None)) for name in names]
     objects: dict[str, Any] = {"bbox": [box(draw) for _ in names], "category_id": ids, "category_name": names}
     if draw.random() < 0.1:
@@ -82,7 +83,8 @@ def check_table(rows: list[dict[str, Any]]) -> str:
         return "" if len(rows) < 10 else f"nothing is left of {len(rows)} rows ({error})"
     for kept in cleaned.remove_columns("image").to_list():
         boxes = np.array(kept["objects"]["bbox"]).reshape(-1, 4)
-        if not np.isfinite(boxes).all() or (boxes < 0).any() or (boxes > 1).any() or (boxes[:, 2:] <= boxes[:, :2]).any():
+        inside = np.isfinite(boxes).all() and (boxes >= 0).all() and (boxes <= 1).all()
+        if not inside or (boxes[:, 2:] <= boxes[:, :2]).any():
             return f"{kept['image_id']!r} keeps the box {boxes.tolist()}"
         parsed = parse_text(target_text(kept["objects"]))
         back = sorted(map(tuple, parsed.boxes_xyxy_unit[:, [1, 0, 3, 2]]))
@@ -109,7 +111,7 @@ def lines(count: int, seed: int) -> Iterator[str]:
 
 
 def check_line(line: str) -> str:
-    """The line in a folder with its picture: rows or a DataError in one sentence, and no path that leaves the folder."""
+    """The line in a folder with its picture: rows or a DataError, and no path that leaves the folder."""
     with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()):
         root = Path(name).resolve()
         Image.new("RGB", (48, 64)).save(root / "0.jpg")

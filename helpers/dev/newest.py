@@ -33,7 +33,7 @@ def changes(pins: dict[str, str], python: Path) -> list[str]:
 
 
 def main() -> int:
-    """Install, run the linter, the type checker and the tests there, say what has changed; the first failure's status."""
+    """Install, run linter, type checker and tests there, say what has changed; the first failure's status."""
     pins = {one.name: str(one.specifier).removeprefix("==") for one in map(Requirement, requirements(
         Path("pyproject.toml"))[2])}
     python = FOLDER / "bin" / "python"

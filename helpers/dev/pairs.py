@@ -171,8 +171,9 @@ def sync(pair: Pair, take: str | None = None) -> str:
         write_notebook(pair.ipynb, notebook)
     if pair.py.stat().st_mtime < pair.ipynb.stat().st_mtime:
         os.utime(pair.py)  # JupyterLab refuses to open a pair whose script is the older one
-    words = {"py": f"{pair.ipynb.name} written from {pair.py.name}",
-             "ipynb": f"{pair.py.name} written from {pair.ipynb.name}", "unrecorded": "recorded", "same": ""}[winner or side]
+    done = {"py": f"{pair.ipynb.name} written from {pair.py.name}",
+            "ipynb": f"{pair.py.name} written from {pair.ipynb.name}", "unrecorded": "recorded", "same": ""}
+    words = done[winner or side]
     return words and f"{pair.name}: {words} ({why})"
 
 
