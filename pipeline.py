@@ -200,6 +200,7 @@ def load_base(precision, path=run.model_path):
         revision=run.model_revision if path == run.model_path else None,
         quantization_config=nf4 if precision == "nf4" else None,
         dtype=torch.bfloat16,
+        use_safetensors=True,  # never a pickle
         attn_implementation=model.attention(),
         device_map=model.device_map(),
     )
@@ -446,7 +447,9 @@ def merge_into(kind):
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path).dequantize().to(dtype)
     else:
-        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, dtype=dtype, device_map=model.device_map())
+        base = Qwen2VLForConditionalGeneration.from_pretrained(
+            base_path, dtype=dtype, use_safetensors=True, device_map=model.device_map(),
+            revision=run.model_revision if base_path == run.model_path else None)
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")

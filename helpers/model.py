@@ -130,8 +130,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     where the adapter was trained on another base.
     """
     parity.check_base(folder, parity.base_of(base.config._name_or_path, getattr(base.config, "_commit_hash", None)))
+    file = load_file(Path(folder) / "adapter_model.safetensors")  # first: PEFT would also take a pickle
     model = PeftModel.from_pretrained(base, str(folder))
-    file = load_file(Path(folder) / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model)
     lost = sorted(set(file) ^ set(loaded))
     if lost:

@@ -51,8 +51,11 @@ def test_a_long_gap_between_two_corners_is_read_in_linear_time(filling):
     assert len(parse_text("nutrition-table(1,2)" + filling * 100 + "(3,4)").boxes_xyxy_unit) == 1
 
 
-@pytest.mark.parametrize("field", ['"file_name": "\\u0000"', '"meta": [[]]', '"meta": "x"', '"width": 1e308',
-                                   '"height": Infinity', '"width": NaN', f'"file_name": "{"a" * 5000}"'])
+ONCE_AN_ERROR = ['"file_name": "\\u0000"', '"file_name": ""', '"file_name": "."', f'"file_name": "{"a" * 5000}"',
+                 '"meta": [[]]', '"meta": "x"', '"width": 1e308', '"height": Infinity', '"width": NaN']
+
+
+@pytest.mark.parametrize("field", ONCE_AN_ERROR)
 def test_fields_that_once_ended_in_another_error(field, tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
     objects = '"objects": {"bbox": [[0, 0, 1, 1]], "category_name": ["nutrition-table"]}'

@@ -1,6 +1,7 @@
 """A checkpoint, adapter or model that was made with something else is refused, and the refusal names it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,26 @@ def test_the_pipeline_refuses_a_stage_2_without_its_stage_1_and_a_merged_model_t
     stage1.rename("away")
     with pytest.raises(ParityError, match="r3-stage1/model is not there"):
         run("recipe=r3-two-stage")
+
+
+def test_nothing_runs_code_from_outside_or_uploads(repo):
+    """No trust_remote_code, no pickle, no upload anywhere in what people run."""
+    sources = [*repo.glob("helpers/**/*.py"), *repo.glob("notebooks/*.py"), repo / "pipeline.py"]
+    forbidden = re.compile(r"trust_remote_code|torch\.load\((?!.*weights_only=True)|push_to_hub|upload_folder|joblib")
+    assert len(sources) > 50
+    assert [(path.name, found[0]) for path in sources if (found := forbidden.search(path.read_text()))] == []
+    loads = [path for path in sources if "Qwen2VLForConditionalGeneration.from_pretrained(" in path.read_text()]
+    assert repo / "pipeline.py" in loads
+    text = (repo / "pipeline.py").read_text()
+    assert text.count("Qwen2VLForConditionalGeneration.from_pretrained(") == text.count("use_safetensors=True")
+
+
+def test_a_base_of_pickles_is_refused(tmp_path):
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(TINY_BASE / name, tmp_path)
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=True)
+    Path(tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        model.load_adapter(base(), tmp_path)

@@ -105,6 +105,8 @@ def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Pa
     if "\0" in name or len(name) > 4096:
         raise DataError(f"{where}: the picture path {name[:40]!r} is none; expected a path below {root}")
     path = Path(base or root, name)
+    if path.resolve() == root.resolve():
+        raise DataError(f"{where}: the picture path {name!r} is the folder itself; expected a picture in {root}")
     if not path.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")
     return path

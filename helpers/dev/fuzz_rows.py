@@ -123,5 +123,6 @@ def check_line(line: str) -> str:
         outside = [row["image"]["path"] for row in found if not Path(row["image"]["path"]).is_relative_to(root)]
         if outside:
             return f"{outside} leaves the folder"
-        datasets.Dataset.from_list(found, features=FEATURES)
+        if found:
+            datasets.Dataset.from_list(found, features=FEATURES)
         return ""
