@@ -18,30 +18,38 @@ PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
 ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint sync lab run recipes table compare prompts collators notebooks tiny-base env clean
+.PHONY: help setup demo test lint types sync lab run recipes rerun table compare prompts collators notebooks \
+	tiny-base kill-test fuzz test-newest env lock clean
 
 help: ## show the targets and what they take
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the project into it (again when pyproject.toml changes)
 
-$(STAMP): pyproject.toml
+# On Linux exactly the files that requirements.lock names by their hashes, elsewhere what pyproject.toml asks for.
+$(STAMP): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; install it, or name it: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes, about 7 GB"
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	if [ "$$(uname -s)" = Linux ]; then \
+		$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock && \
+		$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . ; \
+	else $(BIN)/python -m pip install --quiet --editable '.[test]' ; fi
 	@touch $@
 
 demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
 	mkdir -p runs/demo
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r4-joint -p scale tiny -p output_root runs/demo $(ARGS)
 
-test: lint ## run all tests (PYTEST_ARGS='-k boxes')
+test: lint types ## run all tests (PYTEST_ARGS='-k boxes')
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check the code's style
 	$(BIN)/ruff check .
+
+types: $(STAMP) ## check the types in helpers/
+	$(BIN)/mypy
 
 sync: $(STAMP) ## make each notebook and its .py the same; the side that changed wins (TAKE=py|ipynb where both have)
 	$(BIN)/python -m helpers.dev.pairs sync $(if $(TAKE),--take $(TAKE))
@@ -56,6 +64,9 @@ recipes: $(RECIPES:%=run-%) ## run all four recipes; side by side: make -j2 reci
 run-%: sync
 	@mkdir -p runs
 	$(ON_GPUS) $(PAPERMILL) pipeline.ipynb runs/$*.ipynb -p recipe $* -p scale $(SCALE) $(ARGS)
+
+rerun: sync ## repeat a run from its manifest: RUN=runs/qwen2vl-nutrition-detection-r4-joint
+	$(BIN)/python -m helpers.dev.rerun $(if $(RUN),$(RUN),$(error RUN= is missing; make rerun RUN=runs/qwen2vl-nutrition-detection-r4-joint)) $(ARGS)
 
 table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
 	$(BIN)/python -m helpers.evaluate table $(ARGS)
@@ -78,8 +89,23 @@ tiny-base: $(STAMP) ## train the tiny base again, into runs/tiny-base: minutes o
 	mkdir -p runs/tiny-base
 	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True -p out $(CURDIR)/runs/tiny-base $(ARGS)
 
+kill-test: $(STAMP) ## kill small runs of every recipe at random moments, and see that nothing is lost: minutes
+	rm -rf runs/kill-test
+	$(BIN)/python -m helpers.dev.kill_resume $(ARGS)
+
+fuzz: $(STAMP) ## 100 000 model outputs, 10 000 broken rows, 1 000 broken parameter sets: minutes
+	$(BIN)/python -m helpers.dev.fuzz $(ARGS)
+
+test-newest: $(STAMP) ## run the tests against the newest libraries, in .venv-newest, and say which have changed
+	$(BIN)/python -m helpers.dev.newest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
 env: $(STAMP) ## write environment.yml, environment.lock.yml and requirements.txt from pyproject.toml
 	$(BIN)/python -m helpers.dev.environment
+
+lock: ## write requirements.lock from pyproject.toml: every version and its files' hashes
+	test -x .venv-lock/bin/uv || { "$(PYTHON)" -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv==0.13.9; }
+	.venv-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --custom-compile-command 'make lock' --quiet --upgrade --output-file requirements.lock
 
 clean: ## remove caches and the demo's run; keeps .venv and every other run
 	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -90,7 +90,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import boxes, callbacks, collate, data, evaluate, merge, messages, model, plots, predict, trainer
+from helpers import boxes, callbacks, checkpoints, collate, data, evaluate, merge, messages, model, parity, plots
+from helpers import predict, trainer
 from helpers.augment import Augment
 
 transformers.set_seed(run.seed)
@@ -161,11 +162,13 @@ display({"from the text": parsed.boxes_xyxy_unit.tolist(), "truth (y first)": ex
 # ## 4 · Tokens and labels
 #
 # The processor cuts the picture into patches of 14 × 14 pixels; 2 × 2 patches become one image token. `min_pixels` and
-# `max_pixels` bound how many there are. They must be the same in training and in use, or the boxes suffer.
+# `max_pixels` bound how many there are. They must be the same in training and in use, or the boxes suffer: so they are
+# stored with every checkpoint and model, with the prompt and the tokenizer, and a use that differs is refused.
 
 # %%
 processor = Qwen2VLProcessor.from_pretrained(run.model_path, revision=run.model_revision,
                                              min_pixels=run.min_pixels, max_pixels=run.max_pixels)
+made_with = parity.record(processor, run.prompt)
 collator = collate.Collator(processor, run.prompt, run.loss_scope)
 print(collator.texts([example])[0])
 
@@ -196,12 +199,14 @@ nf4 = BitsAndBytesConfig(
 
 def load_base(precision, path=run.model_path):
     """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process or on the CPU."""
+    parity.check(path, made_with, required=path != run.model_path)
     model.patches_as_product()
     base = Qwen2VLForConditionalGeneration.from_pretrained(
         path,
         revision=run.model_revision if path == run.model_path else None,
         quantization_config=nf4 if precision == "nf4" else None,
         dtype=torch.bfloat16,
+        use_safetensors=True,  # never a pickle
         attn_implementation=model.attention(),
         device_map=model.device_map(),
     )
@@ -245,7 +250,7 @@ def ask(vlm, path, **inputs):
 
 
 # %%
-base_hash = runs.files_hash(run.model_path)
+base_hash = runs.files_hash(run.model_path, run.model_revision)
 runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
 if runs.is_main():
     audit.write(run.folder / "audit.jsonl")
@@ -327,7 +332,8 @@ def train(stage_run, base_path):
     changed = Augment(run.seed) if run.augment else None
     sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), train_dataset=rows["train"],
                              data_collator=collate.Collator(processor, run.prompt, run.loss_scope, changed),
-                             processing_class=processor, callbacks=[trainer.LossLog(folder)])
+                             processing_class=processor, callbacks=[trainer.LossLog(folder)],
+                             made_with=made_with, base=parity.base_of(base_path, run.model_revision))
     if changed:
         sft.add_callback(changed)  # tells it the epoch
     if run.eval_steps:
@@ -338,14 +344,17 @@ def train(stage_run, base_path):
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
-        sft.train(resume_from_checkpoint=runs.last_checkpoint(folder))
+        sft.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
     if run.keep == "best":
         print(f"the best IoU during training, {sft.state.best_metric:.3f}, was at step {sft.load_best()}: kept")
-    if runs.is_main() and stage.trains == "full":
-        merge.save_whole(tuned, processor, folder / "model")
-    elif runs.is_main():
-        tuned.save_pretrained(folder / "adapter")
-        processor.save_pretrained(folder / "adapter")
+    if runs.is_main():
+        saved = folder / ("model" if stage.trains == "full" else "adapter")
+        if stage.trains == "full":
+            merge.save_whole(tuned, processor, saved)
+        else:
+            tuned.save_pretrained(saved)
+            processor.save_pretrained(saved)
+        parity.write(saved, made_with, sft.base)
     sft.accelerator.wait_for_everyone()
     return table
 
@@ -353,13 +362,15 @@ def train(stage_run, base_path):
 # %%
 base_path, trained = run.model_path, {}
 for stage_run in run.stages:
-    key = runs.key(base=runs.files_hash(base_path), train=runs.rows_hash(rows["train"]), **runs.training_values(run))
-    if runs.is_done(stage_run.folder, "train", key):
-        print(f"{stage_run.name}: trained before with the same inputs, in {stage_run.folder}")
-    else:
-        trained[stage_run.name] = train(stage_run, base_path)
-        runs.mark_done(stage_run.folder, "train", key)
-        model.free_memory()
+    base_key = runs.files_hash(base_path, run.model_revision)
+    key = runs.key(base=base_key, train=runs.rows_hash(rows["train"]), **runs.training_values(run))
+    with runs.exclusive(stage_run.folder / "training", wait=False):
+        if runs.is_done(stage_run.folder, "train", key):
+            print(f"{stage_run.name}: trained before with the same inputs, in {stage_run.folder}")
+        else:
+            trained[stage_run.name] = train(stage_run, base_path)
+            runs.mark_done(stage_run.folder, "train", key)
+            model.free_memory()
     if stage_run.stage.trains == "full":
         base_path = str(stage_run.folder / "model")
 
@@ -386,6 +397,7 @@ def load_trained():
     last = run.stages[-1]
     if last.stage.trains == "full":
         return load_base("bf16", base_path)
+    parity.check(last.folder / "adapter", made_with, parity.base_of(base_path, run.model_revision))
     return model.load_adapter(load_base(last.stage.precision, base_path), last.folder / "adapter")
 
 
@@ -460,9 +472,9 @@ def merge_into(kind):
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path).dequantize().to(dtype)
     else:
-        revision = run.model_revision if base_path == run.model_path else None
-        base = Qwen2VLForConditionalGeneration.from_pretrained(base_path, revision=revision, dtype=dtype,
-                                                               device_map=model.device_map())
+        base = Qwen2VLForConditionalGeneration.from_pretrained(
+            base_path, dtype=dtype, use_safetensors=True, device_map=model.device_map(),
+            revision=run.model_revision if base_path == run.model_path else None)
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")
@@ -478,6 +490,7 @@ if merges and not runs.is_done(run.folder, "merge", key + run.merge_base):
             merged = merge_into(run.merge_base)
             merge.save_whole(merged, processor, run.merged_folder)
             merge.check_reload(merged, run.merged_folder)
+            parity.write(run.merged_folder, made_with, parity.base_of(base_path, run.model_revision))
             del merged
     runs.mark_done(run.folder, "merge", key + run.merge_base)
 shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if run.stages else run.model_path

@@ -20,7 +20,7 @@ END_OF_TURN = "<|im_end|>"  # ends the answer; the chat template adds it to a ta
 _NAME = re.compile(r"[^\W_][\w /&'-]*")
 _MARKUP = re.compile(r"<\|\w+\|>|</?(?:box|ref|obj)>")
 _PAIR = r"\(\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*\)"
-_BOX = re.compile(_PAIR + r"\s*,?\s*" + _PAIR)
+_BOX = re.compile(_PAIR + r"\s*(?:,\s*)?" + _PAIR)  # white space in one place only, or a long gap takes minutes
 
 
 @dataclass(frozen=True, eq=False)

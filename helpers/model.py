@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
+from helpers import parity
 from helpers.recipes import Stage
 
 TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
@@ -167,10 +168,12 @@ def trainable_to_fp32(model: nn.Module) -> None:
 def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     """`base` with the adapter in `folder`, after a check that every key of the file found its place.
 
-    Raises ValueError that names the keys: after a rename of modules PEFT loads what fits and only warns.
+    Raises ValueError that names the keys: after a rename of modules PEFT loads what fits and only warns; ParityError
+    where the adapter was trained on another base.
     """
+    parity.check_base(folder, parity.base_of(base.config._name_or_path, getattr(base.config, "_commit_hash", None)))
+    file = load_file(Path(folder) / "adapter_model.safetensors")  # first: PEFT would also take a pickle
     model = PeftModel.from_pretrained(base, str(folder))
-    file = load_file(Path(folder) / "adapter_model.safetensors")
     loaded = get_peft_model_state_dict(model)
     lost = sorted(set(file) ^ set(loaded))
     if lost:

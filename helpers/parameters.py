@@ -127,7 +127,7 @@ def given(namespace: dict, known: dict[str, Rule] = PARAMETERS) -> dict[str, Any
     if "In" in namespace:
         injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
         nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
-        values = {node.targets[0].id: ast.literal_eval(node.value) for node in nodes}
+        values = {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in nodes}
         refuse_unknown(list(values), known)
         return values
     values = {}

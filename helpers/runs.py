@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import platform
-import re
 import resource
 import shlex
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,8 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+from helpers import parity
+from helpers.files import file_hash, read_json, write_json
 from helpers.parameters import ParameterError
 from helpers.settings import Run, is_main
 
@@ -57,12 +59,19 @@ def main_first() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock beside `path`: two runs started side by side never make the same file at the same time."""
+def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock beside `path`: two runs started side by side never make the same file at the same time.
+
+    With `wait=False` ParameterError, where another process holds it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{path}.lock")
     if is_main():
-        lock.acquire()
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            raise ParameterError(f"another process is at work on {path}; wait for its end, or give this run a "
+                                 "run_name of its own.") from None
     _processes().wait_for_everyone()
     try:
         yield
@@ -76,18 +85,6 @@ def _processes() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all or nothing: a killed process never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".part-{os.getpid()}")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    part.replace(path)
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def key(**inputs: Any) -> str:
@@ -106,18 +103,13 @@ def rows_hash(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def files_hash(folder: str | Path) -> str:
-    """A hash over a model folder's files (name and content; for a Hub id, of the name)."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return str(folder)
+def files_hash(folder: str | Path, revision: str | None = None) -> str:
+    """A hash over a model folder's files (name and content); for a Hub id, the id and its commit."""
+    if not Path(folder).is_dir():
+        return f"{folder}@{parity.hub_commit(str(folder), revision)}"
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")) + sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode())
-        if path.suffix == ".json" or path.stat().st_size < 2**28:
-            digest.update(path.read_bytes())
-        else:
-            digest.update(f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    for path in sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors")):
+        digest.update(f"{path.name} {file_hash(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -134,28 +126,51 @@ def open_folder(run: Run, **inputs: Any) -> None:
     says that a process on another machine does not see the folder.
     """
     fixed = training_values(run) | inputs
-    for folder in {run.folder, *(stage.folder for stage in run.stages)}:
-        before = read_json(folder / "manifest.json")
-        if before:
-            old = before["parameters"] | before["inputs"]
-            changed = [f"{name} was {old.get(name)!r}, now {value!r}" for name, value in fixed.items()
-                       if json.dumps(old.get(name), default=str) != json.dumps(value, default=str)]
-            if changed:
-                raise ParameterError(f"{folder} holds a run with other parameters ({'; '.join(changed)}); give this "
-                                     "one a run_name of its own, or delete that folder.")
-        manifest = before | {
-            "run": folder.name, "recipe": run.recipe, "scale": run.scale, "command": command(run),
-            "parameters": run.values, "inputs": inputs, "versions": {name: version(name) for name in PACKAGES},
-            "python": platform.python_version(), "git": git_revision(), "machine": machine(),
-            "processes": int(os.environ.get("WORLD_SIZE", 1)),
-            "timings": before.get("timings", {}), "peak_memory": before.get("peak_memory", {}),
-        }
-        if is_main():
-            write_json(folder / "manifest.json", manifest)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            _processes().wait_for_everyone()
-        if not (folder / "manifest.json").is_file():
-            raise ParameterError(f"{folder} is not seen by all machines: output_root must be a folder they share.")
+    for folder in dict.fromkeys([run.folder, *(stage.folder for stage in run.stages)]):
+        try:
+            with exclusive(folder / "manifest.json"):
+                _open_manifest(run, folder, fixed, inputs)
+        except OSError as error:
+            raise ParameterError(f"{folder} cannot be written ({error.strerror or error}); choose another output_root "
+                                 "or run_name.") from None
+
+
+def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[str, Any]) -> None:
+    before = read_json(folder / "manifest.json")
+    if before:
+        old = before["parameters"] | before["inputs"]
+        changed = [f"{name} was {old.get(name)!r}, now {value!r}" for name, value in fixed.items()
+                   if json.dumps(old.get(name), default=str) != json.dumps(value, default=str)]
+        if changed:
+            raise ParameterError(f"{folder} holds a run with other parameters ({'; '.join(changed)}); give this "
+                                 "one a run_name of its own, or delete that folder.")
+    manifest = before | {
+        "run": folder.name, "recipe": run.recipe, "scale": run.scale, "command": command(run),
+        "parameters": run.values, "inputs": inputs, "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(), "git": git_revision(), "machine": machine(),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "timings": before.get("timings", {}), "peak_memory": before.get("peak_memory", {}),
+    }
+    if is_main():
+        write_json(folder / "manifest.json", manifest)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        _processes().wait_for_everyone()
+    if not (folder / "manifest.json").is_file():
+        raise ParameterError(f"{folder} is not seen by all machines: output_root must be a folder they share.")
+
+
+def continue_wandb(folder: Path) -> None:
+    """Make W&B go on with this folder's run, whose id the manifest keeps; each stage has a run of its own."""
+    import wandb
+
+    manifest = read_json(folder / "manifest.json")
+    run_id = manifest.get("wandb_run_id") or uuid.uuid4().hex[:8]
+    if is_main():
+        if wandb.run is None or wandb.run.id != run_id:
+            wandb.finish()  # the run of a stage before this one
+            wandb.teardown()  # W&B reads the environment anew only after it
+        write_json(folder / "manifest.json", manifest | {"wandb_run_id": run_id})
+    os.environ.update(WANDB_RUN_ID=run_id, WANDB_RESUME="allow")
 
 
 @contextlib.contextmanager
@@ -199,12 +214,6 @@ def is_done(folder: Path, step: str, step_key: str) -> bool:
 def mark_done(folder: Path, step: str, step_key: str) -> None:
     if is_main():
         write_json(folder / "steps.json", read_json(folder / "steps.json") | {step: step_key})
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint (its `complete` file is written last), or None."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/complete")]
-    return str(max(whole, key=lambda path: int(re.search(r"\d+$", path.name)[0]))) if whole else None
 
 
 def command(run: Run) -> str:

@@ -4,33 +4,78 @@ Trainer's own checkpoints of a full Qwen2-VL carry old key names (`visual.*`) an
 is silently the base again. Saving the trainable weights alone, in fp32, is smaller and exact, for LoRA as for a tower.
 """
 
-import json
-import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from trl import SFTConfig, SFTTrainer
 
+from helpers import checkpoints, parity, runs
+from helpers.faults import ForgivingReporter, StopNotice, Stopped, explained
 from helpers.model import check_one_way
-from helpers.progress import progress_bar
+from helpers.trainlog import LossLog, ProgressBar, read_log
+
+__all__ = ["COMPLETE", "WEIGHTS", "BoxTrainer", "LossLog", "ProgressBar", "load_trainable", "read_log"]
 
 WEIGHTS = "trainable.safetensors"
-COMPLETE = "complete"  # written last: a checkpoint without it was cut off and is never loaded
+COMPLETE = checkpoints.COMPLETE
 
 
 class BoxTrainer(SFTTrainer):
-    """`SFTTrainer` with one checkpoint format for every recipe; see the module's docstring."""
+    """`SFTTrainer` with one checkpoint format for every recipe, that says what went wrong; see the module's docstring.
 
-    def __init__(self, model: torch.nn.Module, args: SFTConfig, **kwargs):
+    Args:
+        made_with: `parity.record` of this run, and base: `parity.base_of` the frozen model. They go into every
+            checkpoint, and a checkpoint made with others is refused. Without them nothing is stored or checked.
+    """
+
+    def __init__(self, model: torch.nn.Module, args: SFTConfig, *, made_with: dict[str, Any] | None = None,
+                 base: dict[str, str] | None = None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
         check_one_way(self.model, self.args.n_gpu)
+        self.made_with, self.base = made_with, base
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
-        self.add_callback(ProgressBar())
+        self.callback_handler.callbacks = [
+            ForgivingReporter(one) if one.__module__.startswith("transformers.integrations") else one
+            for one in self.callback_handler.callbacks]
+        self.notice = StopNotice()
+        for callback in (ProgressBar(), self.notice):
+            self.add_callback(callback)
+
+    @property
+    def folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, faults said in a sentence.
+
+        Raises Stopped (a SystemExit) after the checkpoint that a SIGTERM asked for.
+        """
+        if self.args.should_save:
+            checkpoints.drop_half_checkpoints(self.folder)
+        if resume_from_checkpoint and runs.is_main():
+            print(f"{self.folder.name} goes on from {Path(resume_from_checkpoint).name}")
+        if "wandb" in self.args.report_to:
+            runs.continue_wandb(self.folder)
+        try:
+            with self.notice.watching():
+                result = super().train(resume_from_checkpoint, **kwargs)
+        except Exception as error:
+            clearer = explained(error, self)
+            if clearer is None:
+                raise
+            raise clearer from error
+        if self.notice.came:
+            raise Stopped(f"{self.notice.came} at step {self.state.global_step} of {self.state.max_steps}: "
+                          f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
+        return result
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
@@ -39,17 +84,36 @@ class BoxTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.detach().cpu().contiguous() for name, weight in self._trainable().items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
     def _save_checkpoint(self, model, trial) -> None:
-        super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's own only adds a model card to each
-        if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        """Trainer's own, then what it must be used with, and last of all `complete`, with every file's size."""
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        (folder / COMPLETE).unlink(missing_ok=True)
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # no old one goes before the new is whole
+        try:
+            super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's own only adds a model card to each
+            if not self.args.should_save:
+                return
+            if self.made_with:
+                parity.write(folder, self.made_with, self.base)
+            checkpoints.mark_complete(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face of its own in each library
+            free = shutil.disk_usage(self.folder).free / 2**30
+            shutil.rmtree(folder, ignore_errors=True)  # half of it: it would never be loaded, and takes room
+            last = checkpoints.last_checkpoint(self.folder)
+            raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; the same "
+                          f"command goes on from {Path(last).name if last else 'the start'}.") from error
+        finally:
+            self.args.save_total_limit = kept
+        checkpoints.drop_old_checkpoints(self.folder, kept, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.made_with:
+            parity.check(resume_from_checkpoint, self.made_with, self.base)
         load_trainable(self._trainable(), Path(resume_from_checkpoint))
 
     def load_best(self) -> int:
@@ -60,7 +124,7 @@ class BoxTrainer(SFTTrainer):
         step = self.state.best_global_step
         if not step:
             raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
-        load_trainable(self._trainable(), Path(self.args.output_dir) / f"checkpoint-{step}")
+        load_trainable(self._trainable(), self.folder / f"checkpoint-{step}")
         return step
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -81,57 +145,3 @@ def load_trainable(parameters: dict[str, torch.nn.Parameter], checkpoint: Path) 
     with torch.no_grad():
         for name, weight in saved.items():
             parameters[name].copy_(weight)
-
-
-class LossLog(TrainerCallback):
-    """Append every logged step to `log.jsonl` and stop the training when the loss is no number."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "log.jsonl"
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Drop what a killed run had logged after its last checkpoint."""
-        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step] if state.global_step else []
-        if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if not logs or not {"loss", "eval_iou"} & set(logs):
-            return
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if not math.isfinite(logs.get("loss", 0)):
-            raise FloatingPointError(f"the loss is {logs['loss']} at step {state.global_step}; lower learning_rate "
-                                     f"(now {args.learning_rate}) and start again: checkpoints before it are kept.")
-
-
-def read_log(path: Path) -> list[dict]:
-    """The logged steps, `[{"step", "loss", "grad_norm", "learning_rate", ...}]`; a cut last line is dropped."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-class ProgressBar(TrainerCallback):
-    """One text bar with the loss, the same in a terminal, in JupyterLab and in papermill's log.
-
-    It stands in for Trainer's own, which prints every logged step, or a table of them in a notebook.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.bar = progress_bar(state.max_steps, state.global_step, "training", "step", state.is_world_process_zero)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.close()

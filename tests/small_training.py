@@ -14,7 +14,7 @@ from transformers import (
 )
 from trl import SFTConfig
 
-from helpers import collate, trainer
+from helpers import collate, parity, trainer
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -50,12 +50,15 @@ def build(recipe, folder, processor, rows, nf4=False, **options):
         vlm.model.visual.float().requires_grad_(True)
     else:
         vlm = get_peft_model(vlm, LoraConfig(r=4, lora_dropout=0.1, target_modules=stage.lora_targets))
-    options = {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, "gradient_checkpointing": False} | options
+    options = {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, "gradient_checkpointing": False,
+               "report_to": "none"} | options
+    made_with = parity.record(processor, "Where?")
     arguments = SFTConfig(output_dir=str(folder), per_device_train_batch_size=4, bf16=True, max_length=None,
                           remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
-                          report_to="none", use_cpu=True, seed=0, **options)
+                          use_cpu=True, seed=0, **options)
     sft = trainer.BoxTrainer(vlm, args=arguments, train_dataset=rows, processing_class=processor,
-                             data_collator=collate.Collator(processor, "Where?"), callbacks=[trainer.LossLog(folder)])
+                             data_collator=collate.Collator(processor, "Where?"), callbacks=[trainer.LossLog(folder)],
+                             made_with=made_with, base=parity.base_of(TINY_BASE))
     return sft
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from small_training import StopAt, build, small_processor, squares
 
-from helpers import runs, trainer
+from helpers import checkpoints, trainer
 from helpers.callbacks import IoUDuringTraining
 
 ASK = {"every": 2, "batch_size": 2, "max_new_tokens": 12}
@@ -104,7 +104,7 @@ def test_the_best_checkpoint_comes_back_also_after_a_kill(tmp_path, processor, r
         killed.train()
     scored_as(monkeypatch, [0.2])
     resumed = watched(tmp_path / "killed", processor, rows, **options)
-    resumed.train(resume_from_checkpoint=runs.last_checkpoint(tmp_path / "killed"))
+    resumed.train(resume_from_checkpoint=checkpoints.last_checkpoint(tmp_path / "killed"))
     assert resumed.load_best() == 4
     assert all(torch.equal(weight, best[name]) for name, weight in resumed._trainable().items())
 

@@ -34,6 +34,20 @@ def test_every_dependency_is_pinned_exactly_and_locked_at_that_version(repo):
     assert len(locked) > len(pinned(repo))  # what the dependencies pull in is locked too
 
 
+def test_the_lock_with_hashes_agrees_with_the_pins_and_names_no_place(repo):
+    text = (repo / "requirements.lock").read_text()
+    entries = [entry for entry in re.split(r"\n(?=[a-z0-9])", text) if not entry.startswith("#")]
+    locked = {canonicalize_name(entry.split("==")[0]): re.match(r"\S+?==(\S+)", entry)[1] for entry in entries}
+    for name, specifier in pinned(repo).items():
+        assert specifier == f"=={locked.get(name)}", f"{name}{specifier} is locked at {locked.get(name)}; run make lock"
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    left = re.sub(r"--hash=sha256:[0-9a-f]{64}|\\|# .*", "", text)
+    assert not re.search(r"[/@]|--(?!hash)", left), "only names, versions, markers and hashes belong there"
+    conda = yaml.safe_load((repo / "environment.lock.yml").read_text())["dependencies"][-1]["pip"]
+    exact = dict(line.split("==") for line in conda if "==" in line)
+    assert set(exact) <= set(locked)
+
+
 def test_the_conda_files_are_yaml_with_the_project_itself(repo):
     for name in ("environment.yml", "environment.lock.yml"):
         content = yaml.safe_load((repo / name).read_text())
@@ -43,7 +57,7 @@ def test_the_conda_files_are_yaml_with_the_project_itself(repo):
 
 
 def test_no_file_names_a_registry(repo):
-    for name in ("pyproject.toml", "environment.yml", "environment.lock.yml", "requirements.txt"):
+    for name in ("pyproject.toml", "environment.yml", "environment.lock.yml", "requirements.txt", "requirements.lock"):
         assert not re.search(r"https?://|file:|index-url|find-links|prefix:", (repo / name).read_text()), name
 
 

@@ -26,7 +26,8 @@ case "$*" in *r9*) echo "ValueError: no recipe r9" >&2; exit 1;; esac
 def checkout(repo: Path, tmp_path: Path) -> Path:
     """The Makefile with an environment that is already made, in which papermill only writes down how it was called."""
     shutil.copy(repo / "Makefile", tmp_path)
-    (tmp_path / "pyproject.toml").touch()
+    for name in ("pyproject.toml", "requirements.lock"):
+        (tmp_path / name).touch()
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, text in {"python": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "papermill": PAPERMILL}.items():
@@ -109,11 +110,17 @@ def test_an_old_python_is_refused_in_one_sentence(checkout):
         assert "Python 3.11 or newer is needed" in done.stderr
 
 
-def test_setup_is_done_once_and_again_when_pyproject_changes(checkout):
+@pytest.mark.parametrize("changed", ["pyproject.toml", "requirements.lock"])
+def test_setup_is_done_once_and_again_when_the_dependencies_change(checkout, changed):
     assert "pip install" not in make(checkout, "-n", "setup").stdout
     later = time.time() + 10
-    os.utime(checkout / "pyproject.toml", (later, later))
-    assert "pip install" in make(checkout, "-n", "setup").stdout
+    os.utime(checkout / changed, (later, later))
+    said = make(checkout, "-n", "setup").stdout
+    assert "--require-hashes --no-deps --requirement requirements.lock" in said
+
+
+def test_rerun_asks_for_a_run(checkout):
+    assert "RUN= is missing" in make(checkout, "rerun").stderr
 
 
 def test_clean_keeps_runs_and_the_environment(checkout):
@@ -122,7 +129,8 @@ def test_clean_keeps_runs_and_the_environment(checkout):
         (checkout / name).touch()
     assert make(checkout, "clean").returncode == 0
     left = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
-    assert left == {"Makefile", "pyproject.toml", "runs/r4-joint.ipynb", ".venv/.installed", ".venv/bin/python",
+    assert left == {"Makefile", "pyproject.toml", "requirements.lock",
+                    "runs/r4-joint.ipynb", ".venv/.installed", ".venv/bin/python",
                     ".venv/bin/papermill"}
 
 

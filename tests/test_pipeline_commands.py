@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import papermill
+import psutil
 import pytest
 from pipeline_runner import SMALL
 
-from helpers import predict, trainer
+from helpers import checkpoints, predict, trainer
+from helpers.dev import kill_resume
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
 BIN = Path(sys.executable).parent
@@ -20,6 +22,13 @@ BIN = Path(sys.executable).parent
 
 def command(repo: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+
+
+def waits(for_what) -> None:
+    deadline = time.time() + 300
+    while not for_what():
+        assert time.time() < deadline
+        time.sleep(0.02)
 
 
 def losses(folder: str) -> list[tuple[int, float]]:
@@ -69,21 +78,64 @@ def test_two_processes_share_the_work(repo):
     assert manifest["processes"] == 2
 
 
-@pytest.mark.parametrize("recipe", ["r4-joint", "r2-vision-only"])
-def test_sigkill_in_training_and_the_same_command_again(repo, recipe):
-    words = (sys.executable, str(repo / "pipeline.py"), f"recipe={recipe}", *SMALL, "batch_size=4", "save_steps=2")
-    whole = command(repo, *words, "output_root=whole")
-    assert whole.returncode == 0, whole.stderr[-3000:]
+def test_sigkill_at_random_moments_loses_nothing(tmp_path):
+    """A few of `make kill-test`: the same losses, answers and weights as an undisturbed run, bit for bit."""
+    moments = ("step", "checkpoint", "saving")
+    kills = kill_resume.trial("r4-joint", tmp_path, moments, seed=0)
+    assert [kill.moment for kill in kills] == list(moments)
+    assert all(kill.lost <= kill_resume.SAVE_STEPS for kill in kills) and kills[1].half
 
-    folder = Path(f"{PREFIX}{recipe}")
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.time() + 300
-        while not list(folder.glob("checkpoint-*/complete")) and time.time() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-    assert not (folder / "predictions.jsonl").exists(), "the kill came too late to test anything"
+
+def test_sigterm_to_papermill_saves_before_the_kernel_ends(repo):
+    """papermill itself dies at once; its kernel finishes the step, saves and leaves."""
+    values = [word for pair in (*SMALL, "batch_size=4", "recipe=r1-llm-only", "epochs=2", "save_steps=50")
+              for word in ("-p", *pair.split("="))]
+    log = Path(f"{PREFIX}r1-llm-only/log.jsonl")
+    with subprocess.Popen([BIN / "papermill", repo / "pipeline.ipynb", "out.ipynb", *values],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        waits(lambda: len(trainer.read_log(log)) >= 2 or process.poll() is not None)
+        kernels = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) != 0
+    gone, alive = psutil.wait_procs(kernels, timeout=60)
+    assert gone and not alive
+    step = trainer.read_log(log)[-1]["step"]
+    last = checkpoints.last_checkpoint(log.parent)
+    assert 2 <= step < 16 and last and last.endswith(f"checkpoint-{step}")
+
+
+def test_sigterm_to_a_script_ends_with_a_word_and_the_same_command_goes_on(repo):
+    words = (sys.executable, str(repo / "pipeline.py"), *SMALL, "recipe=r1-llm-only", "batch_size=4", "save_steps=50")
+    log = Path(f"{PREFIX}r1-llm-only/log.jsonl")
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        waits(lambda: len(trainer.read_log(log)) >= 2 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    step = trainer.read_log(log)[-1]["step"]
+    assert process.returncode == 1
+    assert said.strip().splitlines()[-1] == (
+        f"SIGTERM at step {step} of 8: checkpoint-{step} is saved, and the same command goes on from there.")
     again = command(repo, *words)
-    assert again.returncode == 0, again.stderr[-3000:]
-    undisturbed = f"whole/qwen2vl-nutrition-detection-{recipe}"
-    assert losses(str(folder)) == losses(undisturbed)
-    assert (folder / "predictions.jsonl").read_text() == Path(undisturbed, "predictions.jsonl").read_text()
+    assert again.returncode == 0 and f"goes on from checkpoint-{step}" in again.stdout
+    assert [line["step"] for line in trainer.read_log(log)] == list(range(1, 9))
+
+    ended = command(repo, sys.executable, "-m", "helpers.dev.rerun", str(log.parent), "--into", "repeated")
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-2000:]
+    assert "the same losses and answers as before" in ended.stdout
+    assert losses("repeated/" + log.parent.name) == losses(str(log.parent))
+
+
+def test_no_token_reaches_a_file_or_the_output(repo):
+    """Planted in the environment, as people have it there; W&B writes offline, papermill keeps the notebook."""
+    tokens = {"HF_TOKEN": "hf_PlantedSecret0123456789", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+              "HUGGING_FACE_HUB_TOKEN": "hf_OtherSecret9876543210"}
+    values = [word for pair in (*SMALL, "recipe=r1-llm-only", "report_to=wandb") if not pair.endswith("=none")
+              for word in ("-p", *pair.split("="))]
+    ended = command(repo, BIN / "papermill", "--log-output", repo / "pipeline.ipynb", "out.ipynb", *values,
+                    WANDB_MODE="offline", **tokens)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    written = [path for path in Path(".").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written) and Path("out.ipynb") in written
+    for token in tokens.values():
+        assert token not in ended.stdout + ended.stderr
+        assert [path for path in written if token.encode() in path.read_bytes()] == []

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_training import StopAt, build, small_processor, squares
 from transformers import TrainerCallback
 
-from helpers import runs, trainer
+from helpers import checkpoints, runs, trainer
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(recipe, tmp_path, pr
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     (tmp_path / "killed" / "checkpoint-4").mkdir()  # a checkpoint that was being written: no `complete` file
-    checkpoint = runs.last_checkpoint(tmp_path / "killed")
+    checkpoint = checkpoints.last_checkpoint(tmp_path / "killed")
     assert checkpoint.endswith("checkpoint-3")
 
     start = WeightsAtStart()
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path, processor, rows):
 def test_training_stops_when_the_loss_is_no_number(tmp_path, processor, rows):
     sft = build("r2-vision-only", tmp_path, processor, rows)
     next(iter(sft._trainable().values())).data.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1 of 8; no checkpoint.*Lower learning_rate"):
         sft.train()
 
 
@@ -85,11 +85,17 @@ def test_a_cut_log_line_is_dropped(tmp_path):
 
 
 def test_no_checkpoint_and_steps_done(tmp_path):
-    assert runs.last_checkpoint(tmp_path) is None
-    for step in (9, 10):
+    assert checkpoints.last_checkpoint(tmp_path) is None
+    for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / trainer.COMPLETE).touch()
-    assert runs.last_checkpoint(tmp_path).endswith("checkpoint-10")
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text("whole")
+        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-11" / "weights").write_text("")  # a crash of the machine: the name is there, not the bytes
+    assert checkpoints.last_checkpoint(tmp_path).endswith("checkpoint-10")
+    checkpoints.drop_half_checkpoints(tmp_path)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    checkpoints.drop_old_checkpoints(tmp_path, 1, None)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-10"]
     assert not runs.is_done(tmp_path, "train", "a")
     runs.mark_done(tmp_path, "train", "a")
     assert runs.is_done(tmp_path, "train", "a") and not runs.is_done(tmp_path, "train", "b")

@@ -27,7 +27,7 @@ class Fault(NamedTuple):
 
     fault: str  # a Rule's name
     split: str
-    index: int  # row number in the raw split
+    index: int  # type: ignore[assignment]  # row number in the raw split; hides tuple's own `index`
     image_id: str
     found: str
 

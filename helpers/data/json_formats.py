@@ -79,6 +79,8 @@ def _metadata_row(pictures: Pictures, file: Path, found: dict[str, Any], where: 
     objects = found["objects"]
     if not isinstance(objects.get("bbox"), list) or _categories(objects) is None:
         raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
+    if not isinstance(found.get("meta") or {}, dict):
+        raise DataError(f"{where}: meta is {found['meta']!r}; expected an object with barcode, off_image_id, image_url")
     path = pictures.find(found["file_name"], file.parent, split_of(file.parent, pictures.root), where)
     new = row(path, found.get("image_id"), found.get("meta"), (found.get("width"), found.get("height")))
     field, named = _categories(objects)

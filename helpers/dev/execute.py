@@ -126,7 +126,7 @@ def _scrubbed(value: Any, paths: dict[str, str], where: str) -> Any:
         return value
     folders = sorted((path for path in paths if path != "/"), key=len, reverse=True)
     for path in folders:
-        value = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w-])", lambda _, name=paths[path]: name, value)
+        value = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w-])", paths[path].replace("\\", r"\\"), value)
     for path in folders:
         if path in value:
             raise ExecutionError(f"{where} shows {path}, a folder of this machine, inside another word.")

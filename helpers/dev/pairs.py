@@ -161,7 +161,7 @@ def sync(pair: Pair, take: str | None = None) -> str:
     winner = take if side in ("both", "unknown") else side
     script = read_script(pair.py) if pair.py.exists() else None
     notebook = read_notebook(pair.ipynb) if pair.ipynb.exists() else nbformat.v4.new_notebook()
-    if winner == "py":
+    if winner == "py" and script is not None:
         notebook = merge_outputs(script, notebook)
     write_script(pair.py, notebook)  # also where it won: without the header that an editor may have put there
     if winner != "same":
@@ -171,8 +171,9 @@ def sync(pair: Pair, take: str | None = None) -> str:
         write_notebook(pair.ipynb, notebook)
     if pair.py.stat().st_mtime < pair.ipynb.stat().st_mtime:
         os.utime(pair.py)  # JupyterLab refuses to open a pair whose script is the older one
-    words = {"py": f"{pair.ipynb.name} written from {pair.py.name}",
-             "ipynb": f"{pair.py.name} written from {pair.ipynb.name}", "unrecorded": "recorded", "same": ""}[winner]
+    done = {"py": f"{pair.ipynb.name} written from {pair.py.name}",
+            "ipynb": f"{pair.py.name} written from {pair.ipynb.name}", "unrecorded": "recorded", "same": ""}
+    words = done[winner or side]
     return words and f"{pair.name}: {words} ({why})"
 
 

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from helpers.settings import TINY_BASE
 
-PUBLISHED = {
+PUBLISHED: dict[str, Any] = {
     "architectures": ["Qwen2VLForConditionalGeneration"],
     "attention_dropout": 0.0,
     "bos_token_id": 151643,

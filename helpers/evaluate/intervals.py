@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 RESAMPLES = 2000
@@ -12,7 +13,7 @@ ALPHA = 0.05  # 1 - confidence level of every interval
 
 def interval(
     statistic: Callable,
-    *columns: np.ndarray,
+    *columns: ArrayLike,
     n: int | None = None,
     rate: bool = False,
     resamples: int = RESAMPLES,
@@ -41,7 +42,7 @@ def interval(
     return result
 
 
-def _bootstrap(statistic: Callable, columns: tuple, resamples: int, seed: int) -> tuple[float, float]:
+def _bootstrap(statistic: Callable, columns: tuple, resamples: int, seed: int) -> tuple[float | None, float | None]:
     with warnings.catch_warnings():  # no spread at all is an answer here: low = high
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         result = stats.bootstrap(

@@ -44,11 +44,11 @@ def match_picture(row: dict, answer: dict | None, problems: Problems) -> dict:
     A box that is no box (not finite, corners swapped, not four numbers) stays in every count with IoU 0.
     """
     image_id = row["image_id"]
-    truth = [[box[i] for i in (1, 0, 3, 2)] for box in row["objects"]["bbox"]]  # y first to x first
-    truth = _countable(truth, f"{image_id}, truth", problems)
+    true_boxes = [[box[i] for i in (1, 0, 3, 2)] for box in row["objects"]["bbox"]]  # y first to x first
+    truth = _countable(true_boxes, f"{image_id}, truth", problems)
     names = list(row["objects"]["category_name"])
-    labels, boxes, rejected = _read_answer(answer)
-    boxes = _countable(boxes, f"{image_id}, prediction", problems)
+    labels, read_boxes, rejected = _read_answer(answer)
+    boxes = _countable(read_boxes, f"{image_id}, prediction", problems)
     iou = pairwise_iou(truth, boxes)  # [true, predicted]
     matched = _assign(iou, iou)
     found = _assign(iou, iou + 10.0 * (iou > FOUND))  # first as many found boxes as can be, then IoU

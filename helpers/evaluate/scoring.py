@@ -65,7 +65,7 @@ def _summary(records: list[dict], resamples: int, seed: int) -> dict:
     bare = [record for record in records if not record["box_ious"]]
     stopped = [record for record in records if record["stopped"] is not None]
     true_boxes = [np.array(record["true"]).reshape(-1, 4) for record in records]
-    rate = partial(_rate, **options)
+    rate = partial(_rate, resamples=resamples, seed=seed)
     return {
         **_picture_metrics(tables, **options),
         **_box_metrics(records, **options),

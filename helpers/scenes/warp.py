@@ -38,6 +38,7 @@ class Warp:
 
     def rim(self) -> float:
         """How far from (0, 0) along u a cylinder is printed: a little before the camera's horizon on it."""
+        assert self.radius is not None, "a plane has no rim"
         return 0.94 * self.radius * float(np.arccos(self.radius / (self.distance + self.radius)))
 
     def _shift(self, xy: np.ndarray) -> np.ndarray:

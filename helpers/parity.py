@@ -1,0 +1,104 @@
+"""What a model must be used with is stored beside it, in parity.json, and a use that differs is refused by name.
+
+A pixel budget, prompt, tokenizer or base that differs between training and use costs accuracy without a word.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.files import file_hash, read_json, write_json
+from helpers.messages import target_text
+
+FILE = "parity.json"
+
+
+class ParityError(ValueError):
+    """One sentence: the folder, what differs, the value it was made with and the value here."""
+
+
+def record(processor, prompt: str) -> dict[str, Any]:
+    """What answers depend on besides the weights: prompt, pixel budget, tokenizer with chat template, box format."""
+    size = dict(processor.image_processor.size)
+    example = target_text({"bbox": [[0.1, 0.2, 0.3, 0.4]], "category_name": ["nutrition-table"]})
+    return {"prompt": prompt, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"],
+            "tokenizer": tokenizer_hash(processor), "box_format": f"[0.1, 0.2, 0.3, 0.4] is {example}"}
+
+
+def tokenizer_hash(processor) -> str:
+    """A hash over the vocabulary, the merges, the special tokens and the chat template."""
+    written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    kept = {name: part for name, part in written.items() if name not in ("padding", "truncation")}  # set by each call
+    return _short(json.dumps([kept, processor.chat_template], sort_keys=True).encode())
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def weights_hash(folder: str | Path) -> str:
+    """A hash over the names and contents of a folder's safetensors files."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return _short("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode())
+
+
+def base_of(model_id: str | Path, revision: str | None = None) -> dict[str, str]:
+    """`{"name", "hash"}` of a base: of a folder its weights' hash, of a Hub id the commit in the cache."""
+    path = Path(model_id)
+    if path.is_dir():
+        return {"name": "/".join(path.resolve().parts[-2:]), "hash": weights_hash(path)}
+    return {"name": str(model_id), "hash": hub_commit(str(model_id), revision)}
+
+
+def hub_commit(model_id: str, revision: str | None) -> str:
+    """The commit that a branch, tag or commit (None: main) of a Hub id means in the cache, or the name as it stands."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is not there
+        return "missing"
+    return Path(found).parent.name if isinstance(found, str) else revision or "main"
+
+
+def write(folder: str | Path, made_with: dict[str, Any], base: dict[str, str] | None = None) -> None:
+    """Put `parity.json` beside the weights in `folder`: a `record`, the base, the hash of the weights themselves."""
+    content = made_with | ({"base": base} if base else {}) | {"weights": weights_hash(folder)}
+    write_json(Path(folder) / FILE, content)
+
+
+def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None = None, required: bool = True) -> None:
+    """Raise ParityError where `folder` was made with something else than `here` (a `record`) or on another `base`.
+
+    A folder without `parity.json` is refused where it is `required`, and is someone else's model otherwise.
+    """
+    path = Path(folder) / FILE
+    if required and not Path(folder).is_dir():
+        raise ParityError(f"{folder} is not there, and a finished step has made it; put it back, or give the run a "
+                          "run_name of its own to make it again.")
+    if not path.is_file():
+        if required:
+            raise ParityError(f"{folder} has no {FILE}, so nobody can tell what it must be used with; make it again.")
+        return
+    stored = read_json(path)
+    for name, value in here.items():
+        if stored.get(name) != value:
+            raise ParityError(f"{folder} was made with {name}={stored.get(name)!r} and would be used with {value!r}; "
+                              "give the same, or make it again.")
+    if base:
+        check_base(folder, base)
+    if stored["weights"] != weights_hash(folder):
+        raise ParityError(f"the weights in {folder} are not those that were saved there; copy or make them again.")
+
+
+def check_base(folder: str | Path, base: dict[str, str]) -> None:
+    """Raise ParityError where the adapter or checkpoint in `folder` was trained on another base than `base`.
+
+    Without a parity.json (an adapter from elsewhere) nothing can be said, and nothing is.
+    """
+    own = read_json(Path(folder) / FILE).get("base")
+    if own and own["hash"] != base["hash"]:
+        raise ParityError(f"{folder} was trained on {own['name']} ({own['hash']}), and this base is {base['name']} "
+                          f"({base['hash']}): an adapter works on its own base alone.")

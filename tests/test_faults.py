@@ -1,0 +1,323 @@
+"""What happens to long runs, planted: each ends in words and loses nothing that was saved, or goes on."""
+
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from small_training import StopAt, build, small_processor, squares
+from transformers import TrainerCallback, TrainerState
+
+from helpers import checkpoints, collate, data, faults, parameters, runs, trainer, trainlog
+from helpers.files import read_json
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_processor()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return squares()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processor, rows, tmp_path_factory):
+    """The weights and losses of a run to which nothing happened."""
+    folder = tmp_path_factory.mktemp("whole")
+    sft = build("r1-llm-only", folder, processor, rows)
+    sft.train()
+    return {name: weight.detach().clone() for name, weight in sft._trainable().items()}, losses(folder)
+
+
+class At(TrainerCallback):
+    """Do something once, as a step begins (steps count from 0)."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.act()
+
+
+def losses(folder):
+    return [(line["step"], line["loss"]) for line in trainer.read_log(folder / "log.jsonl")]
+
+
+def goes_on(folder, processor, rows, undisturbed, at):
+    """The same run again continues from checkpoint `at` and ends as if nothing had happened."""
+    checkpoint = checkpoints.last_checkpoint(folder)
+    assert checkpoint.endswith(f"checkpoint-{at}")
+    again = build("r1-llm-only", folder, processor, rows)
+    again.train(resume_from_checkpoint=checkpoint)
+    weights, curve = undisturbed
+    assert all(torch.equal(weight, weights[name]) for name, weight in again._trainable().items())
+    assert losses(folder) == curve
+
+
+# --- a notice to stop
+
+
+def test_sigterm_saves_first_and_the_run_goes_on_from_there(tmp_path, processor, rows, undisturbed):
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    sft.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit, match="SIGTERM at step 5 of 8: checkpoint-5 is saved, and the same command goes on"):
+        sft.train()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
+    goes_on(tmp_path, processor, rows, undisturbed, at=5)
+
+
+# --- the disk
+
+
+@pytest.mark.parametrize("file, error", [
+    ("trainable.safetensors", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ("optimizer.pt", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 202624 vs 202512")),
+    ("trainer_state.json", OSError(errno.ENOSPC, "No space left on device")),
+])  # as each library says it, seen on a tmpfs that was full
+def test_a_full_disk_ends_in_words_and_the_last_checkpoint_stays(file, error, tmp_path, processor, rows, undisturbed,
+                                                                   monkeypatch):
+    def full_at_6(real):
+        def write(*given, **named):
+            for path in map(str, given):
+                if path.endswith(f"checkpoint-6/{file}"):
+                    Path(path).write_bytes(b"half")
+                    raise error
+            return real(*given, **named)
+
+        return write
+
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    monkeypatch.setattr(trainer, "save_file", full_at_6(trainer.save_file))
+    monkeypatch.setattr(torch, "save", full_at_6(torch.save))
+    monkeypatch.setattr(TrainerState, "save_to_json", full_at_6(TrainerState.save_to_json))
+    with pytest.raises(OSError, match=r"checkpoint-6 cannot be written .*same command goes on from checkpoint-3\."):
+        sft.train()
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
+    goes_on(tmp_path, processor, rows, undisturbed, at=3)
+
+
+def test_a_manifest_is_whole_or_the_old_one_when_the_disk_is_full(tmp_path, monkeypatch):
+    from helpers.files import write_json
+
+    write_json(tmp_path / "manifest.json", {"old": 1})
+
+    def full(path, text):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "manifest.json", {"new": 2})
+    assert read_json(tmp_path / "manifest.json") == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_an_output_folder_that_cannot_be_written_is_named(code, tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "r4"
+    run = type("run", (), {"folder": folder, "stages": [], "keep": "last", "values": dict.fromkeys(runs.TRAINING)})
+
+    def refuses(path, content):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(runs, "_open_manifest", lambda *given: refuses(folder, {}))
+    with pytest.raises(parameters.ParameterError, match=f"r4 cannot be written .{os.strerror(code)}.; choose another"):
+        runs.open_folder(run)
+
+
+# --- pictures
+
+
+def test_pictures_that_vanish_in_the_middle_of_an_epoch_are_not_missed(tmp_path, processor, rows):
+    """A training reads what `prepare` has put into the cache, small pictures too."""
+    for row in rows:
+        row["image"].save(tmp_path / f"{row['image_id']}.png")
+    paths = [{"path": str(tmp_path / f"{i}.png"), "bytes": None} for i in rows["image_id"]]
+    on_disk = rows.cast_column("image", Image(decode=False)).map(
+        lambda row, i: {"image": paths[i]}, with_indices=True).cast_column("image", Image())
+    ready = data.prepare({"train": on_disk}, 16 * 784, 16 * 784)["train"]
+    sft = build("r1-llm-only", tmp_path / "run", processor, ready, max_steps=3)
+    sft.add_callback(At(1, lambda: [path.unlink() for path in tmp_path.glob("*.png")]))
+    sft.train()
+    assert not list(tmp_path.glob("*.png")) and len(losses(tmp_path / "run")) == 3
+
+
+def test_a_picture_that_is_broken_in_the_cache_is_named(tmp_path, processor, rows):
+    def cut(row):
+        image = row["image"]
+        return {"image": image | {"bytes": image["bytes"][:60]}} if row["image_id"] == "9" else {}
+
+    broken = rows.cast_column("image", Image(decode=False)).map(cut).cast_column("image", Image())
+    sft = build("r1-llm-only", tmp_path, processor, broken)
+    with pytest.raises(ValueError, match="image_id='9' can no longer be read"):
+        sft.train()
+
+
+# --- a loss that goes wrong
+
+
+def all_finite(checkpoint):
+    return all(weight.isfinite().all() for weight in load_file(Path(checkpoint) / trainer.WEIGHTS).values())
+
+
+def test_a_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(tmp_path, processor, rows):
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    sft.add_callback(At(4, lambda: next(iter(sft._trainable().values())).data.fill_(float("nan"))))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 of 8; checkpoint-3 is the last good checkpoint"
+                                                 r".*Lower learning_rate \(now 0.001\)"):
+        sft.train()
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert all_finite(tmp_path / "checkpoint-3")
+
+
+def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path, processor, rows):
+    """The loss of that step is still a number: the next would not be, and a checkpoint may come between."""
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    weight = list(sft._trainable().values())[-1]
+    sft.add_callback(At(5, lambda: weight.register_hook(lambda gradient: gradient * float("inf"))))
+    with pytest.raises(FloatingPointError, match="the size of the gradient is (nan|inf) at step 6 of 8; checkpoint-3"):
+        sft.train()
+    assert checkpoints.last_checkpoint(tmp_path).endswith("checkpoint-3") and all_finite(tmp_path / "checkpoint-3")
+
+
+def test_a_training_that_diverges_stops(tmp_path, processor, rows, monkeypatch):
+    monkeypatch.setattr(trainlog, "WINDOW", 2)
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    sft.add_callback(At(4, lambda: [weight.data.normal_(0, 1) for weight in sft._trainable().values()]))
+    with pytest.raises(FloatingPointError, match="the training diverges: the loss is .* over the last 2 steps"):
+        sft.train()
+
+
+def test_noise_and_a_late_plateau_are_no_divergence(tmp_path):
+    log = trainlog.LossLog(tmp_path)
+    curve = [2.0 + step % 3 for step in range(20)] + [0.1] * 100 + [0.5, 0.1] * 20 + [9.0] + [0.4] * 30
+    assert not any(log._fault({"loss": loss, "grad_norm": 1.0}) for loss in curve)
+    worse = [log._fault({"loss": 12.0, "grad_norm": 1.0}) for _ in range(20)]
+    assert worse[0] == "" and "diverges: the loss is" in worse[-1]
+
+
+# --- memory and processes
+
+
+def test_out_of_memory_in_training_says_what_to_change_with_this_runs_numbers(tmp_path, processor, rows, undisturbed):
+    def too_much():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    sft.add_callback(At(4, too_much))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        sft.train()
+    for words in ("at step 5", "batch_size=2 and accumulation=2 (now 4 and 1)", "gradient_checkpointing=True",
+                  "max_pixels below 12544"):
+        assert words in str(error.value)
+    goes_on(tmp_path, processor, rows, undisturbed, at=3)
+
+
+class Dies(collate.Collator):
+    """In a reading process of the second epoch, which the system kills."""
+
+    armed = False
+
+    def __call__(self, rows):
+        if self.armed and torch.utils.data.get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(rows)
+
+
+def test_a_data_loader_worker_that_dies_ends_in_words(tmp_path, processor, rows, undisturbed):
+    sft = build("r1-llm-only", tmp_path, processor, rows, dataloader_num_workers=1)
+    sft.data_collator = Dies(processor, "Where?")
+    sft.add_callback(At(3, lambda: setattr(sft.data_collator, "armed", True)))
+    with pytest.raises(RuntimeError, match=r"reads the data died at step 5 .*goes on from checkpoint-3\."):
+        sft.train()
+    goes_on(tmp_path, processor, rows, undisturbed, at=3)
+
+
+# --- logging
+
+
+def test_the_network_lost_while_logging_ends_no_training(tmp_path, processor, rows, undisturbed, monkeypatch, capsys):
+    from transformers.integrations import TensorBoardCallback
+
+    def lost(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise ConnectionError("network is unreachable")
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    monkeypatch.setattr(TensorBoardCallback, "on_log", lost)
+    sft = build("r1-llm-only", tmp_path, processor, rows, report_to="tensorboard")
+    sft.train()
+    assert capsys.readouterr().out.count("TensorBoard fails (ConnectionError: network is unreachable)") == 1
+    assert losses(tmp_path) == undisturbed[1]
+
+
+def test_wandb_that_cannot_be_reached_at_the_start_ends_no_training(tmp_path, processor, rows, monkeypatch, capsys):
+    import wandb
+
+    def unreachable(**kwargs):
+        raise wandb.errors.CommError("Run initialization has timed out")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    build("r1-llm-only", tmp_path, processor, rows, report_to="wandb", max_steps=2).train()
+    assert "Wandb fails (CommError: Run initialization has timed out): the training goes on" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == 2
+
+
+def test_a_killed_run_goes_on_in_the_same_wandb_run(tmp_path, processor, rows, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    killed = build("r1-llm-only", tmp_path / "run", processor, rows, report_to="wandb")
+    killed.add_callback(StopAt(4))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    wandb.finish()
+    first = read_json(tmp_path / "run" / "manifest.json")["wandb_run_id"]
+    build("r1-llm-only", tmp_path / "run", processor, rows, report_to="wandb").train(
+        resume_from_checkpoint=checkpoints.last_checkpoint(tmp_path / "run"))
+    assert wandb.run.id == first == read_json(tmp_path / "run" / "manifest.json")["wandb_run_id"]
+    assert os.environ["WANDB_RESUME"] == "allow"
+    build("r1-llm-only", tmp_path / "next", processor, rows, report_to="wandb", max_steps=1).train()  # a second stage
+    assert wandb.run.id == read_json(tmp_path / "next" / "manifest.json")["wandb_run_id"] != first
+    wandb.finish()
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) == 2
+
+
+# --- two runs in one folder
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
+    with runs.exclusive(tmp_path / "training", wait=False):
+        with pytest.raises(parameters.ParameterError, match="another process is at work on .*training.*run_name"):
+            with runs.exclusive(tmp_path / "training", wait=False):
+                pass
+    with runs.exclusive(tmp_path / "training", wait=False):
+        pass
+
+
+def test_a_service_that_failed_once_is_not_asked_again():
+    class Broken(TrainerCallback):
+        asked = 0
+
+        def on_log(self, *args, **kwargs):
+            self.asked += 1
+            raise OSError("no network")
+
+    inner = Broken()
+    reporter = faults.ForgivingReporter(inner)
+    for _ in range(3):
+        reporter.on_log(None, None, None)
+    assert inner.asked == 1
