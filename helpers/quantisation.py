@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from helpers.collate import IGNORED
@@ -69,6 +71,29 @@ def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Ten
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs).logits[:, :-1]
     return logits[(batch["labels"][:, 1:] != IGNORED).to(logits.device)].float().cpu()
+
+
+def held(weight: nn.Parameter) -> torch.Tensor:
+    """A layer's weights as they count, fp32, unpacked where they are NF4."""
+    state = getattr(weight, "quant_state", None)
+    return weight.float() if state is None else unpack(weight.data, state)
+
+
+@torch.inference_mode()
+def adapter_left(tuned: PeftModel, merged: nn.Module) -> float:
+    """How much of the adapter of `tuned` is found in the weights of `merged`: 1 is all of it, 0 nothing.
+
+    The change of the weights against the base of `tuned`, along what LoRA adds, over all layers that it sits on.
+    """
+    along = whole = 0.0
+    for name, layer in tuned.named_modules():
+        if isinstance(layer, LoraLayer):
+            (adapter,) = layer.active_adapters
+            delta = layer.get_delta_weight(adapter).float()
+            after = merged.get_submodule(name.removeprefix("base_model.model.")).weight
+            along += ((held(after) - held(layer.get_base_layer().weight)) * delta).sum().item()
+            whole += delta.square().sum().item()
+    return along / whole
 
 
 def box_shifts(before: Sequence[dict], after: Sequence[dict]) -> np.ndarray:

@@ -86,7 +86,7 @@ with torch.device("meta"):  # 7B from its published configuration: its shapes, n
 linear_7b = sum(inputs * outputs for name, (inputs, outputs) in sizes.linear_layers(seven).items()
                 if model.tower_of(name) == "language")
 scratch = Path(tempfile.mkdtemp())
-print(f"{len(rows['train'])} pictures to train on, {len(rows['val'])} to ask about; {linear_7b:,} weights of 7B are quantised")
+print(f"{len(rows['train'])} pictures to train on, {len(rows['val'])} to ask; {linear_7b:,} weights to quantise at 7B")
 
 # %% [markdown]
 # ## 1 · NF4 by hand
@@ -179,7 +179,7 @@ saved = no["measured"] - yes["measured"]
 broken = table[table["error by dequantize_4bit, %"] > 1.2 * table["error, %"]].block.unique().tolist()
 back = 100 * quantisation.relative_error(again, plain.absmax)
 fault = f"wrong with blocks of {', '.join(map(str, broken))}" if broken else "right for every block size"
-Markdown(f"""Double quantisation by hand: the mean of the scales is bitsandbytes' to {abs(mean - state.offset):.0e}, and
+Markdown(f"""Double quantisation by hand: the mean of the scales differs by {abs(mean - state.offset):.0e}, and
 {100 * same:.0f} % of the bytes are the same; the scales come back to {back:.2f} %. It saves **{saved:.3f} bits** a
 weight, {saved / 8 * linear_7b / 2**30:.2f} GiB at 7B, and the error goes from {no['error, %']:.2f} to
 {yes['error, %']:.2f} %. Blocks of 1024 would save {no['measured'] - coarse['measured']:.3f} bits and cost
@@ -223,6 +223,7 @@ for skip in (["model.visual", "lm_head"], ["visual", "lm_head"], ["model.visual"
     found[str(skip)] = {tower: towers.get(tower, 0) for tower in model.TOWERS} | {"check_precision": said}
     del vlm
     model.free_memory()
+pd.set_option("display.max_colwidth", 90)
 pd.DataFrame(found).T
 
 # %% [markdown]
@@ -385,7 +386,7 @@ Markdown(f"Rank {high} against rank {low} after {steps} steps, in pairs over the
 #
 # | merged into | gives | against training |
 # |---|---|---|
-# | NF4 itself | round($W + e + BA$) | is rounded a second time: a new error $e'$ |
+# | NF4 itself | round($W + e + BA$) | rounded again: $W + e$ lies *on* the levels, a small $BA$ may round back |
 # | the dequantised NF4 weights, in 16 bits | $W + e + BA$ | the same, up to rounding in bf16 |
 # | the full-precision base | $W + BA$ | $e$ is gone, and $BA$ had learned around it |
 
@@ -405,33 +406,39 @@ def merged(kind):
 as_trained = model.load_adapter(load(base_path, "nf4"), folder)
 logits = quantisation.answer_logits(as_trained, batch)
 trained_lines, trained_score = ask(as_trained, "as-trained")
-del as_trained
 compared, table = {}, {}
 for kind in ("NF4", "dequantised", "full precision"):
     vlm = merged(kind)
     compared[kind], scored = ask(vlm, kind.replace(" ", "-"))
     shifts = quantisation.box_shifts(trained_lines, compared[kind])
     change = evaluate.paired_bootstrap(scored["per_picture"], trained_score["per_picture"])["difference"]
-    off = quantisation.relative_error(quantisation.answer_logits(vlm, batch), logits)
-    table[kind] = {"logits off, %": round(100 * off, 2),
-                   "same boxes": f"{sum(shifts == 0)} of {len(shifts)}",
-                   "median shift, ‰": np.nanmedian(shifts).round(1), "largest shift, ‰": np.nanmax(shifts).round(1),
-                   "mean IoU, merged minus as trained": evaluate.with_interval(change)}
+    table[kind] = {
+        "adapter left, %": 100 * quantisation.adapter_left(as_trained, vlm),
+        "logits off, %": 100 * quantisation.relative_error(quantisation.answer_logits(vlm, batch), logits),
+        "same boxes": f"{sum(shifts == 0)} of {len(shifts)}", "median shift, ‰": np.nanmedian(shifts),
+        "largest shift, ‰": np.nanmax(shifts), "mean IoU, merged minus as trained": evaluate.with_interval(change)}
     del vlm
     model.free_memory()
-pd.DataFrame(table).T.rename_axis("merged into")
+table = pd.DataFrame(table).T.rename_axis("merged into")
+table.map(lambda value: value if isinstance(value, str) else f"{value:.1f}")
 
 # %%
-off = {kind: row["logits off, %"] for kind, row in table.items()}
-order = sorted(off, key=off.get)
+order = table["logits off, %"].astype(float).sort_values().index.tolist()
 shifts = np.nan_to_num(quantisation.box_shifts(trained_lines, compared[order[-1]]), nan=1000)
 moved = np.argsort(-shifts)[:5].tolist()
 display(plots.before_after(rows["val"].select(moved), truth, trained_lines, compared[order[-1]]))
-Markdown(f"Nearest to the model as it was trained: **{order[0]}**, then {order[1]}, then {order[2]} (expected first: "
-         f"dequantised). As trained, the mean IoU is {evaluate.with_interval(trained_score['summary']['mean_iou'])} "
-         f"on {len(shifts)} pictures. Above are the {len(moved)} whose boxes move most, as trained (upper row) and "
-         f"merged into {order[-1]} (lower row), by up to {shifts[moved[0]]:.0f} thousandths. A shift is not a loss: "
-         "boxes move to both sides, and the table's last column says whether they get worse on average.")
+Markdown(f"""Nearest to the model as it was trained: **{order[0]}**, then {order[1]}, then {order[2]} (expected first:
+dequantised). As trained, the mean IoU is {evaluate.with_interval(trained_score['summary']['mean_iou'])} on
+{len(shifts)} pictures. Above are the {len(moved)} whose boxes move most when merged into {order[-1]}: as trained in the
+upper row, merged in the lower one.
+
+* **NF4**: {table.loc['NF4', 'adapter left, %']:.0f} % of the adapter is left in the weights. They lay on the levels;
+  where LoRA adds less than half a step to the next one, a weight rounds back to where it was. An update that is larger
+  against these steps survives better.
+* **Dequantised**: {table.loc['dequantised', 'adapter left, %']:.0f} %; what moves is rounding to bf16.
+* **Full precision**: {table.loc['full precision', 'adapter left, %']:.0f} %, on a base that the adapter never met.
+
+A shift is not a loss: boxes move to both sides, and the table's last column says whether they get worse on average.""")
 
 # %% [markdown]
 # ## What to take along
@@ -440,8 +447,8 @@ Markdown(f"Nearest to the model as it was trained: **{order[0]}**, then {order[1
 # * It rounds every matrix by about the same relative error; what that does to the answer has to be measured.
 # * Check what was really quantised and what really trains. Both fail in silence, by names.
 # * LoRA's rank costs memory in proportion, and little of it; the frozen base and the activations are the bill.
-# * The adapter belongs to the rounded base that it was trained on: merge it into the *dequantised* weights (the
-#   pipeline's default, `merge_base="dequantised"`), and compare boxes before and after.
+# * Never merge into 4 bits. The adapter belongs to the rounded base that it was trained on: merge it into the
+#   *dequantised* weights (the pipeline's default, `merge_base="dequantised"`), and compare boxes before and after.
 #
 # With a finished run's adapter in part 7, from the repository's folder:
 #

@@ -54,9 +54,9 @@ def memory(table: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]
         axes.text(start, y, f"  {start:.1f}", va="center", fontsize=8)
     for name, gib in limits.items():
         axes.axvline(gib, color="0.4", linestyle="--", linewidth=1)
-        axes.text(gib, len(table) - 0.45, f" {name}", fontsize=8, color="0.3", va="top")
+        axes.text(gib, -0.45, f" {name}", fontsize=8, color="0.3", va="bottom")
     axes.set_yticks(range(len(table)), list(table), fontsize=9)
-    axes.set(xlabel="GiB of weights", ylim=(len(table) - 0.4, -0.6))
+    axes.set(xlabel="GiB of weights", ylim=(len(table) - 0.4, -0.95))
     axes.margins(x=0.1)
     _tidy(axes, legend=False)
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=len(towers))
@@ -85,4 +85,4 @@ def _tidy(axes: Axes, legend: bool = True) -> None:
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     if legend:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)
