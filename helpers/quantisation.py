@@ -96,6 +96,18 @@ def adapter_left(tuned: PeftModel, merged: nn.Module) -> float:
     return along / whole
 
 
+@torch.inference_mode()
+def adapter_size(tuned: PeftModel) -> float:
+    """||B A|| / ||W||: what LoRA adds, against the weights that it sits on, over all layers."""
+    added = base = 0.0
+    for layer in tuned.modules():
+        if isinstance(layer, LoraLayer):
+            (adapter,) = layer.active_adapters
+            added += layer.get_delta_weight(adapter).float().square().sum().item()
+            base += held(layer.get_base_layer().weight).square().sum().item()
+    return (added / base) ** 0.5
+
+
 def box_shifts(before: Sequence[dict], after: Sequence[dict]) -> np.ndarray:
     """How far boxes move between two lists of predictions: the farthest edge of each picture, thousandths, float [n].
 

@@ -14,7 +14,7 @@
 # 7. Merging into NF4, into its dequantised weights, into the full-precision base: which boxes move?
 
 # %% tags=["parameters"]
-scale = "tiny"  # 7b: the published model, on a GPU
+scale = "tiny"  # 7b: the published model, on a GPU (of about 30 GiB, by arithmetic)
 model_id = None  # Hub id or a model's folder; None: that of the scale
 dataset_id = None  # None: that of the scale
 run = None  # a finished LoRA run whose adapter is merged in part 7, such as r1-llm-only; None: one trained here
@@ -248,6 +248,7 @@ for name, error in errors.items():
 display(draw.error_by_layer(panels, "error of the output, %"))
 frame = pd.DataFrame(errors).T * 100
 worst = frame["outputs"].idxmax()
+exact = exact.to("meta")  # from here on only its shapes are needed
 wide = [name for name, (inputs, _) in sizes.linear_layers(exact).items() if inputs % 64 and name in errors]
 Markdown(f"The weights of all layers are off by {frame['weights'].min():.1f} to {frame['weights'].max():.1f} %, "
          f"nearly the same everywhere: that is NF4's doing. The outputs are off by {frame['outputs'].min():.1f} to "
@@ -370,13 +371,21 @@ draw.rank_curve(ranks, [result["score"]["summary"]["mean_iou"] for result in res
 # %%
 low, high = min(ranks), max(ranks)
 gain = evaluate.paired_bootstrap(results[high]["score"]["per_picture"], results[low]["score"]["per_picture"])
-sure = "The interval is above zero." if (gain["difference"]["low"] or 0) > 0 else "The interval does not exclude zero."
-Markdown(f"Rank {high} against rank {low} after {steps} steps, in pairs over the same {gain['difference']['n']} "
-         f"pictures: {evaluate.with_interval(gain['difference'])} mean IoU for {high / low:.0f} × the weights. "
-         f"{sure} Mind what this compares: so few steps reward what learns *fast*, and at one learning rate a higher "
-         "rank takes larger steps. It says nothing on where they end. For that, train each to the end: `make run "
-         "RECIPE=r1-llm-only SCALE=tiny ARGS='-p lora_rank 2 -p run_name rank-2'`, the same without `ARGS`, and "
-         "`make compare A=rank-2 B=r1-llm-only`.")
+gain = gain["difference"]
+sure = "The interval is above zero." if (gain["low"] or 0) > 0 else "The interval does not exclude zero."
+said = (f"Rank {high} against rank {low} after {steps} steps, in pairs over the same {gain['n']} pictures: "
+        f"{evaluate.with_interval(gain)} mean IoU for {high / low:.0f} × the weights. {sure}")
+if high == low:
+    said = f"Only rank {low} was trained; to compare, give several, such as `ranks=2,8,32`."
+Markdown(said + """
+Mind what this compares: so few steps reward what learns *fast*, and at one learning rate a higher rank takes larger
+steps. It says nothing on where they end. For that, train each to the end and compare them:
+
+```sh
+make run RECIPE=r1-llm-only SCALE=tiny
+make run RECIPE=r1-llm-only SCALE=tiny ARGS='-p lora_rank 2 -p run_name rank-2'
+make compare A=r1-llm-only B=rank-2
+```""")
 
 # %% [markdown]
 # ## 7 · Merging: which boxes move?
@@ -420,9 +429,11 @@ for kind in ("NF4", "dequantised", "full precision"):
     del vlm
     model.free_memory()
 table = pd.DataFrame(table).T.rename_axis("merged into")
-table.map(lambda value: value if isinstance(value, str) else f"{value:.1f}")
+table.map(lambda value: value if isinstance(value, str) else f"{round(value, 1) + 0:.1f}")
 
 # %%
+added = 100 * quantisation.adapter_size(as_trained)
+half_step = 100 * (levels.diff().min() / 2 / scaled.square().mean().sqrt()).item()
 order = table["logits off, %"].astype(float).sort_values().index.tolist()
 shifts = np.nan_to_num(quantisation.box_shifts(trained_lines, compared[order[-1]]), nan=1000)
 moved = np.argsort(-shifts)[:5].tolist()
@@ -432,9 +443,9 @@ dequantised). As trained, the mean IoU is {evaluate.with_interval(trained_score[
 {len(shifts)} pictures. Above are the {len(moved)} whose boxes move most when merged into {order[-1]}: as trained in the
 upper row, merged in the lower one.
 
-* **NF4**: {table.loc['NF4', 'adapter left, %']:.0f} % of the adapter is left in the weights. They lay on the levels;
-  where LoRA adds less than half a step to the next one, a weight rounds back to where it was. An update that is larger
-  against these steps survives better.
+* **NF4**: {max(0, table.loc['NF4', 'adapter left, %']):.1f} % of the adapter is left. The weights lay on the levels;
+  half a step to the next level is {half_step:.0f} % of a typical weight or more, and LoRA adds {added:.1f} %. What is
+  less than half a step rounds back to where it was. An update that is larger against these steps survives better.
 * **Dequantised**: {table.loc['dequantised', 'adapter left, %']:.0f} %; what moves is rounding to bf16.
 * **Full precision**: {table.loc['full precision', 'adapter left, %']:.0f} %, on a base that the adapter never met.
 

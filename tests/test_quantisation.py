@@ -81,6 +81,8 @@ def test_a_small_adapter_is_lost_in_nf4_and_kept_in_16_bits():
     left = {}
     for size in (1e-4, 0.3):
         tuned = adapted(size)
+        of_weights = quantisation.adapter_size(tuned)
+        assert (of_weights < 0.01) if size == 1e-4 else (of_weights > 0.2)
         left[size, "nf4"] = quantisation.adapter_left(tuned, adapted(size).merge_and_unload())
         base = adapted(size).unload().dequantize().float()
         merged = get_peft_model(base, LORA)
