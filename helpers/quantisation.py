@@ -24,8 +24,12 @@ def unpack(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """The values that NF4's bytes stand for, level x scale, fp32, in the shape that was packed.
 
     bitsandbytes' own `dequantize_4bit` gives the same, but on a CPU only where a row is a whole number of blocks: in
-    0.50 it takes the wrong scales elsewhere.
+    0.50 it takes the wrong scales elsewhere. Raises ValueError after a layer has answered on a CPU: bitsandbytes then
+    holds its bytes in another order.
     """
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("the NF4 bytes are in bitsandbytes' order for fast answers on a CPU; look at the weights of a "
+                         "model that has not answered yet.")
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], dim=1).flatten()[: state.shape.numel()]
     scales = state.absmax
     if state.nested:
@@ -84,6 +88,7 @@ def adapter_left(tuned: PeftModel, merged: nn.Module) -> float:
     """How much of the adapter of `tuned` is found in the weights of `merged`: 1 is all of it, 0 nothing.
 
     The change of the weights against the base of `tuned`, along what LoRA adds, over all layers that it sits on.
+    Neither model may have answered yet (`unpack`).
     """
     along = whole = 0.0
     for name, layer in tuned.named_modules():

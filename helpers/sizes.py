@@ -80,7 +80,10 @@ def weight_bytes(model: nn.Module, precision: str) -> dict[str, int]:
 
 
 def held_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes that a loaded model's weights take, by tower, the scales of quantised layers included."""
+    """Bytes that a loaded model's weights take, by tower, the scales of quantised layers included.
+
+    An NF4 model must not have answered yet: bitsandbytes then holds its scales in another form on a CPU.
+    """
     total = {"vision": 0, "language": 0, "head": 0}
     for name, weight in model.named_parameters():
         tensors = [weight, getattr(weight, "SCB", None)]  # int8's scales

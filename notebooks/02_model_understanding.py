@@ -403,7 +403,7 @@ Markdown(f"The answer was `{look.text}`. Nearer to its own edge than to the oppo
 #
 # * A picture is `rows × columns` tokens of 28 × 28 pixels, by the pixel budget; the tower pays four rows for each.
 # * Position is rotation, per axis. A picture uses up only as many positions as its longer side has tokens.
-# * Nearly all of 7B is linear layers of the language model: those are what NF4 holds and what r1 adapts.
+# * Four fifths of 7B are linear layers of the language model: those are what NF4 holds and what r1 adapts.
 # * A frozen tower costs its forward pass and nothing more; training it costs the activations.
 # * Where a coordinate was read from can be looked at, layer by layer, and should be averaged over pictures.
 #

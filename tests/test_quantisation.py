@@ -41,6 +41,13 @@ def test_rows_that_are_no_whole_number_of_blocks():
     assert quantisation.relative_error(dequantize_4bit(packed, state), weight) > 0.15
 
 
+def test_bytes_in_the_order_for_answers_are_refused():
+    _, packed, state = quantisation.nf4(torch.randn(32, 64))
+    state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="look at the weights of a model that has not answered yet"):
+        quantisation.unpack(packed, state)
+
+
 def test_every_row_of_the_tiny_base_is_a_whole_number_of_blocks():
     """On a CPU, bitsandbytes 0.50 would train and merge with wrong weights otherwise."""
     layers = sizes.linear_layers(load(), RECIPES["r1-llm-only"][0].lora_targets)
