@@ -213,10 +213,12 @@ confidence, ap = tuned["confidence"], tuned["summary"]
 if confidence["reliability"]:
     display(plots.reliability_diagram(confidence["reliability"]))
     unranked = evaluate.score(truth, [line | {"confidences": []} for line in answers["fine-tuned"]])["summary"]["ap50"]
+    gap = sum(group["n"] * (group["confidence"] - group["right"]) for group in confidence["reliability"]["bins"])
     display(Markdown(
         f"AP50 is {evaluate.with_interval(ap['ap50'])} ranked by confidence and {evaluate.with_interval(unranked)} "
         f"without (AP {evaluate.with_interval(ap['ap'])}, AP75 {evaluate.with_interval(ap['ap75'])}). Confidence and "
-        f"share of right boxes lie {confidence['reliability']['ece']:.2f} apart on average."))
+        f"share of right boxes lie {confidence['reliability']['ece']:.2f} apart on average; on the whole the model is "
+        f"{'less' if gap < 0 else 'more'} sure than it is right. It is a rank, not a probability: hence the threshold."))
 else:
     display(Markdown("No box was predicted with a confidence, so there is nothing to rank."))
 
