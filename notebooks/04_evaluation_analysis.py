@@ -218,7 +218,7 @@ if confidence["reliability"]:
         f"AP50 is {evaluate.with_interval(ap['ap50'])} ranked by confidence and {evaluate.with_interval(unranked)} "
         f"without (AP {evaluate.with_interval(ap['ap'])}, AP75 {evaluate.with_interval(ap['ap75'])}). Confidence and "
         f"share of right boxes lie {confidence['reliability']['ece']:.2f} apart on average; on the whole the model is "
-        f"{'less' if gap < 0 else 'more'} sure than it is right. It is a rank, no probability: hence the threshold."))
+        f"{'less' if gap < 0 else 'more'} sure than right. It is a rank, not a probability: hence the threshold."))
 else:
     display(Markdown("No box was predicted with a confidence, so there is nothing to rank."))
 
