@@ -3,7 +3,6 @@
 import io
 import math
 import os
-import pickle
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ Job = tuple[int, str, int, int, Path]  # seed, split, start, stop, folder
 
 def _file(job: Job) -> Path:
     seed, split, start, stop, folder = job
-    return folder / f"{split}-{seed}-{start}-{stop}.pkl"
+    return folder / f"{split}-{seed}-{start}-{stop}.pt"
 
 
 def _render(job: Job) -> None:
@@ -53,9 +52,9 @@ def _render(job: Job) -> None:
         images.append(np.asarray(image))
         things.append(scene.things)
         tables.append(scene.tables)
-    ready = {key: (np.stack(images), things, tables) for key, (images, things, tables) in found.items()}
+    ready = {size: (torch.from_numpy(np.stack(images)), *boxes) for size, (images, *boxes) in found.items()}
     part = _file(job).with_suffix(f".{os.getpid()}")
-    part.write_bytes(pickle.dumps(ready))
+    torch.save(ready, part)
     part.rename(_file(job))
 
 
@@ -76,8 +75,8 @@ def load_pool(
         pass
     found = defaultdict(lambda: ([], [], []))
     for job in jobs:
-        for key, new in pickle.loads(_file(job).read_bytes()).items():
-            found[key][0].append(torch.from_numpy(new[0]).to(device).permute(0, 3, 1, 2))
+        for key, new in torch.load(_file(job), weights_only=True).items():
+            found[key][0].append(new[0].to(device).permute(0, 3, 1, 2))
             found[key][1].extend(new[1])
             found[key][2].extend(new[2])
     return Pool(
