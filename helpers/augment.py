@@ -63,7 +63,7 @@ class CropAroundTables(v2.Transform):
         height, width = functional.get_size(flat_inputs[0])
         x0, y0, x1, y1 = width, height, 0, 0  # where there is no box, all is free
         for boxes in flat_inputs[1:]:
-            x0, y0, x1, y1 = [*boxes.amin(0)[:2].tolist(), *boxes.amax(0)[2:].tolist()]
+            (x0, y0), (x1, y1) = boxes.amin(0)[:2].tolist(), boxes.amax(0)[2:].tolist()
         left, top, right, bottom = (
             int(share * min(free, self.most * side))
             for share, free, side in zip(torch.rand(4).tolist(), (x0, y0, width - x1, height - y1),

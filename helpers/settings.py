@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import sys
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,18 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def end_with_a_word() -> None:
+    """Make a SIGTERM end this process with a sentence and status 1; a training saves first (`helpers.faults`)."""
+    me = os.getpid()
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != me:  # a process that was forked to read pictures: it ends as it would have
+            os._exit(128 + number)
+        raise SystemExit("SIGTERM: what is done so far is kept, and the same command goes on from there.")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def settle(namespace: dict) -> Run:
     """Read the parameters from `namespace` (a notebook's or script's `globals()`), check them, fill in the rest.
 
@@ -68,6 +82,8 @@ def settle(namespace: dict) -> Run:
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process of many speaks; errors go to stderr as ever
     given = parameters.given(namespace)
+    if "In" not in namespace and threading.current_thread() is threading.main_thread():  # a script, not a notebook
+        end_with_a_word()
     values = {name: namespace[name] for name in PARAMETERS}
     parameters.check(values)
     parameters.choose_gpus(values["gpus"])

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,13 +68,36 @@ def goes_on(folder, processor, rows, undisturbed, at):
 
 
 def test_sigterm_saves_first_and_the_run_goes_on_from_there(tmp_path, processor, rows, undisturbed):
+    before = signal.getsignal(signal.SIGTERM)
     sft = build("r1-llm-only", tmp_path, processor, rows)
     sft.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     with pytest.raises(SystemExit, match="SIGTERM at step 5 of 8: checkpoint-5 is saved, and the same command goes on"):
         sft.train()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
     goes_on(tmp_path, processor, rows, undisturbed, at=5)
+
+
+OUTSIDE_OF_TRAINING = """
+import multiprocessing, os, signal, time
+from helpers.settings import end_with_a_word
+
+end_with_a_word()
+reader = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+reader.start()
+time.sleep(1)
+reader.terminate()
+reader.join(20)
+print(reader.exitcode, flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_sigterm_outside_of_training_ends_with_a_word_too():
+    ended = subprocess.run([sys.executable, "-c", OUTSIDE_OF_TRAINING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "143\n")
+    assert ended.stderr.strip() == "SIGTERM: what is done so far is kept, and the same command goes on from there."
 
 
 # --- the disk

@@ -46,6 +46,7 @@ def test_adapter_keys_that_find_no_place():
     file = run.folder / "adapter" / "adapter_model.safetensors"
     weights = {name.replace("visual", "vision"): weight for name, weight in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
+    parity.write(file.parent, made_with, parity.base_of(base_path))
     """
     stops("keys fit only the file or only the model", ("tuned = load_trained()", rename + "tuned = load_trained()"))
 

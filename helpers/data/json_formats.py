@@ -39,9 +39,10 @@ def _numbers(box: Any) -> list[float] | None:
 
 
 def _xywh_px_to_yxyx_unit(box: Any, width: int, height: int) -> list[float]:
-    if _numbers(box) is None or not width or not height:
+    numbers = _numbers(box)
+    if numbers is None or not width or not height:
         return NAN_BOX
-    x, y, w, h = _numbers(box)
+    x, y, w, h = numbers
     return [y / height, x / width, (y + h) / height, (x + w) / width]
 
 
@@ -77,13 +78,14 @@ def _metadata_row(pictures: Pictures, file: Path, found: dict[str, Any], where: 
         if not isinstance(found.get(key), kind):
             raise DataError(f"{where}: {key} is {found.get(key)!r}; expected a {kind.__name__}")
     objects = found["objects"]
-    if not isinstance(objects.get("bbox"), list) or _categories(objects) is None:
+    categories = _categories(objects)
+    if not isinstance(objects.get("bbox"), list) or categories is None:
         raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
     if not isinstance(found.get("meta") or {}, dict):
         raise DataError(f"{where}: meta is {found['meta']!r}; expected an object with barcode, off_image_id, image_url")
     path = pictures.find(found["file_name"], file.parent, split_of(file.parent, pictures.root), where)
     new = row(path, found.get("image_id"), found.get("meta"), (found.get("width"), found.get("height")))
-    field, named = _categories(objects)
+    field, named = categories
     names = [CATEGORIES[n] if type(n) is int and 0 <= n < len(CATEGORIES) else str(n) for n in named]
     new["objects"] = objects_of(objects["bbox"], names)
     ids = objects.get("category_id")
@@ -106,7 +108,7 @@ def read_metadata(root: Path) -> Rows:
         style = bbox_style(rows, str(file))
         said = "[y_min, x_min, y_max, x_max] in 0-1" if style == "unit" else "COCO's [x, y, width, height] in pixels"
         print(f"data: {file}: boxes read as {said}")
-        if any(type(number) is int for _, found in parsed for number in _categories(found["objects"])[1]):
+        if any(type(number) is int for _, found in parsed for number in (_categories(found["objects"]) or ("", []))[1]):
             print(f"data: {file}: numbers of categories read as {dict(enumerate(CATEGORIES))}")
         for item in rows:
             boxes = item["objects"]["bbox"]

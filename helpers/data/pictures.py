@@ -82,9 +82,11 @@ def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[
     image_id = str(image_id or path.stem)
     try:
         width, height = (int(value or 0) for value in size)
+        if max(width, height) > 10**6:
+            raise ValueError("no picture is as large")
     except (TypeError, ValueError, OverflowError):
         raise DataError(f"{path.name}: width and height are {size!r}; expected whole numbers of pixels") from None
-    if not (0 < width < 2**31 and 0 < height < 2**31):
+    if width <= 0 or height <= 0:
         width, height = shown_size(path)
     image = {"path": str(path), "bytes": None}
     return {

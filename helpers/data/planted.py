@@ -22,7 +22,7 @@ class Planted(NamedTuple):
 
     fault: str
     split: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides the method of tuples, as Fault does
     done: str
 
 

@@ -26,15 +26,15 @@ def interval(
     interval for n trials. `n` is what the number is said to rest on; the number of pictures if not given.
     None stands for "not known".
     """
-    columns = tuple(np.asarray(column, dtype=float) for column in columns)
-    pictures = len(columns[0])
+    arrays = tuple(np.asarray(column, dtype=float) for column in columns)
+    pictures = len(arrays[0])
     n = pictures if n is None else n
     if pictures == 0 or n == 0:
         return {"value": None, "low": None, "high": None, "n": n}
-    value = float(statistic(*columns, axis=-1))
+    value = float(statistic(*arrays, axis=-1))
     result = {"value": value, "low": None, "high": None, "n": n}
     if resamples and pictures > 1:
-        low, high = _bootstrap(statistic, columns, resamples, seed)
+        low, high = _bootstrap(statistic, arrays, resamples, seed)
         if rate and value in (0.0, 1.0):
             bounds = stats.binomtest(round(value * n), n).proportion_ci(1 - ALPHA, method="wilson")
             low, high = float(bounds.low), float(bounds.high)

@@ -63,7 +63,8 @@ def _entry(group: list[dict], which: str) -> dict:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    return None if None in values else math.fsum(values) / len(values)
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else math.fsum(known) / len(known)
 
 
 def _rounded(numbers: dict) -> dict:
