@@ -12,14 +12,11 @@ import datasets
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
-from transformers import StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from helpers.grammar import Grammar, GrammarConstraint
-from helpers.messages import END_OF_TURN, parse_text, to_messages
+from helpers.messages import parse_text, to_messages
 from helpers.progress import progress_bar
-
-WAIT_FOR = 0.85  # share of a batch's answers that must end; the longer ones are asked again together, at the end
 
 
 def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str,
@@ -44,7 +41,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     mine = longest_first[rank::world]
     done = _read_parts(parts, key)
     ids = list(rows["image_id"])
-    todo, late, wait_for = [i for i in mine if ids[i] not in done], [], WAIT_FOR
+    todo = [i for i in mine if ids[i] not in done]
     model.eval()
     bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
     own = parts / f"{key}.{rank}.jsonl"
@@ -53,7 +50,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
         while todo:
             batch, lines = todo[:batch_size], None
             try:
-                lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation, names, wait_for)
+                lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation, names)
             except Exception as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -64,12 +61,8 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
                 continue
             file.write("".join(_as_text(line) for line in lines))
             file.flush()
-            ended = {line["image_id"] for line in lines}
-            late += [i for i in batch if ids[i] not in ended]
             todo = todo[len(batch):]
-            if not todo:
-                todo, late, wait_for = late, [], 1.0
-            bar.update(len(lines))
+            bar.update(len(batch))
     bar.close()
     _wait_for_all(world)
     if rank == 0:
@@ -80,11 +73,10 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
 
 @torch.inference_mode()
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
-                   names: Sequence[str] | None = None, wait_for: float = 1.0) -> list[dict]:
+                   names: Sequence[str] | None = None) -> list[dict]:
     """One batch, padded on the left: the lines of `predict`, in the order of `rows`.
 
-    `generation` needs `max_new_tokens`. Confidences are the model's own, before a constraint. When the share `wait_for`
-    of the answers has ended, those that go on are broken off and left out.
+    Confidences are the model's own, before a constraint.
     """
     chats = [to_messages(row, prompt)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
@@ -96,29 +88,12 @@ def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generati
     if names is not None:
         grammar = Grammar(processor.tokenizer, names, max_new_tokens=generation["max_new_tokens"])
         generation = generation | {"logits_processor": [GrammarConstraint(grammar, length)]}
-    stop = MostHaveEnded(length, processor.tokenizer.convert_tokens_to_ids(END_OF_TURN), wait_for)
-    out = model.generate(**batch, **generation, mm_encoder_outputs={"image": seen}, stopping_criteria=[stop],
-                         return_dict_in_generate=True, output_logits=True)
+    out = model.generate(**batch, mm_encoder_outputs={"image": seen}, **generation, return_dict_in_generate=True,
+                         output_logits=True)
     scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
     answers = out.sequences[:, length:]
-    lines = [line(row["image_id"], tokens, logs, processor.tokenizer)
-             for row, tokens, logs in zip(rows, answers.tolist(), scores.tolist(), strict=True)]
-    whole = wait_for == 1 or answers.shape[1] == generation["max_new_tokens"]
-    return [one for one in lines if whole or one["stopped"]]
-
-
-class MostHaveEnded(StoppingCriteria):
-    """For one call of `model.generate`: all stop when a share of the answers, behind `start` tokens, holds `end`.
-
-    Else the longest answer of a batch would keep all others waiting, with a full step for each of its tokens.
-    """
-
-    def __init__(self, start: int, end: int, share: float):
-        self.start, self.end, self.share = start, end, share
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        ended = (input_ids[:, self.start:] == self.end).any(dim=1)
-        return (ended.float().mean() >= self.share).expand(len(ended))
+    return [line(row["image_id"], tokens, logs, processor.tokenizer)
+            for row, tokens, logs in zip(rows, answers.tolist(), scores.tolist(), strict=True)]
 
 
 def look(model, pixel_values: torch.Tensor, grids: torch.Tensor, at_once: int = 4) -> BaseModelOutputWithPooling:
@@ -136,7 +111,7 @@ def look(model, pixel_values: torch.Tensor, grids: torch.Tensor, at_once: int = 
 
 def line(image_id: str, tokens: list[int], log_probabilities: list[float], tokenizer) -> dict:
     """One answer (token ids and their log-probabilities, padding behind) as a line of `predictions.jsonl`."""
-    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     stopped = end in tokens
     tokens = tokens[: tokens.index(end)] if stopped else tokens
     pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]

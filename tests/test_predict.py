@@ -52,36 +52,6 @@ def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
     assert not (tmp_path / "together.parts").exists()
 
 
-def test_answers_that_are_broken_off_are_asked_again_and_stay_the_same(vlm, processor, rows, tmp_path, monkeypatch):
-    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", batch_size=1)
-    real, given = predict.generate_lines, []
-
-    def watched(*arguments):
-        lines = real(*arguments)
-        given.append((len(arguments[2]), len(lines), arguments[6]))
-        return lines
-
-    monkeypatch.setattr(predict, "generate_lines", watched)
-    monkeypatch.setattr(predict, "WAIT_FOR", 0.1)  # the first that ends ends the batch
-    together = ask(vlm, processor, rows, tmp_path / "together.jsonl", batch_size=6)
-    assert [line["text"] for line in together] == [line["text"] for line in alone]
-    assert given[0][1] < 6 and given[0][2] == 0.1
-    assert given[1:] == [(6 - given[0][1], 6 - given[0][1], 1.0)]
-
-
-def test_answers_that_end_with_another_token_are_kept(vlm, processor, rows, tmp_path):
-    comma = processor.tokenizer.encode(",", add_special_tokens=False)
-    lines = ask(vlm, processor, rows, tmp_path / "p.jsonl", eos_token_id=comma)
-    assert len(lines) == 6 and not any(line["stopped"] for line in lines)
-    assert all(line["text"].split(",")[0] + "," in line["text"] for line in lines)
-
-
-def test_the_share_that_has_ended():
-    stop = predict.MostHaveEnded(start=2, end=9, share=0.5)
-    ids = torch.tensor([[9, 1, 3, 4], [9, 1, 9, 0], [1, 1, 5, 5], [1, 1, 5, 9]])
-    assert stop(ids, None).tolist() == [True] * 4 and stop(ids[:3], None).tolist() == [False] * 3
-
-
 def test_the_tower_may_look_at_a_few_pictures_at_a_time(vlm, processor, rows):
     batch = processor.image_processor([row["image"] for row in rows], return_tensors="pt")
     with torch.inference_mode():
