@@ -28,7 +28,6 @@ known = {
 parameters.given(globals(), known)
 parameters.check({name: globals()[name] for name in known}, known)
 
-# %%
 import subprocess
 import sys
 import tempfile
@@ -67,7 +66,7 @@ if run is not None and run not in by_name:
     raise FileNotFoundError(f"no scored run {run!r} in {runs_dir}; there: {', '.join(by_name) or 'none'}. "
                             "Make it: make run RECIPE=r4-joint")
 
-# %%
+
 def iou_of(one):
     """A run's mean IoU with its interval."""
     return one["metrics"]["scores"]["fine-tuned"]["summary"]["mean_iou"]
@@ -144,6 +143,9 @@ display(Markdown(fifty or "With two recipes on disk it would say here what 50 pi
 #
 # Some pictures are hard for everyone. Compared in pairs that part cancels, so differences can be seen that two separate
 # intervals would hide. The same from the command line: `make compare A=r4-joint B=r1-llm-only`.
+#
+# Pictures are one source of chance, the seed of a training is the other. Runs named `r4-joint-s1`, `r4-joint-s2`
+# (`-p seed 1 -p run_name r4-joint-s1`) are further seeds of `r4-joint`: their interval draws seeds and pictures anew.
 
 # %%
 rivals = {f"{chosen['run']}: {name}": scored for name, scored in scores.items() if name != "fine-tuned"}
@@ -157,11 +159,6 @@ open_cases = [name for name, pair in pairs.items() if "cannot" in pair["verdict"
 display(Markdown(f"{len(pairs) - len(open_cases)} of {len(pairs)} comparisons are decided by these pictures" + (
     f"; not decided: {', '.join(open_cases)}." if open_cases else ".")))
 
-# %% [markdown]
-# Pictures are one source of chance, the seed of a training is the other. Runs named `r4-joint-s1`, `r4-joint-s2`
-# (`-p seed 1 -p run_name r4-joint-s1`) are further seeds of `r4-joint`: their interval draws seeds and pictures anew.
-
-# %%
 groups = {name: group for name, group in evaluate.group_seeds(found).items() if len(group) > 1}
 for name, group in groups.items():
     mean = evaluate.over_seeds(evaluate.iou_matrix(group)[0])
@@ -174,7 +171,8 @@ if not groups:
 # %% [markdown]
 # ## Where the IoU lies
 #
-# A mean hides its shape. Left the pictures by IoU, right the share that reaches at least so much.
+# A mean hides its shape. First the pictures by IoU, and the share that reaches at least so much. Then errors by size
+# and by rotation, each point with its interval: a group of few pictures can say little, and the width shows it.
 
 # %%
 others = {name: predict.read_jsonl(Path(runs_dir) / f"{reports.PREFIX}{name}" / reports.FILES["fine-tuned"])
@@ -185,13 +183,6 @@ display(plots.iou_curves(curves, truth))
 share = {name: scores[name]["summary"]["iou_over_50"]["value"] for name in ("constant box", "fine-tuned")}
 display(Markdown(f"An IoU above .5 is reached on {100 * share['fine-tuned']:.0f} % of the pictures; the constant box "
                  f"reaches it on {100 * share['constant box']:.0f} %."))
-
-# %% [markdown]
-# ## Errors by size and by rotation
-#
-# Each point stands with its interval: a group of few pictures can say little, and the width shows it.
-
-# %%
 shown = {"constant box": constant, "base": scores.get("base", constant), chosen["run"]: tuned}
 display(plots.errors_by(shown, "by_size"), plots.errors_by(shown, "by_rotation"))
 sure = {name: group["mean_iou_boxes"] for name, group in tuned["by_size"].items() if group["mean_iou_boxes"]["n"] > 1}
@@ -271,10 +262,8 @@ if made_with["scale"] == "tiny":
 else:  # a large base is asked by its own command
     asked = runs.read_json(Path(runs_dir) / "prompts" / "prompts.json") or []
     print("" if asked else f"not asked yet: make prompts ARGS='--scale {made_with['scale']}'")
-display(prompts.table_of(asked)) if asked else None
-
-# %%
 if asked:
+    display(prompts.table_of(asked))
     value = [row["mean_iou"]["value"] for row in asked]
     told = [row for row in asked if row["to_first"]["low"] > 0 or row["to_first"]["high"] < 0]
     display(Markdown(f"From {min(value):.3f} to {max(value):.3f} for one base model on {asked[0]['mean_iou']['n']} "
@@ -309,7 +298,7 @@ display(Markdown(f"Answer alone minus all text: {evaluate.with_interval(both['di
                  if both else "Not measured yet: `make collators`."))
 
 # %% [markdown]
-# ## The worst and the best twelve
+# ## The worst twelve, the best twelve, and six before and after
 #
 # Numbers say how often, pictures say how. Truth is solid blue, the prediction dashed orange.
 
@@ -319,14 +308,7 @@ lost = sorted((r for r in tuned["per_picture"] if r["iou"] is not None), key=lam
 display(Markdown(f"Of the worst {len(lost)}, {sum(not r['predicted'] for r in lost)} have no box at all, "
                  f"{sum(bool(r['predicted']) and r['iou'] == 0 for r in lost)} a box beside the table, and "
                  f"{sum(r['rotation'] not in (0, None) for r in lost)} lie turned."))
-
-# %%
-plots.best(rows["val"], truth, answers["fine-tuned"])
-
-# %% [markdown]
-# ## Before and after
-
-# %%
+display(plots.best(rows["val"], truth, answers["fine-tuned"]))
 display(plots.before_after(rows["val"].select(range(min(6, len(rows["val"])))), truth, answers["base"],
                            answers["fine-tuned"]))
 gain = evaluate.paired_bootstrap(tuned["per_picture"], scores["base"]["per_picture"])["difference"]
