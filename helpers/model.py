@@ -171,7 +171,8 @@ def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     Raises ValueError that names the keys: after a rename of modules PEFT loads what fits and only warns; ParityError
     where the adapter was trained on another base.
     """
-    parity.check_base(folder, parity.base_of(base.config._name_or_path, getattr(base.config, "_commit_hash", None)))
+    if Path(base.config._name_or_path).is_dir():  # of a Hub id the commit is not known here: `parity.check` takes it
+        parity.check_base(folder, parity.base_of(base.config._name_or_path))
     file = load_file(Path(folder) / "adapter_model.safetensors")  # first: PEFT would also take a pickle
     model = PeftModel.from_pretrained(base, str(folder))
     loaded = get_peft_model_state_dict(model)

@@ -69,6 +69,7 @@ def _faults_in_a_row(picture: Image.Image) -> list[tuple[str, str, dict[str, Any
         ("category-mismatch", "the id of another name", {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),
         ("repeated-id", "the id of the first that can be read", {"image_id": "planted-2"}),
         ("no-table", "no box", _boxed()),
+        ("missing-id", "an empty id", {"image_id": ""}),
     ]
 
 
