@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml requirements.lock
 	if [ "$$(uname -s)" = Linux ]; then \
 		$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement requirements.lock && \
 		$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . ; \
-	else $(BIN)/python -m pip install --quiet --editable '.[test]' ; fi
+	else $(BIN)/python -m pip install --quiet --editable '.[serve,test]' ; fi
 	@touch $@
 
 demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
@@ -104,7 +104,7 @@ env: $(STAMP) ## write environment.yml, environment.lock.yml and requirements.tx
 
 lock: ## write requirements.lock from pyproject.toml: every version and its files' hashes
 	test -x .venv-lock/bin/uv || { "$(PYTHON)" -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv==0.13.9; }
-	.venv-lock/bin/uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
+	.venv-lock/bin/uv pip compile pyproject.toml --extra serve --extra test --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --custom-compile-command 'make lock' --quiet --upgrade --output-file requirements.lock
 
 clean: ## remove caches and the demo's run; keeps .venv and every other run
