@@ -71,7 +71,7 @@ SCALES: dict[str, dict] = {
         "lora_alpha": 32,
         "lora_dropout": 0.0,  # on a CPU its random numbers would take a quarter of a step
         "min_pixels": 16 * IMAGE_TOKEN,
-        "max_pixels": 100 * IMAGE_TOKEN,
+        "max_pixels": 144 * IMAGE_TOKEN,
         "gradient_checkpointing": False,
         "augment": False,
         "save_steps": 50,

@@ -124,10 +124,10 @@ def _wait() -> None:
 def compare_merges(space: dict) -> dict[str, float]:
     """How far logits are from those of the model as it was trained: ||other - trained|| / ||trained||.
 
-    `space` is the pipeline's namespace after its last cell. The same batch goes through the NF4 base with its adapter,
-    the merged model that was shipped, and the adapter merged into the other base; keys are the names that `merge_base`
-    takes. `rounding` is what the same shipped weights differ by when only the attention is computed otherwise: what is
-    not above it says nothing.
+    `space` is the pipeline's namespace after its last cell, the one that its functions see. The same batch goes through
+    the NF4 base with its adapter, the merged model that was shipped, and the adapter merged into the other base; keys
+    are the names that `merge_base` takes. `rounding` is what the same shipped weights differ by when only the attention
+    is computed otherwise: what is not above it says nothing.
     """
     inputs = {name: tensor for name, tensor in space["batch"].items() if name != "labels"}
     shipped = space["run"].merge_base
@@ -142,7 +142,7 @@ def compare_merges(space: dict) -> dict[str, float]:
 
     found = {shipped: logits(space["merged"])}
     space["merged"].set_attn_implementation("eager" if model.attention() != "eager" else "sdpa")
-    rounding = apart(logits(space.pop("merged")), found[shipped])
+    rounding = apart(logits(space.pop("merged")), found[shipped])  # and with its last name the model goes
     model.free_memory()
     trained = logits(space["load_trained"]())
     model.free_memory()
@@ -160,7 +160,8 @@ def main(file: str, cap_gib: str, kill_at: str, *parameters: str) -> None:
     watch(events)
     transformers.trainer.DEFAULT_CALLBACKS.append(clock(events, int(kill_at)))
     sys.argv = ["pipeline.py", *parameters]
-    space = events.timed("pipeline", runpy.run_path)(str(PIPELINE), run_name="__main__")
+    # run_path gives a copy, which would hold a model that its functions' own namespace has let go
+    space = events.timed("pipeline", runpy.run_path)(str(PIPELINE), run_name="__main__")["load_base"].__globals__
     if space["merges"]:
         events.timed("compare", compare_merges, lambda value: value)(space)
     events.write(call="end", at=time.time())

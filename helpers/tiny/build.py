@@ -29,7 +29,7 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 VOCAB_SIZE = 512  # 256 bytes, the merges, the special tokens last
 IMAGE_TOKEN = 28 * 28  # pixels of one image token: 2 x 2 patches of 14 x 14
-MIN_IMAGE_TOKENS, MAX_IMAGE_TOKENS = 16, 100
+MIN_IMAGE_TOKENS, MAX_IMAGE_TOKENS = 16, 144
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"

@@ -31,6 +31,7 @@ NAMES = (
     "barcode", "qr code", "logo", "product name", "ingredient list", "directions", "cooking table", "price table",
     "dosage table", "best-before stamp", "recycling mark", "flag", "seal", "food picture", "drug facts",
 )  # fmt: skip
+TABLES = frozenset(("cooking table", "price table", "dosage table", "drug facts"))  # asked for twice as often
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu zen bra clo dri fle gno pri stu tra".split()
 WORDS = "table list text small energy label panel sign mark box line note seal code area block part".split()
 TEXTS = (
@@ -111,7 +112,8 @@ def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5
 
 def question(named: dict[str, np.ndarray], rng: random.Random) -> tuple[str, str]:
     """One (prompt, answer) about a thing of `named` (at least one), sometimes under a made-up name."""
-    name = rng.choice(sorted(named))
+    names = sorted(named)
+    (name,) = rng.choices(names, [2 if name in TABLES else 1 for name in names])
     shown = made_up_name(rng) if rng.random() < MADE_UP_SHARE else name
     if FORBIDDEN.search(shown):
         shown = name

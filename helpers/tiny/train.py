@@ -27,7 +27,7 @@ class Questions(IterableDataset):
     Yields dicts: photo (height, width), picks [B] indices into the pool, crops [B, 4], size (height, width) that the
     model sees, input_ids [B * k, L], labels [B * k, L] (-100 outside the answer and its end token): k questions a
     picture, one after the other; kinds [B, N] and boxes [B, N, 4] for the guide. All pictures of a batch have one
-    size; seven of ten batches are cropped.
+    size; half of the batches are cropped.
     """
 
     def __init__(self, things: dict, processor: Qwen2VLProcessor, batch: int, each: int, seed: int):
@@ -45,7 +45,7 @@ class Questions(IterableDataset):
         while True:
             photo = rng.choices(photos, weights)[0]
             picks = rng.choices(self.askable[photo], k=self.batch)
-            crop_batch, crops, texts, maps = rng.random() < 0.7, [], [], []
+            crop_batch, crops, texts, maps = rng.random() < 0.5, [], [], []
             size = model_size(photo, self.processor.image_processor.size)
             for pick in picks:
                 crop = random_crop(draw) if crop_batch else WHOLE

@@ -23,7 +23,7 @@ from helpers.tiny.train import train
 
 
 def run(
-    out: str, *, cache: str = "runs/tiny-scenes", scenes: int = 20_000, image_tokens: int = 100, width: int = 192,
+    out: str, *, cache: str = "runs/tiny-scenes", scenes: int = 28_000, image_tokens: int = 144, width: int = 192,
     vision_layers: int = 6, language_layers: int = 4, rope_theta: float = 10.0,
     mrope_section: tuple[int, int, int] = (2, 7, 7), steps: int = 8000, batch: int = 64, each: int = 4,
     peak: float = 2e-3, guided: float = 0.5, seed: int = 0, seconds: float = math.inf, workers: int = 2,
