@@ -115,7 +115,7 @@ class Report:
 
 def prepare(options: argparse.Namespace):
     """The model's folder, its processor and the pictures, read as the pipeline reads them."""
-    folder, made, shrink = options.folder / "model", options.folder / "model.json", 4 if options.tiny else 1
+    folder, made, shrink = options.folder / "model", options.folder / "model.json", 8 if options.tiny else 1
     if options.tiny:
         folder = TINY_BASE
     elif not made.is_file():

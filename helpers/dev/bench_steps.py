@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -198,8 +198,9 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
         return SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
     collator = collate.Collator(processor, PROMPT)
     if variant.cached:
-        collator = features.SeenCollator(collator, tuned.get_base_model(), rows, Path(folder) / "seen", workers)
-        rows = rows.cast_column("image", Image(decode=False))
+        collator = features.SeenCollator(collator, tuned.get_base_model(), rows, Path(folder) / "seen",
+                                         variant.micro_batch, workers)  # fmt: skip
+        rows = collator.rows
     sft = KINDS[variant.kind](tuned, args=arguments, train_dataset=rows.select(enough), processing_class=processor,
                               data_collator=collator)  # fmt: skip
     if variant.kind != "trl":
