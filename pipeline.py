@@ -43,7 +43,7 @@ lora_rank = None
 lora_alpha = None
 lora_dropout = None
 precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
-gradient_checkpointing = None  # recompute activations instead of keeping them
+gradient_checkpointing = None  # recompute activations instead of keeping them; None: where memory needs it
 augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
 seed = 0
 train_limit = None  # use only the first so many pictures
@@ -90,8 +90,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import boxes, callbacks, checkpoints, collate, data, evaluate, merge, messages, model, parity, plots
-from helpers import predict, trainer
+from helpers import boxes, budget, callbacks, checkpoints, collate, data, evaluate, features, merge, messages, model
+from helpers import parity, plots, predict, trainer
 from helpers.augment import Augment
 
 transformers.set_seed(run.seed)
@@ -291,8 +291,34 @@ def make_trainable(base, stage):
     return get_peft_model(base, lora)
 
 
+# %% [markdown]
+# Two things save time and change no number. Activations are kept instead of worked out twice (`gradient_checkpointing`)
+# where the longest batch fits into the GPU's memory so, which is tried. And a vision tower that does not train sees
+# each picture once, instead of once an epoch.
+
 # %%
-def sft_config(stage_run):
+def needs_checkpointing(tuned):
+    """What the parameter says; without a word there, what the longest batch shows."""
+    if run.gradient_checkpointing is not None:
+        return run.gradient_checkpointing
+    longest = budget.longest(rows["train"], run.batch_size, run.min_pixels, run.max_pixels)
+    return not model.fits_whole(tuned, collate.Collator(processor, run.prompt, run.loss_scope)(longest))
+
+
+def training_data(stage_run, tuned, augment):
+    """The rows to train on, and the collator that makes batches of them."""
+    collator = collate.Collator(processor, run.prompt, run.loss_scope, augment)
+    if not features.worth_keeping(stage_run.stage, run.augment, run.epochs):
+        return rows["train"], collator
+    seen = features.SeenCollator(collator, tuned, rows["train"], stage_run.folder / "seen.bin", run.batch_size, workers)
+    return seen.rows, seen
+
+
+# %%
+workers = 4 if torch.cuda.is_available() else 0  # processes that open pictures
+
+
+def sft_config(stage_run, checkpointing):
     """How a stage is trained; the effective batch is batch_size x accumulation x processes."""
     return SFTConfig(
         output_dir=str(stage_run.folder),
@@ -304,7 +330,7 @@ def sft_config(stage_run):
         warmup_steps=0.05,
         max_grad_norm=1.0,
         bf16=True,
-        gradient_checkpointing=run.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
         max_length=None,  # TRL's default of 1024 would cut image tokens
         remove_unused_columns=False,
         logging_steps=1,
@@ -314,7 +340,7 @@ def sft_config(stage_run):
         seed=run.seed,
         report_to=run.report_to,
         run_name=stage_run.name,
-        dataloader_num_workers=4 if torch.cuda.is_available() else 0,
+        dataloader_num_workers=workers,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
@@ -329,19 +355,20 @@ def train(stage_run, base_path):
     """Train one stage on the model at `base_path`; returns the table of what trained, per tower."""
     folder, stage = stage_run.folder, stage_run.stage
     tuned = make_trainable(load_base(stage.precision, base_path), stage)
-    changed = Augment(run.seed) if run.augment else None
-    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run), train_dataset=rows["train"],
-                             data_collator=collate.Collator(processor, run.prompt, run.loss_scope, changed),
-                             processing_class=processor, callbacks=[trainer.LossLog(folder)],
+    augment = Augment(run.seed) if run.augment else None
+    train_rows, collator = training_data(stage_run, tuned, augment)
+    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run, needs_checkpointing(tuned)), train_dataset=train_rows,
+                             data_collator=collator, processing_class=processor, callbacks=[trainer.LossLog(folder)],
                              made_with=made_with, base=parity.base_of(base_path, run.model_revision))
-    if changed:
-        sft.add_callback(changed)  # tells it the epoch
+    if augment:
+        sft.add_callback(augment)  # tells it the epoch
     if run.eval_steps:
         few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
         sft.add_callback(callbacks.IoUDuringTraining(
             sft, few, run.prompt, every=run.eval_steps, batch_size=run.predict_batch_size,
             keep_best=run.keep == "best", max_new_tokens=run.max_new_tokens))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
+    model.keep_input_dtype(tuned)
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
         sft.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from datasets import Dataset
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from helpers.recipes import IMAGE_TOKEN
@@ -15,6 +16,12 @@ def image_tokens(sizes: Iterable[tuple[int, int]], min_pixels: int, max_pixels: 
     """Image tokens of pictures of these (width, height) in pixels: int64 [N]."""
     resized = [smart_resize(int(height), int(width), UNIT, min_pixels, max_pixels) for width, height in sizes]
     return np.array([height * width // IMAGE_TOKEN for height, width in resized], dtype=np.int64)
+
+
+def longest(rows: Dataset, count: int, min_pixels: int, max_pixels: int) -> Dataset:
+    """The `count` rows whose pictures make most image tokens, by their `width` and `height`."""
+    tokens = image_tokens(zip(rows["width"], rows["height"], strict=True), min_pixels, max_pixels)
+    return rows.select(np.argsort(-tokens, kind="stable")[:count])
 
 
 def padding_share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:

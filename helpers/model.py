@@ -1,18 +1,21 @@
 """The model at a stated precision: where it lives, what is quantised, what trains, whether an adapter really loaded."""
 
 import gc
+import math
 import os
 import re
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
 from helpers import parity
+from helpers.collate import IGNORED
 from helpers.recipes import Stage
 
 TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
@@ -165,6 +168,16 @@ def trainable_to_fp32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
+def keep_input_dtype(model: nn.Module) -> None:
+    """Let LoRA's input stay in bf16: PEFT casts it to the adapter's fp32, and autocast casts it back for the product.
+
+    The result is the same to the last bit under autocast; without autocast the dtypes would not fit each other.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+
+
 def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     """`base` with the adapter in `folder`, after a check that every key of the file found its place.
 
@@ -183,6 +196,38 @@ def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     if wrong:
         raise ValueError(f"adapter {folder}: {len(wrong)} weights differ from the file after loading: {wrong[0]}.")
     return model.eval()
+
+
+def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> bool:
+    """Whether a training step on `batch` keeps all its activations in GPU memory, tried once and said in a line.
+
+    Gradients of earlier micro-batches, AdamW's two numbers a weight and `reserve`, a share of the memory, must fit
+    beside it. Otherwise activations have to be worked out twice: gradient checkpointing. Give the longest batch there
+    is. Without a GPU: True.
+    """
+    if not torch.cuda.is_available():
+        return True
+    devices, was_training = range(torch.cuda.device_count()), vlm.training
+    for device in devices:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        given = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
+        given["logits_to_keep"] = given.pop("labels") != IGNORED
+        with torch.autocast("cuda", torch.bfloat16):
+            vlm.train()(**given, use_cache=False).logits.sum().backward()
+        took = max(torch.cuda.max_memory_allocated(device) for device in devices)
+    except torch.OutOfMemoryError:
+        took = math.inf
+    vlm.train(was_training).zero_grad()
+    free_memory()
+    trained = sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
+    allowed = torch.cuda.get_per_process_memory_fraction
+    room = min(torch.cuda.get_device_properties(device).total_memory * allowed(device) for device in devices)
+    fits = took + 12 * trained < (1 - reserve) * room
+    takes = f"takes {(took + 12 * trained) / 2**30:.1f} GiB" if took < math.inf else "does not fit"
+    print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
+          f"gradient checkpointing is {'off' if fits else 'on'}")
+    return fits
 
 
 def layer_kinds(names: list[str]) -> dict[str, int]:

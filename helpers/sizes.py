@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from helpers.model import count, tower_of
+from helpers.recipes import Stage
 
 PARTS = {
     "vision: patch embedding": "model.visual.patch_embed",
@@ -117,6 +118,40 @@ def forward_flops(model: nn.Module, grid: Sequence[int], tokens: int) -> dict[st
     flops["vision: blocks"] += vision.depth * 4 * patches**2 * vision.embed_dim
     flops["language: layers"] += text.num_hidden_layers * 4 * tokens**2 * text.hidden_size
     return flops
+
+
+def training_flops(model: nn.Module, stage: Stage, rank: int, grid: Sequence[int], tokens: int, answer: int,
+                   cached: bool = False) -> dict[str, int]:
+    """Floating point operations that a step needs for one picture, `{"vision", "language", "head"}`.
+
+    Needed are: the forward pass; the gradient with respect to what goes into a layer, where something before it trains;
+    the gradient of weights that train alone. A recomputed activation and the gradient of a frozen weight are not.
+    Causal attention counts half of its square, attention's backward pass twice its forward pass, the head the `answer`
+    tokens that the loss looks at. `rank` is LoRA's, `cached` says that the frozen tower's work was done before.
+    `model` is the plain one, before PEFT. Raises ValueError where `cached` and the vision tower trains.
+    """
+    if cached and "vision" in stage.towers:
+        raise ValueError("the vision tower trains in this stage: what it sees cannot be cached.")
+    forward, config = forward_flops(model, grid, tokens), model.config
+    patches = image_tokens(grid, config.vision_config.spatial_merge_size) * config.vision_config.spatial_merge_size**2
+    seeing = config.vision_config.depth * 4 * patches**2 * config.vision_config.embed_dim
+    reading = config.text_config.num_hidden_layers * 4 * tokens**2 * config.text_config.hidden_size
+    patching = forward["vision: patch embedding"]
+    tower = forward["vision: blocks"] + forward["vision: merger"]
+    layers = forward["language: layers"] - reading  # the linear ones
+    vision = 0 if cached else patching + tower
+    if "vision" in stage.towers:
+        vision += tower + seeing  # attention twice, so its square once more
+    language = 2 * layers + 3 * reading // 2
+    if stage.trains == "full":
+        vision += patching + tower - seeing
+    else:
+        rows = {"vision: blocks": patches, "vision: merger": patches // config.vision_config.spatial_merge_size**2}
+        for name, (inputs, outputs) in linear_layers(model, stage.lora_targets).items():
+            cost = 3 * 2 * rank * (inputs + outputs) * rows.get(part_of(name), tokens)
+            vision, language = (vision + cost, language) if "visual" in name else (vision, language + cost)
+    head = 2 * 2 * config.text_config.hidden_size * config.text_config.vocab_size * answer
+    return {"vision": vision, "language": language, "head": head}
 
 
 def rope_angles(rope: dict, head: int) -> dict[str, np.ndarray]:

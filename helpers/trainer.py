@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
 from helpers import checkpoints, parity, runs
@@ -76,6 +78,19 @@ class BoxTrainer(SFTTrainer):
             raise Stopped(f"{self.notice.came} at step {self.state.global_step} of {self.state.max_steps}: "
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
         return result
+
+    def compute_loss(self, model, inputs, **kwargs):
+        """TRL's own; features that a frozen tower has made before (`SeenCollator`) take the place of pictures.
+
+        SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
+        they stay on the CPU.
+        """
+        if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
+            inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
+        features = inputs.pop("image_features", None)
+        if features is not None:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+        return super().compute_loss(model, inputs, **kwargs)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)

@@ -1,0 +1,209 @@
+"""How fast 7B trains and answers on this GPU, stock against ours: `python -m helpers.dev.bench_7b --folder DISK`.
+
+Builds the published 7B architecture with random weights and pictures of 1280 image tokens, loads it once in NF4 and
+once in bf16, and measures the variants below in one process (`bench_steps.measure`); then answers; then whether stock
+and ours lose alike from the same start. The report is written after each, so that running out of `--minutes` loses
+nothing. `--tiny` does the same with the tiny base on any machine.
+
+Stock is TRL's SFTTrainer with its own collator: NF4, LoRA of rank 64, batches of 2, gradient checkpointing, as many
+workers as ours. Rates are for 16 pictures and one update of the weights.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import Qwen2VLProcessor
+
+from helpers import data, model, predict, runs
+from helpers.dev import bench_report, bench_steps
+from helpers.dev.bench_predict import load
+from helpers.dev.bench_steps import PROMPT, Variant
+from helpers.dev.random_7b import PUBLISHED, write_json, write_model, write_pictures
+from helpers.recipes import IMAGE_TOKEN, SCALES
+from helpers.settings import TINY_BASE
+
+SIZES = [(1120, 896), (896, 1120), (1372, 728), (812, 1232)]  # 1280, 1280, 1274, 1276 image tokens
+VAL = 123  # pictures of the real val: what answering is scaled to
+
+STOCK = Variant("stock", kind="stock", cast=True)
+NOW = Variant("our trainer, nothing else changed", kind="as-trl", cast=True)
+OPEN = Variant("no checkpointing", checkpointing=False)
+R1 = {"recipe": "r1-llm-only"}
+NF4 = [
+    STOCK,
+    NOW,
+    Variant("LoRA's input stays in bf16", kind="as-trl"),
+    Variant("vision lengths stay on the CPU"),
+    OPEN,
+    replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
+    Variant("checkpointing, micro-batch 8", micro_batch=8),
+    Variant("checkpointing, micro-batch 16", micro_batch=16),
+    replace(STOCK, name="stock, r1", **R1),
+    replace(OPEN, name="no checkpointing, r1", **R1),
+    replace(OPEN, name="cached vision, r1", cached=True, **R1),
+    replace(OPEN, name="cached vision, micro-batch 4, r1", cached=True, micro_batch=4, **R1),
+    replace(NOW, name="logits of every token", kind="all-logits"),
+    replace(OPEN, name="no dropout", dropout=0.0),
+]
+BF16 = [
+    replace(STOCK, name="stock trainer, bf16 base"),
+    replace(OPEN, name="bf16 base, no checkpointing"),
+    replace(OPEN, name="bf16 base, no checkpointing, micro-batch 4", micro_batch=4),
+    Variant("bf16 base, checkpointing, micro-batch 8", micro_batch=8),
+]
+LAST = [  # on the bf16 base: they change classes, or take long to begin
+    replace(OPEN, name="bf16 base, compiled layers", compiled=True),
+    replace(OPEN, name="bf16 base, Liger kernels", liger=True),
+]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-7b"), help="model, pictures; 20 GB free")
+    parser.add_argument("--report", type=Path, default=Path("runs/bench-7b/performance_7b.json"))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything together; then it stops")
+    parser.add_argument("--only", nargs="*", help="variants whose name holds one of these words; stock always runs")
+    parser.add_argument("--new-tokens", type=int, default=48, help="of each answer, as random weights never stop")
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64], help="pictures answered at once")
+    parser.add_argument("--steps", type=int, default=10, help="of the loss curves")
+    parser.add_argument("--workers", type=int, default=4, help="that load pictures, for stock and ours")
+    parser.add_argument("--tiny", action="store_true", help="the tiny base and small pictures, no GPU needed")
+    options = parser.parse_args()
+    options.deadline = time.monotonic() + 60 * options.minutes
+    options.rank = 4 if options.tiny else SCALES["7b"]["lora_rank"]
+    return options
+
+
+class Report:
+    """Everything that was measured, in one file that is whole after each addition."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.path, self.deadline, self.began = options.report, options.deadline, time.monotonic()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+        self.content = {
+            "command": "python -m helpers.dev.bench_7b " + " ".join(sys.argv[1:]), "commit": runs.git_revision(),
+            "device": gpu.name if gpu else "no GPU", "gpu_gib": gpu.total_memory / 2**30 if gpu else None,
+            "torch": torch.__version__, "model": "the tiny base" if options.tiny else "7B, random weights",
+            "pictures_per_update": SCALES["7b"]["batch_size"] * SCALES["7b"]["accumulation"],
+            "train": [], "answer": [], "curves": {}, "left_out": [],
+        }  # fmt: skip
+
+    def add(self, kind: str, row: dict) -> None:
+        if isinstance(self.content[kind], dict):
+            self.content[kind] |= row
+        else:
+            self.content[kind].append(row)
+        self.content["seconds"] = round(time.monotonic() - self.began)
+        write_json(self.path, self.content)
+        print(f"{self.content['seconds']} s:", json.dumps(row)[:400], flush=True)
+
+    def time_for(self, what: str, seconds: float) -> bool:
+        """Whether `seconds` more fit before the deadline; what does not is named in the report."""
+        fits = time.monotonic() + seconds < self.deadline
+        if not fits:
+            self.add("left_out", {"what": what})
+        return fits
+
+
+def prepare(options: argparse.Namespace):
+    """The model's folder, its processor and the pictures, read as the pipeline reads them."""
+    folder, made, shrink = options.folder / "model", options.folder / "model.json", 8 if options.tiny else 1
+    if options.tiny:
+        folder = TINY_BASE
+    elif not made.is_file():
+        write_model(folder, PUBLISHED)
+        write_json(made, PUBLISHED)
+        model.free_memory()
+    sizes = [(width // shrink, height // shrink) for width, height in SIZES]
+    write_pictures(options.folder / "pictures", {"train": 32, "selection": 1, "val": 16}, sizes)
+    pixels = {"min_pixels": 256 * IMAGE_TOKEN // shrink**2, "max_pixels": 1280 * IMAGE_TOKEN // shrink**2}
+    raw = data.load_raw(str(options.folder / "pictures"), cache_dir=str(options.folder / "cache"))
+    rows = data.prepare(data.clean(raw, data.audit(raw)), **pixels)
+    return str(folder), Qwen2VLProcessor.from_pretrained(folder, **pixels), rows
+
+
+def train(options: argparse.Namespace, report: Report, variants: list[Variant], base, processor, rows) -> None:
+    """Those of `variants` that `--only` and the time let through."""
+    for variant in variants:
+        wanted = not options.only or variant.kind == "stock" or any(word in variant.name for word in options.only)
+        if not wanted or (variant.liger and not find_spec("liger_kernel")):
+            report.add("left_out", {"what": variant.name, "why": "not asked for" if not wanted else "not installed"})
+        elif report.time_for(variant.name, 90 if variant.compiled else 15):
+            report.add("train", bench_steps.measure(
+                variant, base, processor, rows["train"], rank=options.rank, workers=options.workers,
+                accumulation=2 if variant.micro_batch < 8 else 1, rate=report.content["matmul_flops_per_s"],
+                pictures=report.content["pictures_per_update"]))  # fmt: skip
+
+
+def answer(options: argparse.Namespace, report: Report, precision: str, base, processor, rows) -> None:
+    """Seconds to answer `VAL` pictures one by one and in batches, by the pipeline's way, scaled from fewer."""
+    base.set_attn_implementation(model.attention(training=False))
+    generation = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
+    pictures = list(rows["val"]) * (1 + max(options.batches) // len(rows["val"]))
+    predict.generate_lines(base, processor, pictures[:1], PROMPT, generation)  # the first call is not timed
+    for batch in [1, *options.batches]:
+        if not report.time_for(f"answers in {precision}, {batch} at once", 20):
+            continue
+        row, seconds = {"precision": precision, "batch": batch, "new_tokens": options.new_tokens}, []
+        try:
+            for number in range(3 if batch == 1 else 1):
+                start = time.perf_counter()
+                predict.generate_lines(base, processor, pictures[number : number + batch], PROMPT, generation)
+                seconds.append(time.perf_counter() - start)
+            row |= {"measured_s": seconds, f"s_for_{VAL}": statistics.median(seconds) * VAL / batch}
+        except Exception as error:  # no memory: a bench goes on
+            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        report.add("answer", row)
+    model.free_memory()
+
+
+def curves(options: argparse.Namespace, report: Report, base, processor, rows) -> None:
+    """Losses of `--steps` steps of 4 pictures from one start in one order, without dropout, for three trainers.
+
+    All see the same labels: those of TRL's own collator hold a line break more, behind the end of the answer.
+    """
+    both = {"dropout": 0.0}
+    for name, variant, accumulation in (
+        ("TRL's trainer", replace(STOCK, kind="trl", **both), 2), ("ours, as published", replace(NOW, **both), 2),
+        ("ours, fast", replace(OPEN, micro_batch=4, **both), 1)):  # fmt: skip
+        if report.time_for(f"losses: {name}", 3 * options.steps):
+            row = bench_steps.measure(variant, base, processor, rows["train"], rank=options.rank, rate=1.0, pictures=4,
+                                      steps=options.steps, accumulation=accumulation, workers=options.workers,
+                                      learning_rate=2e-4)  # fmt: skip
+            report.add("curves", {name: row.get("losses", row.get("failed"))})
+
+
+def main() -> int:
+    options = arguments()
+    runs.quiet_libraries()
+    report = Report(options)
+    folder, processor, rows = prepare(options)
+    rate = bench_steps.matmul_rate(*((1024, 5) if options.tiny else (8192, 20)))
+    report.content |= {"matmul_flops_per_s": rate, "prepared_s": round(time.monotonic() - report.began)}
+    for precision, variants, last in (("nf4", NF4, []), ("bf16", BF16, LAST)):
+        if not report.time_for(f"the base in {precision}", 40):
+            continue
+        base = load(folder, precision).requires_grad_(False)
+        base.set_attn_implementation(model.attention())
+        train(options, report, variants, base, processor, rows)
+        if precision == "nf4":
+            curves(options, report, base, processor, rows)
+        answer(options, report, precision, base, processor, rows)
+        base.set_attn_implementation(model.attention())
+        train(options, report, last, base, processor, rows)
+        del base
+        model.free_memory()
+    print(bench_report.table(report.content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

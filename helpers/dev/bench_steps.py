@@ -1,0 +1,289 @@
+"""A training step taken apart: stock TRL and the pipeline's trainer in variants, on one model, in one process.
+
+Each variant attaches fresh adapters to the same frozen base, trains a few steps through its trainer's own loop, and is
+measured by marks on the device: CUDA events on a GPU, the clock on a CPU. Medians over the micro-batches after the
+first step.
+"""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from helpers import collate, features, model, sizes, trainer
+from helpers.messages import target_text
+from helpers.recipes import RECIPES, Stage
+
+PROMPT = "Detect the bounding box of the nutrition table."
+GIB = 2**30
+PARTS = ("vision", "language", "head and loss", "optimiser", "waiting for data", "everything else")
+
+
+class AsTRL(trainer.BoxTrainer):
+    """Our trainer with TRL's own way to the loss."""
+
+    compute_loss = SFTTrainer.compute_loss
+
+
+class AllLogits(trainer.BoxTrainer):
+    """Our trainer with the loss as Trainer and older TRL make it: from the logits of every token."""
+
+    compute_loss = Trainer.compute_loss
+    log = Trainer.log
+
+
+# stock: TRL's trainer and collator; trl: TRL's trainer with our collator
+KINDS = {"stock": SFTTrainer, "trl": SFTTrainer, "as-trl": AsTRL, "all-logits": AllLogits, "ours": trainer.BoxTrainer}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train; the defaults are the published configuration's."""
+
+    name: str
+    recipe: str = "r4-joint"
+    kind: str = "ours"  # a key of KINDS
+    micro_batch: int = 2
+    checkpointing: bool = True
+    cast: bool = False  # let PEFT turn LoRA's input into fp32 before autocast turns it back
+    dropout: float = 0.05  # LoRA's
+    cached: bool = False  # the frozen vision tower's features computed beforehand
+    compiled: bool = False
+    liger: bool = False
+
+    @property
+    def stage(self) -> Stage:
+        return RECIPES[self.recipe][-1]
+
+
+def mark() -> torch.cuda.Event | float:
+    """This moment on the device."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Seconds from one mark to another; on a GPU both must have been reached."""
+    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
+
+
+def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
+    """Floating point operations a second of a square bf16 matrix product here, the median of `repeats`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    one @ other
+    marks = [mark()]
+    for _ in range(repeats):
+        one @ other
+        marks.append(mark())
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 2 * size**3 / statistics.median(between(a, b) for a, b in zip(marks, marks[1:], strict=False))
+
+
+class StepClock(TrainerCallback):
+    """Marks where a trainer's micro-batches pass from part to part, and where its steps end."""
+
+    def __init__(self, sft: Trainer):
+        self.batches: list[dict] = []  # one a micro-batch: {place: mark}
+        self.ends: list = []  # one a step
+        self.handles, tuned = [], sft.model
+        base = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
+        for name, module in (("vision", base.model.visual), ("language", base.model.language_model)):
+            self.handles += [module.register_forward_pre_hook(self._entering(name), with_kwargs=True),
+                             module.register_forward_hook(self._leaving(name))]  # fmt: skip
+        step = sft.training_step
+
+        def training_step(*args, **kwargs):
+            self.batches.append({"start": mark()})
+            loss = step(*args, **kwargs)
+            self.batches[-1]["end"] = mark()
+            return loss
+
+        sft.training_step = training_step
+        sft.add_callback(self)
+
+    def _note(self, place: str) -> Callable:
+        return lambda *_: self.batches[-1].setdefault(place, mark()) and None
+
+    def _entering(self, name: str) -> Callable:
+        def hook(module, args, kwargs):
+            self._note(f"{name} in")()
+            embedded = kwargs.get("inputs_embeds")
+            if embedded is not None and embedded.requires_grad:
+                embedded.register_hook(self._note(f"gradient of {name} in"))
+
+        return hook
+
+    def _leaving(self, name: str) -> Callable:
+        def hook(module, args, output):
+            self._note(f"{name} out")()
+            if name == "language":
+                output[0].register_hook(self._note(f"gradient of {name} out"))
+
+        return hook
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.ends.append(mark())
+
+    def split(self, accumulation: int, micro_batch: int, pictures: int) -> dict[str, float]:
+        """Seconds by part of `PARTS` for `pictures` pictures and one update, from the steps after the first."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        for handle in self.handles:
+            handle.remove()
+        parts = [self._parts(batch) for batch in self.batches[accumulation:]]
+        found = {part: statistics.median(one[part] for one in parts) * pictures / micro_batch for part in parts[0]}
+        last = self.batches[accumulation - 1 :: accumulation]
+        first = self.batches[accumulation::accumulation]
+        updates = [between(batch["end"], end) for batch, end in zip(last[1:], self.ends[1:], strict=True)]
+        found["optimiser"] = statistics.median(updates)
+        waits = [between(a, b["start"]) for a, b in zip(self.ends, first, strict=False)]
+        found["waiting for data"] = statistics.median(waits) * pictures / micro_batch / accumulation
+        return {part: found[part] for part in PARTS}
+
+    def _parts(self, batch: dict) -> dict[str, float]:
+        down = batch.get("gradient of language in", batch["end"])
+        vision = between(batch["vision in"], batch["vision out"]) if "vision in" in batch else 0.0
+        vision += between(down, batch["end"]) if "gradient of language in" in batch else 0.0
+        language = between(batch["language in"], batch["language out"])
+        language += between(batch["gradient of language out"], down)
+        head = between(batch["language out"], batch["gradient of language out"])
+        rest = between(batch["start"], batch["end"]) - vision - language - head
+        return {"vision": vision, "language": language, "head and loss": head, "everything else": rest}
+
+
+def as_chats(rows: Dataset) -> Dataset:
+    """Rows as TRL wants them: `image`, conversational `prompt` and `completion`."""
+
+    def chat(row: dict) -> dict:
+        return {"prompt": [{"role": "user", "content": PROMPT}],
+                "completion": [{"role": "assistant", "content": target_text(row["objects"])}]}  # fmt: skip
+
+    texts = [chat({"objects": objects}) for objects in rows["objects"]]
+    chats = rows.select_columns(["image"])
+    for name in ("prompt", "completion"):
+        chats = chats.add_column(name, [text[name] for text in texts])
+    return chats
+
+
+def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, folder: str, *, rank: int, steps: int,
+          accumulation: int, workers: int, learning_rate: float = 2e-5) -> SFTTrainer:
+    """The variant's trainer on fresh adapters, the same ones for every variant of a recipe."""
+    set_seed(0)
+    tuned = get_peft_model(base, LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
+        task_type="CAUSAL_LM"))  # fmt: skip
+    arguments = SFTConfig(
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=variant.micro_batch,
+        gradient_accumulation_steps=accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
+        warmup_steps=0.05, max_grad_norm=1.0, bf16=True, gradient_checkpointing=variant.checkpointing, max_length=None,
+        remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none", seed=0,
+        dataloader_num_workers=workers, use_cpu=not torch.cuda.is_available(), disable_tqdm=True)  # fmt: skip
+    enough = [i % len(rows) for i in range(steps * accumulation * variant.micro_batch)]  # one epoch
+    if variant.kind == "stock":
+        chats = as_chats(rows.select(enough))
+        return SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
+    collator = collate.Collator(processor, PROMPT)
+    if variant.cached:
+        collator = features.SeenCollator(collator, tuned.get_base_model(), rows, Path(folder) / "seen",
+                                         variant.micro_batch, workers)  # fmt: skip
+        rows = collator.rows
+    sft = KINDS[variant.kind](tuned, args=arguments, train_dataset=rows.select(enough), processing_class=processor,
+                              data_collator=collator)  # fmt: skip
+    if variant.kind != "trl":
+        model.trainable_to_fp32(tuned)
+    if not variant.cast:
+        model.keep_input_dtype(tuned)
+    return sft
+
+
+def release(sft: SFTTrainer) -> None:
+    """Take the adapters and everything the trainer did to the base off again."""
+    base = sft.model.unload()
+    base.__dict__.pop("forward", None)  # TRL's and accelerate's wrappers
+    base.__dict__.pop("peft_config", None)
+    base.gradient_checkpointing_disable()
+    base.disable_input_require_grads()
+    base.requires_grad_(False)
+    for layer in [*base.model.language_model.layers, *base.model.visual.blocks]:
+        layer._compiled_call_impl = None
+    sft.model = sft.model_wrapped = sft.optimizer = sft.callback_handler = None
+    model.free_memory()
+
+
+def measure(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, *, rank: int, rate: float,
+            pictures: int, steps: int = 3, accumulation: int = 2, workers: int = 0,
+            learning_rate: float = 2e-5) -> dict:
+    """One row of the report: how fast the variant trains `pictures` pictures with one update, and on what.
+
+    `rate` is `matmul_rate`'s, `rows` a `Dataset` of the project's schema. A variant that fails (no memory) gives
+    `{"failed": why}` beside its values.
+    """
+    row = {**vars(variant), "precision": "nf4" if model.nf4_layers(base) else "bf16"}
+    sft, why = None, None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            sft = build(variant, base, processor, rows, folder, rank=rank, steps=steps, accumulation=accumulation,
+                        workers=workers, learning_rate=learning_rate)
+            row |= _timed(variant, sft, base, rank, rate, pictures, accumulation)
+        except Exception as error:  # a bench goes on, and says what it could not do
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    if sft is not None:
+        release(sft)
+    del sft
+    gc.collect()
+    return row | ({"failed": why} if why else {})
+
+
+def _timed(variant: Variant, sft: SFTTrainer, base, rank: int, rate: float, pictures: int, accumulation: int) -> dict:
+    if variant.compiled:
+        for layer in [*base.model.language_model.layers, *base.model.visual.blocks]:
+            layer.compile(dynamic=True)
+    if variant.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_vl
+
+        apply_liger_kernel_to_qwen2_vl(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
+    clock = StepClock(sft)
+    flops, tokens = needed(variant, sft, rank)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    sft.train()
+    split = clock.split(accumulation, variant.micro_batch, pictures)
+    seconds = sum(split.values())
+    peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+    return {"pictures_per_s": pictures / seconds, "tokens_per_s": pictures * tokens / seconds, "peak_gib": peak,
+            "mfu": pictures * flops / seconds / rate, "split_s": split, "micro_batches": len(clock.batches),
+            "losses": [log["loss"] for log in sft.state.log_history if "loss" in log],
+            "wall_s": time.perf_counter() - start}  # fmt: skip
+
+
+def needed(variant: Variant, sft: SFTTrainer, rank: int, batches: int = 2) -> tuple[float, float]:
+    """Needed operations and tokens a picture, means over the first `batches` batches of the trainer's data."""
+    count, flops, tokens = 0, 0.0, 0.0
+    with torch.device("meta"):
+        plain = Qwen2VLForConditionalGeneration(sft.model.get_base_model().config)  # before PEFT: its layers by name
+    for number in range(batches):
+        first = number * variant.micro_batch
+        batch = sft.data_collator([sft.train_dataset[i % len(sft.train_dataset)]
+                                   for i in range(first, first + variant.micro_batch)])  # fmt: skip
+        lengths, answers = batch["attention_mask"].sum(1).tolist(), (batch["labels"] != -100).sum(1).tolist()
+        for grid, length, answer in zip(batch["image_grid_thw"].tolist(), lengths, answers, strict=True):
+            parts = sizes.training_flops(plain, variant.stage, rank, grid, length, answer, variant.cached)
+            flops += sum(parts.values())
+            tokens += length
+            count += 1
+    return flops / count, tokens / count

@@ -1,0 +1,193 @@
+"""What is faster is equal: losses and gradients of each short cut against the long way; the benchmark made small."""
+
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small_training import NF4, build, small_processor, squares
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
+
+from helpers import budget, collate, features, model, sizes, trainer
+from helpers.dev import bench_7b, bench_report
+from helpers.recipes import RECIPES
+from helpers.settings import TINY_BASE
+
+R1, R4 = RECIPES["r1-llm-only"][0], RECIPES["r4-joint"][0]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return small_processor()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return squares()
+
+
+def load(nf4=False, **options):
+    options = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}} | options
+    return Qwen2VLForConditionalGeneration.from_pretrained(
+        TINY_BASE, quantization_config=NF4 if nf4 else None, **options).requires_grad_(False)
+
+
+def adapted(vlm, stage=R4):
+    """Adapters that already do something: a fresh one's B is zero, and so would be the gradients of A."""
+    set_seed(0)
+    tuned = get_peft_model(vlm, LoraConfig(r=4, target_modules=stage.lora_targets))
+    model.trainable_to_fp32(tuned)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    return tuned
+
+
+def gradients(vlm):
+    return {name: weight.grad for name, weight in vlm.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("scope", ["assistant", "all-text"])
+def test_the_loss_and_its_gradients_are_those_of_all_logits(scope, tmp_path, processor, rows):
+    """TRL's loss, which leaves out the logits that no label asks for, against the model's own from every token."""
+    batch = collate.Collator(processor, "Where?", scope)([rows[i] for i in range(4)])
+    sft = build("r4-joint", tmp_path, processor, rows)
+    sft.model.float()
+    for name, weight in sft.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    sft.model.eval()  # no dropout
+    found = []
+    for kind in (trainer.BoxTrainer, Trainer):
+        sft.model.zero_grad()
+        loss = kind.compute_loss(sft, sft.model, dict(batch))
+        loss.backward()
+        found.append((loss.item(), gradients(sft.model)))
+    (ours, ours_grad), (full, full_grad) = found
+    assert ours == pytest.approx(full, rel=1e-5)
+    assert ours_grad.keys() == full_grad.keys() and len(full_grad) > 50
+    for name, gradient in full_grad.items():
+        assert torch.allclose(ours_grad[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_lora_without_the_way_through_fp32_is_the_same_to_the_last_bit(nf4, processor, rows):
+    batch = collate.Collator(processor, "Where?")([rows[i] for i in range(4)])
+    tuned, found = adapted(load(nf4)).train(), []
+    for change in (lambda vlm: None, model.keep_input_dtype):
+        change(tuned)
+        tuned.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = tuned(**batch).loss
+        loss.backward()
+        found.append((loss.item(), {name: gradient.clone() for name, gradient in gradients(tuned).items()}))
+    (before, slow), (after, fast) = found
+    assert before == after and slow.keys() == fast.keys() and len(slow) > 50
+    assert all(torch.equal(slow[name], fast[name]) for name in slow)
+
+
+def test_a_frozen_tower_that_saw_once_trains_the_same_weights(tmp_path, processor, rows):
+    """Two epochs of r1, the tower in every step against once before: losses and weights, to the last bit."""
+    plain = build("r1-llm-only", tmp_path / "plain", processor, rows, nf4=True)
+    once = build("r1-llm-only", tmp_path / "once", processor, rows, nf4=True)
+    once.data_collator = features.SeenCollator(once.data_collator, once.model, rows, tmp_path / "seen.bin", 4)
+    once.train_dataset = once.data_collator.rows
+    once.model.base_model.model.model.visual.forward = None  # it is not asked again
+    for sft in (plain, once):
+        set_seed(0)  # of LoRA's dropout
+        sft.train()
+    logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("plain", "once")]
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    assert all(torch.equal(weight, once._trainable()[name]) for name, weight in plain._trainable().items())
+    assert not (tmp_path / "seen.bin").exists()
+
+
+def test_batches_of_seen_pictures_are_the_collators_own(tmp_path, processor, rows):
+    collator, vlm = collate.Collator(processor, "Where?"), load()
+    seen = features.SeenCollator(collator, vlm, rows, tmp_path / "seen.bin", 4)
+    taken = [rows[i] for i in (5, 0, 9, 2)]
+    expected, batch = collator(taken), seen(taken)
+    tower = features.see(vlm, expected.pop("pixel_values"), expected["image_grid_thw"])
+    assert torch.equal(batch.pop("image_features"), torch.cat(tower))
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
+    with pytest.raises(ValueError, match="augmented pictures"):
+        features.SeenCollator(collate.Collator(processor, "Where?", augment=dict), vlm, rows, tmp_path / "x", 4)
+
+
+def test_pictures_are_seen_once_only_where_that_is_right(monkeypatch):
+    assert features.worth_keeping(R1, augment=False, epochs=3)
+    assert features.worth_keeping(RECIPES["r3-two-stage"][1], augment=False, epochs=2)
+    for stage in (R4, RECIPES["r2-vision-only"][0], RECIPES["r3-two-stage"][0]):
+        assert not features.worth_keeping(stage, augment=False, epochs=3)
+    assert not features.worth_keeping(R1, augment=True, epochs=3)
+    assert not features.worth_keeping(R1, augment=False, epochs=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not features.worth_keeping(R1, augment=False, epochs=3)
+
+
+@pytest.mark.parametrize("recipe", ["r1-llm-only", "r2-vision-only", "r4-joint"])
+def test_needed_operations_against_those_that_run(recipe, processor, rows):
+    """What PyTorch counts in a real step, less what the formula leaves out on purpose: the logits nobody asks for."""
+    stage, batch = RECIPES[recipe][0], collate.Collator(processor, "Where?")([rows[0]])
+    vlm = load(dtype=torch.float32, attn_implementation="eager")
+    tokens = batch["input_ids"].shape[1]
+    needed = sizes.training_flops(vlm, stage, 4, batch["image_grid_thw"][0], tokens, tokens)  # a loss on every token
+    tuned = vlm.train()
+    if stage.trains == "full":
+        vlm.model.visual.requires_grad_(True)
+    else:
+        tuned = adapted(vlm, stage)
+    with FlopCounterMode(display=False) as counter:
+        tuned(**batch).loss.backward()
+    square = vlm.config.text_config.num_hidden_layers * 4 * tokens**2 * vlm.config.text_config.hidden_size
+    counted = counter.get_total_flops() - 3 * square // 2  # a causal mask saves nothing here, and half by the formula
+    assert sum(needed.values()) == pytest.approx(counted, rel=0.03)
+
+
+def test_the_longest_batch(rows):
+    sized = rows.remove_columns("image_id").add_column("width", [100 * i for i in range(1, 17)])
+    sized = sized.add_column("height", [300] * 16)
+    three = budget.longest(sized, 3, 784, 99 * 784)
+    tokens = budget.image_tokens(zip(sized["width"], sized["height"], strict=True), 784, 99 * 784)
+    found = budget.image_tokens(zip(three["width"], three["height"], strict=True), 784, 99 * 784)
+    assert found.tolist() == sorted(tokens, reverse=True)[:3] and found[2] > tokens.mean()
+    assert len(budget.longest(sized, 99, 784, 64 * 784)) == 16
+
+
+def test_without_a_gpu_there_is_no_memory_to_save():
+    assert model.fits_whole(None, {})
+
+
+def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):
+    arguments = ["--tiny", "--folder", str(tmp_path), "--report", str(tmp_path / "report.json"), "--workers", "0",
+                 "--only", "cached vision, r1", "--batches", "2", "--new-tokens", "2", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_7b", *arguments])
+    assert bench_7b.main() == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["name"] for row in report["train"]] == ["stock", "stock, r1", "cached vision, r1",
+                                                        "stock trainer, bf16 base"]  # fmt: skip
+    for row in report["train"]:
+        assert "failed" not in row, row["failed"]
+        assert 0 < row["mfu"] < 1 and row["pictures_per_s"] > 0
+        assert set(row["split_s"]) == {"vision", "language", "head and loss", "optimiser", "waiting for data",
+                                       "everything else"}  # fmt: skip
+    assert [(row["precision"], row["batch"]) for row in report["answer"]] == [
+        ("nf4", 1), ("nf4", 2), ("bf16", 1), ("bf16", 2)]
+    assert len(report["curves"]) == 3 and len({losses[0] for losses in report["curves"].values()}) <= 2
+    assert "no checkpointing" in {row["what"] for row in report["left_out"]}
+    assert "limit" in capsys.readouterr().out
+    stock, cached = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
+    assert bench_report.times_stock(report, cached) == cached["pictures_per_s"] / stock["pictures_per_s"]
+    assert f"| {cached['pictures_per_s']:.2f} |" in bench_report.summary(report)
+
+
+def test_a_benchmark_out_of_time_names_what_it_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench_7b", "--tiny", "--folder", str(tmp_path), "--report",
+                                      str(tmp_path / "report.json"), "--minutes", "0"])  # fmt: skip
+    assert bench_7b.main() == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["train"]
+    assert [row["what"] for row in report["left_out"]] == ["the base in nf4", "the base in bf16"]
+    assert "not run yet" in bench_report.summary(None).lower()
