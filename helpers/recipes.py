@@ -83,8 +83,8 @@ SCALES: dict[str, dict] = {
 REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture, one batch of
-# 2 pictures of 1280 image tokens a step (`python -m helpers.dev.check_7b --accumulation 1`, one H200): 15.5 to load,
-# 20.1 for r1 and r4 (to merge; their training takes 11.6), 25.4 for r2 and r3, to which accumulation adds gradients of
-# 2.5 by arithmetic. Disk in GiB for the checkpoints, the model saved or merged, and the Hub's download.
+# 2 pictures of 1280 image tokens a step (`python -m helpers.dev.check_7b --accumulation 1`, H200 and H100): 15.5 to
+# load, 20.2 for r1 and r4 (to merge; their training takes 11.6), 25.4 for r2 and r3, to which accumulation adds
+# gradients of 2.5 by arithmetic. Disk in GiB for the checkpoints, the model saved or merged, and the Hub's download.
 GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 22}
 DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40}}
