@@ -64,7 +64,7 @@ SCALES: dict[str, dict] = {
     "tiny": {  # found by measurement on the embedded scenes (README.md, "Recipes")
         "model_id": "embedded",
         "dataset_id": "embedded",
-        "epochs": 3,
+        "epochs": 2,
         "batch_size": 8,
         "accumulation": 1,
         "lora_rank": 16,
