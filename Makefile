@@ -93,8 +93,8 @@ kill-test: $(STAMP) ## kill small runs of every recipe at random moments, and se
 	rm -rf runs/kill-test
 	$(BIN)/python -m helpers.dev.kill_resume $(ARGS)
 
-fuzz: $(STAMP) ## 100 000 model outputs, 10 000 broken rows, 1 000 broken parameter sets: minutes
-	$(BIN)/python -m helpers.dev.fuzz $(ARGS)
+fuzz: $(STAMP) ## a hundred times the broken input that the tests try on parser, data and parameters: minutes
+	FUZZ=100 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 tests/test_fuzz.py $(PYTEST_ARGS)
 
 test-newest: $(STAMP) ## run the tests against the newest libraries, in .venv-newest, and say which have changed
 	$(BIN)/python -m helpers.dev.newest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
