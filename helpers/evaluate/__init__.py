@@ -3,7 +3,6 @@
 python -m helpers.evaluate table [RUNS_DIR] [--write | --check]
 python -m helpers.evaluate compare A B
 python -m helpers.evaluate score FOLDER
-python -m helpers.evaluate reference FILE.csv
 """
 
 from helpers.evaluate.confidence import keep_confident, reliability, threshold_for_precision

@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from helpers.evaluate import ledger
-from helpers.evaluate.reference import check_reference
 from helpers.evaluate.reports import compare, rescore, results_table
 
 
@@ -24,8 +23,6 @@ def main(arguments: list[str] | None = None) -> None:
     pair.add_argument("--runs-dir", default="runs")
     again = commands.add_parser("score", help="score the predictions in a run's folder again, rewrite metrics.json")
     again.add_argument("folder")
-    reference = commands.add_parser("reference", help="this evaluator against another project's published numbers")
-    reference.add_argument("file", help="CSV with image_id, iou, prediction, pred_boxes, gt_boxes")
     given = parser.parse_args(arguments)
     try:
         if given.command == "table" and given.check:
@@ -36,11 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(results_table(given.runs_dir))
         elif given.command == "compare":
             print(compare(given.a, given.b, given.runs_dir))
-        elif given.command == "score":
-            _print_scores(rescore(given.folder))
         else:
-            for name, value in check_reference(given.file).items():
-                print(f"{name}: {value}")
+            _print_scores(rescore(given.folder))
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
 
