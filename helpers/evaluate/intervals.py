@@ -129,6 +129,11 @@ def _verdict(difference: dict) -> str:
     return f"{difference['n']} pictures cannot tell them apart"
 
 
+def told_apart(difference: dict) -> str:
+    """"told apart" where the interval of a difference leaves out 0, else "not told apart"."""
+    return "told apart" if difference["low"] > 0 or difference["high"] < 0 else "not told apart"
+
+
 def _pictures_needed(difference: np.ndarray) -> int | None:
     """Normal approximation: ((z_.975 + z_.80) * spread / difference) squared."""
     if len(difference) < 2 or difference.mean() == 0:

@@ -3,7 +3,9 @@
 A run named r4-joint-s1 (`-p run_name r4-joint-s1 -p seed 1`) is a further seed of the run r4-joint; r3's is r3-s1.
 """
 
+import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -76,3 +78,15 @@ def difference_over_seeds(a: list[dict], b: list[dict]) -> dict:
         raise ValueError(f"{a[0]['run']} and {b[0]['run']} were not scored on the same pictures.")
     values = left - right[:, [others.index(image_id) for image_id in ids]]
     return over_seeds(values) | {"spread": float(values.std(axis=1, ddof=1).mean())}
+
+
+def summary_over_seeds(runs: list[dict], metrics: Iterable[str], which: str = "fine-tuned") -> dict:
+    """`{"mean_iou": an interval, over seeds too where there are several runs, metric: its mean over the runs}`.
+
+    A metric that one of the runs has no value for is None.
+    """
+    summaries = [run["metrics"]["scores"][which]["summary"] for run in runs]
+    values = {metric: [summary[metric]["value"] for summary in summaries] for metric in metrics}
+    means = {metric: None if None in each else math.fsum(each) / len(each) for metric, each in values.items()}
+    several = len(runs) > 1
+    return {"mean_iou": over_seeds(iou_matrix(runs, which)[0]) if several else summaries[0]["mean_iou"]} | means
