@@ -183,9 +183,9 @@ def test_stray_twins_of_run_outputs_are_ignored(pair, tmp_path, capsys):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(SCRIPT)
     assert [p.name for p in find_pairs(tmp_path)] == ["pipeline", "topic"]
-    assert main(["check", "--root", str(tmp_path)]) == 1
-    assert main(["sync", "--root", str(tmp_path)]) == 0
-    assert main(["check", "--root", str(tmp_path)]) == 0
+    assert main(["check"]) == 1
+    assert main(["sync"]) == 0
+    assert main(["check"]) == 0
     assert "2 pairs in step" in capsys.readouterr().out
     assert (tmp_path / "runs/demo/pipeline.ipynb").read_text() == SCRIPT
 

@@ -188,10 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.dev.pairs", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=["sync", "check"])
     parser.add_argument("--take", choices=["py", "ipynb"], help="the side to keep where both have changed")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="the repository (default: this folder)")
     chosen = parser.parse_args(arguments)
-    failed = False
-    for pair in find_pairs(chosen.root):
+    pairs, failed = find_pairs(Path.cwd()), False
+    for pair in pairs:
         try:
             said = sync(pair, chosen.take) if chosen.action == "sync" else check(pair)
             failed |= chosen.action == "check" and bool(said)
@@ -200,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         if said:
             print(said)
     if not failed:
-        print(f"{len(find_pairs(chosen.root))} pairs in step")
+        print(f"{len(pairs)} pairs in step")
     return int(failed)
 
 
