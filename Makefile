@@ -99,7 +99,7 @@ fuzz: $(STAMP) ## a hundred times the broken input that the tests try on parser,
 test-newest: $(STAMP) ## run the tests against the newest libraries, in .venv-newest, and say which have changed
 	$(BIN)/python -m helpers.dev.newest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-env: $(STAMP) ## write environment.yml, environment.lock.yml and requirements.txt from pyproject.toml
+env: $(STAMP) ## write the conda files and requirements.txt from pyproject.toml and requirements.lock
 	$(BIN)/python -m helpers.dev.environment
 
 lock: ## write requirements.lock from pyproject.toml: every version and its files' hashes
