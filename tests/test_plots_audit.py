@@ -5,9 +5,10 @@ import io
 import matplotlib
 import pytest
 from PIL import Image
-from test_data import planted, row, splits
+from test_data import row, splits
 
 from helpers import data, plots
+from helpers.data.planted import plant_each
 from helpers.plots import audit as audit_plots
 
 
@@ -18,7 +19,7 @@ def as_figure(monkeypatch):
 
 
 def test_the_sheet_shows_each_kind_of_fault(as_figure):
-    raw, places = planted(0)
+    raw, _ = plant_each(row(1))
     audit = data.audit(raw)
     shown = [axes.get_title().split("\n") for axes in plots.audit_sheet(raw, audit).axes if axes.get_title()]
     counts = audit.table().set_index("fault")["count"]
@@ -38,7 +39,7 @@ def test_raw_boxes_are_drawn_where_they_can_be(as_figure):
 
 
 def test_the_finished_sheet_is_a_picture_and_nothing_found_is_said(tmp_path):
-    raw, _ = planted(1)
+    raw, _ = plant_each(row(1))
     sheet = plots.audit_sheet(raw, data.audit(raw), path=tmp_path / "audit.png")
     assert Image.open(io.BytesIO(sheet.data)).size[0] > 600 and (tmp_path / "audit.png").stat().st_size > 1000
     assert len(sheet.data) < 400_000
