@@ -90,8 +90,7 @@ tiny-base: $(STAMP) ## train the tiny base again, into runs/tiny-base: minutes o
 	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True -p out $(CURDIR)/runs/tiny-base $(ARGS)
 
 kill-test: $(STAMP) ## kill small runs of every recipe at random moments, and see that nothing is lost: minutes
-	rm -rf runs/kill-test
-	$(BIN)/python -m helpers.dev.kill_resume $(ARGS)
+	KILL_TEST=1 $(BIN)/python -m pytest tests/test_kill.py --capture no $(PYTEST_ARGS)
 
 fuzz: $(STAMP) ## a hundred times the broken input that the tests try on parser, data and parameters: minutes
 	FUZZ=100 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 tests/test_fuzz.py $(PYTEST_ARGS)
