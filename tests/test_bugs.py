@@ -116,7 +116,7 @@ def test_half_a_gap_is_where_rounding_turns():
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-5, 1.0])
 def test_the_chart_of_lost_updates_splits_the_weights_at_the_step(rate, monkeypatch):
-    monkeypatch.setattr(precision, "finish", lambda figure, path: figure)
+    monkeypatch.setattr(precision, "finish", lambda figure: figure)
     gaps = bugs.half_gap(torch.randn(1000).mul(0.04).bfloat16()).numpy()
     figure = precision.lost_updates(gaps, rate, {"fp32": [1.0, 2.0, 3.0], "bf16": [0.1, 0.2, 0.3]})
     left, right = figure.axes

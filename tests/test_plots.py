@@ -27,7 +27,7 @@ def headless():
 def as_figures(monkeypatch):
     """The functions return their figure, to look into, in place of the finished picture."""
     for module in (charts, photos):
-        monkeypatch.setattr(module, "finish", lambda figure, path, photos=False: figure)
+        monkeypatch.setattr(module, "finish", lambda figure, path=None, photos=False: figure)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,10 @@ def test_before_and_after_show_the_same_pictures(scored, as_figures):
 
 def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
     rows, truth, predictions, result = scored
-    shown = plots.worst(rows, truth, predictions, path=tmp_path / "figures" / "worst.png")
+    shown = plots.worst(rows, truth, predictions)
     assert shown.data.startswith(b"\xff\xd8") and len(shown.data) < 300_000  # even for pure noise
-    assert Image.open(tmp_path / "figures" / "worst.png").format == "PNG"
-    chart = plots.iou_curves({"a": predictions}, truth)
+    chart = plots.iou_curves({"a": predictions}, truth, path=tmp_path / "figures" / "iou.png")
+    assert Image.open(tmp_path / "figures" / "iou.png").format == "PNG"
     assert Image.open(io.BytesIO(chart.data)).format == "PNG" and len(chart.data) < 40_000
     assert len(plots.errors_by({"a": result}).data) < 40_000
     assert not plt.get_fignums()

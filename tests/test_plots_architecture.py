@@ -13,7 +13,7 @@ def as_figures(monkeypatch):
     """The functions return their figure, to look into, in place of the finished picture."""
     plt.switch_backend("agg")
     for module in (architecture, quantisation):
-        monkeypatch.setattr(module, "finish", lambda figure, path, photos=False: figure)
+        monkeypatch.setattr(module, "finish", lambda figure, path=None, photos=False: figure)
     yield
     plt.close("all")
 

@@ -32,7 +32,7 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
     return finish(figure, path)
 
 
-def errors_by(runs: Mapping[str, dict], group: str = "by_size", *, path: Path | None = None) -> Shown:
+def errors_by(runs: Mapping[str, dict], group: str = "by_size") -> Shown:
     """Mean IoU with its 95 % interval for each size, rotation or category of the true boxes, by run.
 
     `runs`: name -> result of `score`; `group`: "by_size", "by_rotation" or "by_category".
@@ -56,10 +56,10 @@ def errors_by(runs: Mapping[str, dict], group: str = "by_size", *, path: Path | 
     axes.set_xticks(range(len(names)), ticks, fontsize=8)
     axes.set(xlabel=labels[group], ylabel="mean IoU", ylim=(0, 1.02))
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=len(runs))
-    return finish(figure, path)
+    return finish(figure)
 
 
-def reliability_diagram(reliability: dict, *, path: Path | None = None) -> Shown:
+def reliability_diagram(reliability: dict) -> Shown:
     """Confidence against the share of right boxes; the area of a point grows with its number of boxes.
 
     Takes `score(...)["confidence"]["reliability"]`.
@@ -74,7 +74,7 @@ def reliability_diagram(reliability: dict, *, path: Path | None = None) -> Shown
     axes.set(xlabel="confidence", ylabel="share with IoU > .5", xlim=(0, 1.02), ylim=(-0.02, 1.04))
     axes.set_title(f"mean gap {reliability['ece']:.2f}", fontsize=10)
     axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="lower right")
-    return finish(figure, path)
+    return finish(figure)
 
 
 def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Path | None = None) -> Shown:
