@@ -93,16 +93,9 @@ def _share(train: datasets.Dataset) -> int:
     return min(100, max(1, round(len(train) / 10)))
 
 
-def load_splits(
-    dataset_id: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    seed: int = 0,
-    limit: dict[str, int] | None = None,
-) -> datasets.DatasetDict:
+def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
     """train / selection / val of `load_raw`, audited and cleaned; prints one line for each kind of fault."""
-    raw = load_raw(dataset_id, revision=revision, cache_dir=cache_dir, seed=seed, limit=limit)
+    raw = load_raw(dataset_id, **source)
     result = audit(raw)
     for line in result.table().itertuples():
         print(f"audit: {line.count} × {line.fault}: {line.action}")

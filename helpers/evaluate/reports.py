@@ -36,7 +36,6 @@ def write_metrics(
     truth: list[dict],
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict:
     """Score each of "fine-tuned", "merged", "base", "constant box" that is given and write `folder/metrics.json`.
 
@@ -48,8 +47,7 @@ def write_metrics(
         raise ValueError(f"predictions named {unknown[0]!r}; the names are {', '.join(FILES)}")
     folder = Path(folder)
     rows = [{key: value for key, value in row.items() if key != "image"} for row in truth]
-    options = {"resamples": resamples, "seed": seed}
-    scores = {name: score(rows, predictions, **options) for name, predictions in named_predictions.items()}
+    scores = {name: score(rows, predictions, resamples=resamples) for name, predictions in named_predictions.items()}
     boxes = json.dumps([[row["image_id"], row["objects"]["bbox"]] for row in rows])
     about_truth = {
         "pictures": len(rows),

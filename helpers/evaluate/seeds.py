@@ -49,7 +49,7 @@ def iou_matrix(runs: list[dict], which: str = "fine-tuned") -> tuple[np.ndarray,
     return np.array([[column[image_id] for image_id in ids] for column in columns]), ids
 
 
-def over_seeds(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+def over_seeds(values: np.ndarray) -> dict:
     """`{"value", "low", "high", "n", "seeds"}`: the mean of `values` [S, P] and its 95 % interval.
 
     Seeds and pictures are both drawn anew (they are crossed: each seed answers every picture), so the interval says
@@ -59,9 +59,9 @@ def over_seeds(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0)
     seeds, pictures = values.shape
     centre = values.mean(axis=0)
     stretched = centre + (values - centre) * np.sqrt(seeds / max(seeds - 1, 1))
-    draw = np.random.default_rng(seed)
-    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    of_pictures = draw.multinomial(pictures, np.full(pictures, 1 / pictures), size=resamples) / pictures
+    draw = np.random.default_rng(0)
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    of_pictures = draw.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES) / pictures
     low, high = np.quantile(((of_seeds @ stretched) * of_pictures).sum(axis=1), [ALPHA / 2, 1 - ALPHA / 2])
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": pictures, "seeds": seeds}
 

@@ -12,20 +12,20 @@ from PIL.Image import Image
 from helpers.plots.figure import COLOURS, charts, finish, new_figure
 from helpers.plots.photos import DASHED, PREDICTION, TRUTH
 
-PATCH = 14  # pixels
+PATCH, MERGE = 14, 2  # pixels; patches that make a token, each way
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
 _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 _BOX_HALO = [patheffects.withStroke(linewidth=3.4, foreground="white"), patheffects.Normal()]
 
 
-def patch_grid(image: Image, grid: Sequence[int], token: tuple[int, int], *, merge: int = 2) -> Shown:
+def patch_grid(image: Image, grid: Sequence[int], token: tuple[int, int]) -> Shown:
     """A picture under its grid of patches (thin) and image tokens (thick); beside it one token, its patches numbered.
 
     `image` has the size that the processor gave it; `grid`: (frames, rows, columns) in patches; `token`: (row, column)
     of the image token that is shown large. The numbers are the patches' places in the processor's sequence.
     """
     rows, columns = int(grid[1]), int(grid[2])
-    side = PATCH * merge
+    side = PATCH * MERGE
     figure, ((whole, large),) = new_figure(1, 2, (7.2, 3.8))
     for axes in (whole, large):
         axes.imshow(image, extent=(0, columns * PATCH, rows * PATCH, 0))
@@ -36,13 +36,13 @@ def patch_grid(image: Image, grid: Sequence[int], token: tuple[int, int], *, mer
     top, left = token[0] * side, token[1] * side
     for axes in (whole, large):
         axes.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=COLOURS[1], linewidth=2.5))
-    first = (token[0] * (columns // merge) + token[1]) * merge**2
-    for i in range(merge**2):
-        centre = left + PATCH * (i % merge + 0.5), top + PATCH * (i // merge + 0.5)
+    first = (token[0] * (columns // MERGE) + token[1]) * MERGE**2
+    for i in range(MERGE**2):
+        centre = left + PATCH * (i % MERGE + 0.5), top + PATCH * (i // MERGE + 0.5)
         large.text(*centre, str(first + i), ha="center", va="center", fontsize=12, path_effects=_HALO)
     large.set(xlim=(left - PATCH, left + side + PATCH), ylim=(top + side + PATCH, top - PATCH))
-    whole.set_title(f"{rows} × {columns} patches, {rows // merge} × {columns // merge} image tokens", fontsize=9)
-    large.set_title(f"token {first // merge**2} and its {merge**2} patches", fontsize=9)
+    whole.set_title(f"{rows} × {columns} patches, {rows // MERGE} × {columns // MERGE} image tokens", fontsize=9)
+    large.set_title(f"token {first // MERGE**2} and its {MERGE**2} patches", fontsize=9)
     return finish(figure, photos=True)
 
 

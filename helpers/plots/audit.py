@@ -13,7 +13,7 @@ from helpers.plots.figure import finish, new_figure
 from helpers.plots.photos import PREDICTION, draw_boxes
 
 
-def audit_sheet(raw: datasets.DatasetDict, audit: Audit, *, each: int = 3, columns: int = 6) -> Shown:
+def audit_sheet(raw: datasets.DatasetDict, audit: Audit, *, each: int = 3) -> Shown:
     """For each kind of fault the first `each` pictures that have it, with the boxes of the raw rows.
 
     A picture that cannot be read is a grey field, a box without area a cross. A caption says the fault, its number
@@ -21,7 +21,7 @@ def audit_sheet(raw: datasets.DatasetDict, audit: Audit, *, each: int = 3, colum
     """
     kinds = [[fault for fault in audit.faults if fault.fault == rule.fault] for rule in RULES]
     picked = [(fault, f"{n} of {len(kind)}") for kind in kinds for n, fault in enumerate(kind[:each], 1)]
-    rows, columns = max(1, -(-len(picked) // columns)), max(1, min(columns, len(picked)))
+    rows, columns = max(1, -(-len(picked) // 6)), max(1, min(6, len(picked)))
     figure, grid = new_figure(rows, columns, (max(2.1 * columns, 4.2), 2.7 * rows))
     for axes in grid.flat:
         axes.set_axis_off()

@@ -65,12 +65,12 @@ def spreads(
     return finish(figure)
 
 
-def position_maps(groups: Mapping[str, ArrayLike], marked: ArrayLike = (), *, cells: int = 100) -> Shown:
+def position_maps(groups: Mapping[str, ArrayLike], marked: ArrayLike = ()) -> Shown:
     """Where boxes lie: for each group of boxes [N, 4] (x first, 0-1) the share of them that covers a place.
 
     `marked`: boxes drawn into every map, dashed. All maps share one scale of colours and are drawn square.
     """
-    maps = {name: coverage(boxes, cells) for name, boxes in groups.items()}
+    maps = {name: coverage(boxes) for name, boxes in groups.items()}
     figure, grid = new_figure(1, len(maps), (2.6 * len(maps) + 0.6, 2.9))
     highest = max(map_.max() for map_ in maps.values())
     for axes, (name, map_) in zip(grid.flat, maps.items(), strict=True):

@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from helpers.budget import UNIT
 from helpers.plots.figure import COLOURS, LINES, charts, finish, new_figure
 from helpers.plots.photos import draw_boxes
 
@@ -28,18 +29,18 @@ def seen_picture(pixel_values: torch.Tensor, grid_thw: Sequence[int], image_proc
     return Image.fromarray((colours * 255).round().clamp(0, 255).byte().numpy())
 
 
-def token_grids(pictures: Sequence[tuple[str, Image.Image, ArrayLike]], *, unit: int = 28) -> Shown:
+def token_grids(pictures: Sequence[tuple[str, Image.Image, ArrayLike]]) -> Shown:
     """Pictures as the model sees them, (title, picture, true boxes) each, with the grid of their image tokens.
 
-    `unit`: pixels of one image token's side; boxes are [N, 4], x first, in 0-1.
+    Boxes are [N, 4], x first, in 0-1.
     """
     tallest = max(picture.height / picture.width for _, picture, _ in pictures)
     figure, grid = new_figure(1, len(pictures), (3 * len(pictures), 3 * min(tallest, 1.5) + 0.3))
     for axes, (title, picture, boxes) in zip(grid.flat, pictures, strict=True):
         draw_boxes(axes, picture, boxes, title=title, pixels=max(picture.size))
         lines = {"color": "white", "linewidth": 0.5, "alpha": 0.7}
-        axes.vlines(np.arange(unit, picture.width, unit) - 0.5, -0.5, picture.height - 0.5, **lines)
-        axes.hlines(np.arange(unit, picture.height, unit) - 0.5, -0.5, picture.width - 0.5, **lines)
+        axes.vlines(np.arange(UNIT, picture.width, UNIT) - 0.5, -0.5, picture.height - 0.5, **lines)
+        axes.hlines(np.arange(UNIT, picture.height, UNIT) - 0.5, -0.5, picture.width - 0.5, **lines)
     return finish(figure, photos=True)
 
 
