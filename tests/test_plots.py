@@ -10,24 +10,8 @@ from PIL import Image
 
 from helpers import plots
 from helpers.evaluate import score
-from helpers.plots import charts, photos
 
 A = [0.1, 0.2, 0.5, 0.6]
-
-
-@pytest.fixture(autouse=True)
-def headless():
-    """Figures without a screen, closed after each test."""
-    plt.switch_backend("agg")
-    yield
-    plt.close("all")
-
-
-@pytest.fixture
-def as_figures(monkeypatch):
-    """The functions return their figure, to look into, in place of the finished picture."""
-    for module in (charts, photos):
-        monkeypatch.setattr(module, "finish", lambda figure, path=None, photos=False: figure)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +49,7 @@ def test_boxes_are_drawn_where_they_are_and_told_apart():
     assert truth.get_linestyle() != whole.get_linestyle() and truth.get_edgecolor() != whole.get_edgecolor()
     plots.draw_boxes(axes, Image.new("RGB", (10, 10)))
     assert len(axes.patches) == 3
+    plt.close("all")
 
 
 def test_gallery_shows_each_row_in_order(scored, as_figures):

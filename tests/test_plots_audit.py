@@ -2,23 +2,14 @@
 
 import io
 
-import matplotlib
-import pytest
 from PIL import Image
 from test_data import row, splits
 
 from helpers import data, plots
 from helpers.data.planted import plant_each
-from helpers.plots import audit as audit_plots
 
 
-@pytest.fixture
-def as_figure(monkeypatch):
-    matplotlib.use("agg")
-    monkeypatch.setattr(audit_plots, "finish", lambda figure, path=None, photos=False: figure)
-
-
-def test_the_sheet_shows_each_kind_of_fault(as_figure):
+def test_the_sheet_shows_each_kind_of_fault(as_figures):
     raw, _ = plant_each(row(1))
     audit = data.audit(raw)
     shown = [axes.get_title().split("\n") for axes in plots.audit_sheet(raw, audit).axes if axes.get_title()]
@@ -28,7 +19,7 @@ def test_the_sheet_shows_each_kind_of_fault(as_figure):
     assert all(line[1].split()[0] in raw for line in shown)
 
 
-def test_raw_boxes_are_drawn_where_they_can_be(as_figure):
+def test_raw_boxes_are_drawn_where_they_can_be(as_figures):
     nan = float("nan")
     boxes = [[0.1, 0.2, 0.5, 0.6], [0.5, 0.6, 0.1, 0.2], [0.2, 0.2, 0.2, 0.9], [nan] * 4, [0.1, 0.2]]
     raw = splits(val=[row(1, boxes)])

@@ -3,23 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers import plots
-from helpers.plots import dataset, photos, preprocessing
 from helpers.settings import TINY_BASE
 
-
-@pytest.fixture(autouse=True)
-def as_figures(monkeypatch):
-    """The functions return their figure, to look into; closed after each test."""
-    plt.switch_backend("agg")
-    for module in (dataset, photos, preprocessing):
-        monkeypatch.setattr(module, "finish", lambda figure, path=None, photos=False: figure)
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("as_figures")
 
 
 def test_panels_draw_both_kinds_of_boxes_and_name_them():
