@@ -10,14 +10,13 @@ import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, small_processor, squares
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Trainer
+from small_training import NF4, load_tiny, small_processor, squares
+from transformers import BitsAndBytesConfig, Trainer
 from trl import SFTTrainer
 
 from helpers import bugs, collate, messages, model, predict, trainer
 from helpers.plots import precision
 from helpers.recipes import RECIPES
-from helpers.settings import TINY_BASE
 
 GONE = "is gone: a library has repaired it, so its section of notebooks/05_debug_dtype_issue can go."
 ROWS, PROCESSOR = squares().select(range(4)), small_processor()
@@ -28,9 +27,7 @@ END = PROCESSOR.tokenizer.convert_tokens_to_ids(messages.END_OF_TURN)
 
 
 def load(dtype=torch.bfloat16, nf4=None):
-    return Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=dtype, quantization_config=nf4, attn_implementation="eager", device_map={"": "cpu"}
-    ).requires_grad_(False)
+    return load_tiny(dtype=dtype, quantization_config=nf4, attn_implementation="eager")
 
 
 def loss_of(vlm, **changed):
