@@ -198,16 +198,3 @@ def test_jupyterlab_pairs_the_sources_and_leaves_run_outputs_alone(repo):
     for name in ("jupytext.toml", "notebooks/jupytext.toml"):
         settings = tomllib.loads((repo / name).read_text())
         assert (settings["notebook_metadata_filter"], settings["cell_metadata_filter"]) == ("-all", "tags,-all")
-
-
-def test_saving_in_jupyterlab_writes_both_sides_and_keeps_the_record(pair, tmp_path):
-    from jupyter_server.services.contents.largefilemanager import LargeFileManager
-    from jupytext.sync_contentsmanager import build_sync_jupytext_contents_manager_class
-
-    manager = build_sync_jupytext_contents_manager_class(LargeFileManager)(root_dir=str(tmp_path))
-    model = manager.get("pipeline.ipynb")
-    model["content"]["cells"][2]["source"] = "print(a * 2)"
-    manager.save(model, "pipeline.ipynb")
-    assert pair.py.read_text() == SCRIPT.replace("print(a)", "print(a * 2)")
-    assert read_notebook(pair.ipynb).metadata.kernelspec.name == "python3"
-    assert "recorded" in sync(pair)

@@ -107,6 +107,7 @@ def test_jupyterlab_keeps_the_pair_whichever_folder_it_is_started_in(opened, tmp
     model["content"]["cells"][1]["source"] = "a = 2"
     manager.save(model, name)
     assert pair.py.read_text() == '# %% [markdown]\n# # Topic\n\n# %% tags=["parameters"]\na = 2\n'
+    assert read_notebook(pair.ipynb).metadata.kernelspec.name == "python3" and "recorded" in sync(pair)
 
 
 def test_every_notebook_has_a_fresh_thumbnail():

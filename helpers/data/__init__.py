@@ -16,11 +16,6 @@ from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, check_limit, empty_split, split_name
 from helpers.data.sources import FORMATS, HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 
-__all__ = [
-    "FEATURES", "FORMATS", "HUB_ID", "HUB_REVISION", "RULES", "SPLIT_NAMES", "Audit", "DataError", "Fault", "Rule",
-    "audit", "clean", "load_raw", "load_splits", "prepare", "raw_truth", "truth_rows",
-]  # fmt: skip
-
 
 def load_raw(
     dataset_id: str,

@@ -21,28 +21,3 @@ from helpers.evaluate.reports import (
 from helpers.evaluate.scoring import score
 from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix, over_seeds
 from helpers.evaluate.threshold import trusted_boxes, trusted_table
-
-__all__ = [
-    "best_constant_box",
-    "compare",
-    "constant_predictions",
-    "difference_over_seeds",
-    "find_runs",
-    "group_seeds",
-    "interval",
-    "iou_matrix",
-    "keep_confident",
-    "load_score",
-    "metrics_table",
-    "over_seeds",
-    "paired_bootstrap",
-    "reliability",
-    "rescore",
-    "results_table",
-    "score",
-    "threshold_for_precision",
-    "trusted_boxes",
-    "trusted_table",
-    "with_interval",
-    "write_metrics",
-]

@@ -12,27 +12,3 @@ from helpers.plots.dataset import coverage, picture_sizes, position_maps, power_
 from helpers.plots.labels import label_mask
 from helpers.plots.photos import before_after, best, draw_boxes, gallery, panels, worst
 from helpers.plots.preprocessing import budget_curves, padded_batches, seen_picture, token_grids
-
-__all__ = [
-    "audit_sheet",
-    "before_after",
-    "best",
-    "budget_curves",
-    "coverage",
-    "draw_boxes",
-    "errors_by",
-    "gallery",
-    "iou_curves",
-    "label_mask",
-    "loss_curves",
-    "padded_batches",
-    "panels",
-    "picture_sizes",
-    "position_maps",
-    "power_curves",
-    "reliability_diagram",
-    "seen_picture",
-    "spreads",
-    "token_grids",
-    "worst",
-]
