@@ -9,12 +9,12 @@ from typing import Any
 import datasets
 
 from helpers.data.audit import Audit, Fault, audit, clean
-from helpers.data.checks import RULES, Rule
+from helpers.data.checks import RULES
 from helpers.data.embedded import load_embedded
 from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, check_limit, empty_split, split_name
-from helpers.data.sources import FORMATS, HUB_ID, HUB_REVISION, check_content, load_hub, load_local
+from helpers.data.sources import HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 
 
 def load_raw(

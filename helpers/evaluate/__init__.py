@@ -5,7 +5,7 @@ python -m helpers.evaluate compare A B
 python -m helpers.evaluate score FOLDER
 """
 
-from helpers.evaluate.confidence import keep_confident, reliability, threshold_for_precision
+from helpers.evaluate.confidence import keep_confident
 from helpers.evaluate.constant import best_constant_box, constant_predictions
 from helpers.evaluate.intervals import interval, paired_bootstrap
 from helpers.evaluate.reports import (
