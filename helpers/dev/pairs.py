@@ -20,6 +20,8 @@ import nbformat
 from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
+from helpers.files import write_text
+
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 PERCENT = "py:percent"
 Cell = tuple[str, str, tuple[str, ...]]  # (cell_type, source, tags)
@@ -92,11 +94,8 @@ def write_script(path: Path, notebook: NotebookNode) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def merge_outputs(script: NotebookNode, notebook: NotebookNode) -> NotebookNode:
