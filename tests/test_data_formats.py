@@ -233,6 +233,17 @@ def test_a_folder_without_splits_is_val_and_says_so(tmp_path: Path, capsys):
     assert "names no splits: all 4 pictures are val" in capsys.readouterr().out
 
 
+def test_a_test_split_stands_in_for_val_and_what_is_not_used_is_said(tmp_path: Path, capsys):
+    for start, split in enumerate(("train", "test", "selection")):
+        many(tmp_path / split, 20, start=100 * start)
+    assert len(data.load_raw(str(tmp_path))["val"]) == 20
+    assert "has no val: its test (20 pictures) is used as val" in capsys.readouterr().out
+    many(tmp_path / "val", 4, start=900)
+    assert {name: len(split) for name, split in data.load_raw(str(tmp_path)).items()} == {
+        "train": 20, "selection": 20, "val": 4}
+    assert "the splits test are not used" in capsys.readouterr().out
+
+
 def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Path):
     write_pictures(tmp_path / "coco/train2017")
     write_pictures(tmp_path / "coco/val2017")

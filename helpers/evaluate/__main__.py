@@ -6,6 +6,8 @@ import sys
 from helpers.evaluate import ledger
 from helpers.evaluate.reports import compare, rescore, results_table
 
+LEDGER, README = "results.json", "README.md"
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and print its result; a fault in the input ends in one sentence and exit status 1."""
@@ -15,8 +17,6 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_argument("runs_dir", nargs="?", default="runs")
     table.add_argument("--write", action="store_true", help="write the ledger and the README's results from the runs")
     table.add_argument("--check", action="store_true", help="fail where README, ledger and runs do not agree")
-    table.add_argument("--ledger", default="results.json")
-    table.add_argument("--readme", default="README.md")
     pair = commands.add_parser("compare", help="two runs on the same pictures, by a paired bootstrap")
     pair.add_argument("a", help="a run's name or folder; name:base for its baseline")
     pair.add_argument("b")
@@ -26,9 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         if given.command == "table" and given.check:
-            _check_results(given)
+            _check_results(given.runs_dir)
         elif given.command == "table" and given.write:
-            print(ledger.write(given.runs_dir, given.ledger, given.readme))
+            print(ledger.write(given.runs_dir, LEDGER, README))
         elif given.command == "table":
             print(results_table(given.runs_dir))
         elif given.command == "compare":
@@ -39,11 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"{error}")
 
 
-def _check_results(given: argparse.Namespace) -> None:
-    problems = ledger.stale(given.runs_dir, given.ledger, given.readme)
+def _check_results(runs_dir: str) -> None:
+    problems = ledger.stale(runs_dir, LEDGER, README)
     if problems:
         raise ValueError("\n".join([*problems, f"{len(problems)} stale; make table ARGS=--write"]))
-    print(f"every number of the results in {given.readme} is that of {given.ledger}")
+    print(f"every number of the results in {README} is that of {LEDGER}")
 
 
 def _print_scores(metrics: dict) -> None:

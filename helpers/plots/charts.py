@@ -7,8 +7,7 @@ import numpy as np
 from IPython.display import Image as Shown
 
 from helpers.evaluate import score
-from helpers.plots.figure import COLOURS, LINES, finish
-from helpers.plots.figure import charts as _charts
+from helpers.plots.figure import COLOURS, LINES, charts, finish
 
 
 def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, path: Path | None = None) -> Shown:
@@ -16,7 +15,7 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
 
     `runs`: name -> predictions for `truth`. Pictures without a table take no part.
     """
-    figure, (left, right) = _charts(2, (9, 3.2))
+    figure, (left, right) = charts(2, (9, 3.2))
     for i, (name, predictions) in enumerate(runs.items()):
         records = score(truth, predictions, resamples=0)["per_picture"]
         iou = np.sort([r["iou"] for r in records if r["iou"] is not None])
@@ -42,7 +41,7 @@ def errors_by(runs: Mapping[str, dict], group: str = "by_size") -> Shown:
         raise ValueError(f"group {group!r}; the groups are {', '.join(labels)}")
     metric = "mean_iou" if group == "by_rotation" else "mean_iou_boxes"
     names = list(dict.fromkeys(name for result in runs.values() for name in result[group]))
-    figure, (axes,) = _charts(1, (1.5 + 1.6 * max(len(names), 2), 3.2))
+    figure, (axes,) = charts(1, (1.5 + 1.6 * max(len(names), 2), 3.2))
     for i, (run, result) in enumerate(runs.items()):
         known = [(x, result[group][n][metric]) for x, n in enumerate(names) if n in result[group]]
         known = [(x, m) for x, m in known if m["value"] is not None]
@@ -64,7 +63,7 @@ def reliability_diagram(reliability: dict) -> Shown:
 
     Takes `score(...)["confidence"]["reliability"]`.
     """
-    figure, (axes,) = _charts(1, (3.8, 3.6))
+    figure, (axes,) = charts(1, (3.8, 3.6))
     rows = reliability["bins"]
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as confident as right")
     count = np.array([row["n"] for row in rows])
@@ -84,7 +83,7 @@ def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Pa
     lines are passed over. `smooth` > 1 draws the running mean over that many lines, where there are so many, above
     the pale curve itself.
     """
-    figure, (axes,) = _charts(1, (5, 3))
+    figure, (axes,) = charts(1, (5, 3))
     for i, (name, log) in enumerate(logs.items()):
         logged = [(line["step"], line["loss"]) for line in log if "loss" in line]
         if not logged:
