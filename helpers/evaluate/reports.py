@@ -31,11 +31,7 @@ METRICS = {
 
 
 def write_metrics(
-    folder: str | Path,
-    named_predictions: dict[str, list[dict]],
-    truth: list[dict],
-    *,
-    resamples: int = RESAMPLES,
+    folder: str | Path, named_predictions: dict[str, list[dict]], truth: list[dict], *, resamples: int = RESAMPLES
 ) -> dict:
     """Score each of "fine-tuned", "merged", "base", "constant box" that is given and write `folder/metrics.json`.
 
