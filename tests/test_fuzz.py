@@ -21,6 +21,7 @@ import test_data_formats as formats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pipeline_runner import SOURCE
 from test_data import jpeg, row
 
 from helpers import data, evaluate
@@ -243,8 +244,7 @@ VALUES = (None, True, False, -1, 0, 1, 7, 2**40, 0.5, 1e-9, "", " ", "None", "0,
           "best", "../x", "/proc/x", "/dev/null", "~", "~nobody/x", "\x00", "a" * 5000, "é\n", "x/y", [], {}, (1, 2))
 some = st.dictionaries(st.sampled_from([*PARAMETERS] * 9 + [name[:-1] for name in PARAMETERS]),
                        st.sampled_from(VALUES) | st.text(), min_size=1, max_size=5)
-PIPELINE = Path(__file__).resolve().parents[1] / "pipeline.py"
-CELL = PIPELINE.read_text().split('# %% tags=["parameters"]')[1].split("# %%")[0]
+CELL = SOURCE.read_text().split('# %% tags=["parameters"]')[1].split("# %%")[0]
 DEFAULTS = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(CELL).body}
 
 
