@@ -90,16 +90,15 @@ tiny-base: $(STAMP) ## train the tiny base again, into runs/tiny-base: minutes o
 	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True -p out $(CURDIR)/runs/tiny-base $(ARGS)
 
 kill-test: $(STAMP) ## kill small runs of every recipe at random moments, and see that nothing is lost: minutes
-	rm -rf runs/kill-test
-	$(BIN)/python -m helpers.dev.kill_resume $(ARGS)
+	KILL_TEST=1 $(BIN)/python -m pytest tests/test_kill.py --capture no $(PYTEST_ARGS)
 
-fuzz: $(STAMP) ## 100 000 model outputs, 10 000 broken rows, 1 000 broken parameter sets: minutes
-	$(BIN)/python -m helpers.dev.fuzz $(ARGS)
+fuzz: $(STAMP) ## a hundred times the broken input that the tests try on parser, data and parameters: minutes
+	FUZZ=100 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 tests/test_fuzz.py $(PYTEST_ARGS)
 
 test-newest: $(STAMP) ## run the tests against the newest libraries, in .venv-newest, and say which have changed
 	$(BIN)/python -m helpers.dev.newest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
-env: $(STAMP) ## write environment.yml, environment.lock.yml and requirements.txt from pyproject.toml
+env: $(STAMP) ## write the conda files and requirements.txt from pyproject.toml and requirements.lock
 	$(BIN)/python -m helpers.dev.environment
 
 lock: ## write requirements.lock from pyproject.toml: every version and its files' hashes

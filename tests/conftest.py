@@ -1,6 +1,8 @@
 """Every test runs offline, without a GPU, on one thread, in a temporary folder of its own."""
 
+import importlib
 import os
+import pkgutil
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +44,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def repo() -> Path:
     """The root of the repository. Read from it; never write into it."""
     return ROOT
+
+
+@pytest.fixture
+def as_figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The functions of helpers.plots return their figure, to look into, in place of the finished picture."""
+    from matplotlib import pyplot
+
+    import helpers.plots
+
+    for info in pkgutil.iter_modules(helpers.plots.__path__, "helpers.plots."):
+        module = importlib.import_module(info.name)
+        if hasattr(module, "finish"):
+            monkeypatch.setattr(module, "finish", lambda figure, path=None, photos=False: figure)
+    yield
+    pyplot.close("all")
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,12 @@ def squares():
     return datasets.Dataset.from_list([row(i) for i in range(16)])
 
 
+def load_tiny(**options):
+    """The tiny base, frozen, on the CPU; in bf16 if `options` do not say otherwise."""
+    options = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}} | options
+    return Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, **options).requires_grad_(False).eval()
+
+
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
                          bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["model.visual", "lm_head"])
 
@@ -43,9 +49,7 @@ NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
 def build(recipe, folder, processor, rows, nf4=False, **options):
     stage = RECIPES[recipe][0]
     set_seed(0)
-    vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=torch.bfloat16, quantization_config=NF4 if nf4 else None, device_map={"": "cpu"})
-    vlm.requires_grad_(False)
+    vlm = load_tiny(quantization_config=NF4 if nf4 else None)
     if stage.trains == "full":
         vlm.model.visual.float().requires_grad_(True)
     else:

@@ -7,18 +7,16 @@ import gc
 
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, small_processor, squares
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Trainer
+from small_training import NF4, load_tiny, small_processor, squares
+from transformers import BitsAndBytesConfig, Trainer
 from trl import SFTTrainer
 
 from helpers import bugs, collate, messages, model, predict, trainer
 from helpers.plots import precision
 from helpers.recipes import RECIPES
-from helpers.settings import TINY_BASE
 
 GONE = "is gone: a library has repaired it, so its section of notebooks/05_debug_dtype_issue can go."
 ROWS, PROCESSOR = squares().select(range(4)), small_processor()
@@ -29,9 +27,7 @@ END = PROCESSOR.tokenizer.convert_tokens_to_ids(messages.END_OF_TURN)
 
 
 def load(dtype=torch.bfloat16, nf4=None):
-    return Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=dtype, quantization_config=nf4, attn_implementation="eager", device_map={"": "cpu"}
-    ).requires_grad_(False)
+    return load_tiny(dtype=dtype, quantization_config=nf4, attn_implementation="eager")
 
 
 def loss_of(vlm, **changed):
@@ -115,8 +111,7 @@ def test_half_a_gap_is_where_rounding_turns():
 
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-5, 1.0])
-def test_the_chart_of_lost_updates_splits_the_weights_at_the_step(rate, monkeypatch):
-    monkeypatch.setattr(precision, "finish", lambda figure, path: figure)
+def test_the_chart_of_lost_updates_splits_the_weights_at_the_step(rate, as_figures):
     gaps = bugs.half_gap(torch.randn(1000).mul(0.04).bfloat16()).numpy()
     figure = precision.lost_updates(gaps, rate, {"fp32": [1.0, 2.0, 3.0], "bf16": [0.1, 0.2, 0.3]})
     left, right = figure.axes
@@ -124,7 +119,6 @@ def test_the_chart_of_lost_updates_splits_the_weights_at_the_step(rate, monkeypa
     assert sum(heights.values()) == pytest.approx(100)
     assert heights["larger"] == pytest.approx(100 * (gaps > rate).mean())
     assert [list(line.get_ydata()) for line in right.lines] == [[1.0, 2.0, 3.0], [0.1, 0.2, 0.3]]
-    plt.close(figure)
 
 
 def test_trl_casts_lora_on_a_quantised_base_and_trainable_to_fp32_casts_back(tmp_path):

@@ -14,6 +14,7 @@ from helpers import data, evaluate, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.checks import RULES
+from helpers.data.planted import plant_each
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
 from helpers.dev import bench_pictures
 
@@ -181,72 +182,13 @@ def test_exif_that_the_boxes_follow_or_that_leaves_no_trace_is_named_and_kept():
     assert raw["val"][0]["image"].size == (48, 64)
 
 
-# --- all rules at once ------------------------------------------------------------------------------------------------
-
-
-def turned(number: int, declared: tuple[int, int], orientation: int = 6) -> dict:
-    return row(number, image=picture(jpeg(number, orientation=orientation)), width=declared[0], height=declared[1])
-
-
-LARGER = (160, 120)
-PLANTS = {  # fault -> a row of val with it, and perhaps others that follow from it
-    "unreadable-picture": lambda n: row(n, image=picture(jpeg(n)[:-200])),
-    "too-thin-picture": lambda n: row(n, image=picture(jpeg(n, (1000, 4))), width=1000, height=4),
-    "exif-as-shown": lambda n: turned(n, (48, 64)),
-    "exif-as-stored": lambda n: turned(n, (64, 48)),
-    "exif-undecided": lambda n: turned(n, (64, 48), orientation=3),
-    "wrong-size": lambda n: row(n, width=65),
-    "not-a-box": lambda n: row(n, [[0.1, 0.2, float("inf"), 0.6], [0.1, 0.2, 0.5, 0.6]]),
-    "inverted-box": lambda n: row(n, [[0.5, 0.2, 0.1, 0.6]]),
-    "out-of-range-box": lambda n: row(n, [[0.1, -0.2, 0.5, 0.6]]),
-    "empty-box": lambda n: row(n, [[0.1, 0.2, 0.1, 0.6], [0.1, 0.2, 0.5, 0.6]]),
-    "repeated-box": lambda n: row(n, [[0.1, 0.2, 0.5, 0.6]] * 2),
-    "unknown-category": lambda n: row(n, names=["logo"]),
-    "category-mismatch": lambda n: row(n, objects=objects_of([[0.1, 0.2, 0.5, 0.6]], [TABLE]) | {"category_id": [2]}),
-    "missing-id": lambda n: row(n, image_id=""),
-    "repeated-id": lambda n: row(n, image_id="0000000000000_1"),
-    "barcode-in-two-splits": lambda n: row(n, barcode="0000000000000"),
-    "picture-in-two-splits": lambda n: row(n, image=picture(jpeg(0, LARGER, quality=70)), width=160, height=120),
-    "no-table": lambda n: row(n, []),
-}
-
-
-def planted(seed: int, good: int = 30, bad: int = 40) -> tuple[datasets.DatasetDict, dict[str, set[tuple[str, int]]]]:
-    """A data set with faults at random places, and fault -> (split, row number) of each."""
-    draw = np.random.default_rng(seed)
-    kinds = [*PLANTS, *draw.choice(list(PLANTS), bad - len(PLANTS)), *[""] * good]
-    first = row(0, image=picture(jpeg(0, LARGER)), width=160, height=120)
-    lists, places = {"train": [], "selection": [first], "val": []}, {kind: set() for kind in PLANTS}
-    for number, kind in enumerate(draw.permutation(kinds).tolist(), 1):
-        # what stands in two splits is dropped from train, because selection has it; an id is repeated in one split
-        split = "selection" if kind == "repeated-id" else "val"
-        if kind.endswith("two-splits") or not kind and number % 2:
-            split = "train"
-        if kind:
-            places[kind].add((split, len(lists[split])))
-        lists[split].append(PLANTS[kind](number) if kind else row(number))
-    return splits(**lists), places
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_audit_finds_every_planted_fault_and_nothing_else(seed):
-    assert set(PLANTS) == {rule.fault for rule in RULES}
-    raw, places = planted(seed)
-    places["no-table"] |= places["unknown-category"]  # nothing is left of its only box
-    result = audit(raw)
-    seen = {kind: {(fault.split, fault.index) for fault in result.faults if fault.fault == kind} for kind in PLANTS}
-    assert seen == places
-    again = audit(clean(raw, result))
-    assert {fault.fault for fault in again.faults} <= {"exif-as-shown", "exif-undecided", "no-table"}
-
-
 def test_findings_are_listed_in_a_file(tmp_path: Path):
-    raw, places = planted(0)
+    raw, planted = plant_each(row(1))
     result = audit(raw)
     result.write(tmp_path / "audit.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert len(lines) == len(result.faults) == result.table()["count"].sum()
-    assert {(line["split"], line["index"]) for line in lines if line["fault"] == "repeated-id"} == places["repeated-id"]
+    assert {fault[:3] for fault in planted} <= {(line["fault"], line["split"], line["index"]) for line in lines}
     assert all(line["action"] in {rule.action for rule in RULES} and line["image_id"] for line in lines)
 
 
@@ -302,15 +244,6 @@ def test_an_id_that_comes_twice_gets_a_number():
     raw = splits(val=[row(1), row(2, image_id="0000000000001_1"), row(3, image_id="0000000000001_1")])
     assert list(found(raw)) == ["repeated-id"]
     assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1", "0000000000001_1#2", "0000000000001_1#3"]
-
-
-def test_every_fault_of_the_table_has_a_rule_with_its_text():
-    result = audit(splits(val=[row(1, [[0.5, 0.6, 0.1, 0.2]]), row(2, [])]))
-    rules = {rule.fault: rule for rule in RULES}
-    assert len(rules) == len(RULES)
-    for line in result.table().itertuples():
-        assert (line.meaning, line.action) == rules[line.fault][1:]
-    assert list(result.table()["count"]) == [1, 1]
 
 
 def test_statistics_count_what_is_left():
@@ -374,25 +307,6 @@ def test_the_source_hash_follows_every_file(tmp_path: Path):
     assert before == source_hash(tmp_path)
     (tmp_path / "font.ttf").write_bytes(b"a font")
     assert before != source_hash(tmp_path)
-
-
-def test_the_audit_finds_what_is_planted_in_the_scenes():
-    planted = scenes.planted_faults(0, "val")
-    indices = sorted({*planted["zero_area"], *planted["exif"], *(i for pair in planted["same_product"] for i in pair)})
-    rows = datasets.Dataset.from_list(list(embedded.scene_rows(indices, 0, "val")), features=embedded.SCENE_FEATURES)
-    result = audit(datasets.DatasetDict({"val": rows}))
-    where = {
-        name: {indices[fault.index] for fault in result.faults if fault.fault == name} for name in found_names(result)
-    }
-    assert where["empty-box"] == set(planted["zero_area"])
-    assert where.get("exif-as-shown", set()) | where.get("exif-undecided", set()) == set(planted["exif"])
-    barcodes = [meta["barcode"] for meta in rows["meta"]]
-    for first, second in planted["same_product"]:
-        assert barcodes[indices.index(first)] == barcodes[indices.index(second)]
-
-
-def found_names(result) -> set[str]:
-    return {fault.fault for fault in result.faults}
 
 
 @pytest.mark.parametrize("limit", [{"test": 3}, {"train": -1}, {"train": 2.5}, {"val": True}])

@@ -17,6 +17,7 @@ from helpers.data.schema import FEATURES
 
 TABLE = "nutrition-table"
 WIDTH, HEIGHT = 80, 60
+IDS = {TABLE: 0, "nutrition-table-text": 3}
 BOXES = {  # picture -> (category, [y0, x0, y1, x1] in 0-1)
     "a": [(TABLE, [0.25, 0.1, 0.75, 0.5])],
     "b": [(TABLE, [0.5, 0.25, 1.0, 0.75]), ("nutrition-table-text", [0.0, 0.0, 0.25, 1.0])],
@@ -54,29 +55,20 @@ def write_pictures(folder: Path) -> None:
         save_picture(folder / f"{name}.jpg", number)
 
 
-def write_own_metadata(root: Path) -> None:
+def write_metadata(root: Path, objects: Callable[[list], dict]) -> None:
     write_pictures(root)
-    lines = [
-        {
-            "file_name": f"{name}.jpg",
-            "objects": {"bbox": [box for _, box in things], "category_name": [kind for kind, _ in things]},
-        }
-        for name, things in BOXES.items()
-    ]
+    lines = [{"file_name": f"{name}.jpg", "objects": objects(things)} for name, things in BOXES.items()]
     write(root / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+
+
+def write_own_metadata(root: Path) -> None:
+    write_metadata(root, lambda things: {"bbox": [box for _, box in things],
+                                         "category_name": [kind for kind, _ in things]})
 
 
 def write_hf_metadata(root: Path) -> None:
-    write_pictures(root)
-    ids = {TABLE: 0, "nutrition-table-text": 3}
-    lines = [
-        {
-            "file_name": f"{name}.jpg",
-            "objects": {"bbox": [xywh(box) for _, box in things], "categories": [ids[kind] for kind, _ in things]},
-        }
-        for name, things in BOXES.items()
-    ]
-    write(root / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+    write_metadata(root, lambda things: {"bbox": [xywh(box) for _, box in things],
+                                         "categories": [IDS[kind] for kind, _ in things]})
 
 
 def coco(**other) -> dict:
@@ -132,21 +124,16 @@ def table_rows() -> datasets.Dataset:
     rows = []
     for name, things in BOXES.items():
         kinds = [kind for kind, _ in things]
-        rows.append(
-            {
-                "image_id": name,
-                "image": {"bytes": Path("source", f"{name}.jpg").read_bytes(), "path": None},
-                "width": WIDTH,
-                "height": HEIGHT,
-                "meta": {"barcode": "", "off_image_id": "", "image_url": ""},
-                "objects": {
-                    "bbox": [box for _, box in things],
-                    "category_id": [{TABLE: 0}.get(kind, 3) for kind in kinds],
-                    "category_name": kinds,
-                },
-                "note": "a column too many",
-            }
-        )
+        named = {"category_id": [IDS[kind] for kind in kinds], "category_name": kinds}
+        rows.append({
+            "image_id": name,
+            "image": {"bytes": Path("source", f"{name}.jpg").read_bytes(), "path": None},
+            "width": WIDTH,
+            "height": HEIGHT,
+            "meta": {"barcode": "", "off_image_id": "", "image_url": ""},
+            "objects": {"bbox": [box for _, box in things]} | named,
+            "note": "a column too many",
+        })
     objects = {**FEATURES["objects"], "bbox": datasets.List(datasets.List(datasets.Value("float32")))}
     features = datasets.Features({**FEATURES, "objects": objects, "note": datasets.Value("string")})
     return datasets.Dataset.from_list(rows, features=features)
@@ -185,7 +172,7 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path, capsys):
         assert (row["image_id"], row["width"], row["height"]) == (image_id, WIDTH, HEIGHT)
         assert row["image"].size == (WIDTH, HEIGHT)
         assert row["objects"]["category_name"] == [kind for kind, _ in things]
-        assert row["objects"]["category_id"] == [{TABLE: 0}.get(kind, 3) for kind, _ in things]
+        assert row["objects"]["category_id"] == [IDS[kind] for kind, _ in things]
         assert np.allclose(row["objects"]["bbox"] or np.zeros((0, 4)), [box for _, box in things] or np.zeros((0, 4)))
 
 
@@ -244,6 +231,17 @@ def test_a_folder_without_splits_is_val_and_says_so(tmp_path: Path, capsys):
     ds = data.load_raw(str(tmp_path), limit={"val": 3})
     assert {name: len(split) for name, split in ds.items()} == {"train": 0, "selection": 0, "val": 3}
     assert "names no splits: all 4 pictures are val" in capsys.readouterr().out
+
+
+def test_a_test_split_stands_in_for_val_and_what_is_not_used_is_said(tmp_path: Path, capsys):
+    for start, split in enumerate(("train", "test", "selection")):
+        many(tmp_path / split, 20, start=100 * start)
+    assert len(data.load_raw(str(tmp_path))["val"]) == 20
+    assert "has no val: its test (20 pictures) is used as val" in capsys.readouterr().out
+    many(tmp_path / "val", 4, start=900)
+    assert {name: len(split) for name, split in data.load_raw(str(tmp_path)).items()} == {
+        "train": 20, "selection": 20, "val": 4}
+    assert "the splits test are not used" in capsys.readouterr().out
 
 
 def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Path):

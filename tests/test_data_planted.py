@@ -23,6 +23,9 @@ def test_every_rule_of_the_audit_is_planted_once_and_found_there_and_the_sound_r
     assert {fault for fault, _, _ in found - places} == {"no-table"}  # where the only box was dropped
     unusable = [index for fault, split, index in places if fault in ("unreadable-picture", "too-thin-picture")]
     assert set(audit.keep["val"]) == set(range(len(raw["val"]))) - set(unusable) and not audit.keep["train"]
+    val = datasets.DatasetDict(val=raw["val"])
+    again = data.audit(data.clean(val, data.audit(val)))
+    assert {fault.fault for fault in again.faults} == {"exif-as-shown", "exif-undecided", "no-table"}  # nothing else
     assert raw["val"][-1]["image_id"] == sound["image_id"] and raw["val"].features == data.FEATURES
 
 

@@ -129,7 +129,7 @@ def test_outputs_edited_by_hand_are_found(small):
 def test_a_failing_cell_leaves_the_file_and_is_shown(small, capsys):
     rewrite(small, "object()", 'raise ValueError("recpie is not a parameter")')
     before = pair_of(small).ipynb.read_text()
-    assert main(["--root", str(small)]) == 1
+    assert main([]) == 1
     said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err.rstrip())
     assert "pipeline.ipynb, cell 4" in said
     assert said.endswith("ValueError: recpie is not a parameter")
@@ -150,15 +150,8 @@ def test_outputs_that_are_too_large_are_refused(small, monkeypatch):
     assert pair_of(small).ipynb.read_text() == before
 
 
-def test_check_runs_nothing_and_names_the_stale(small, capsys):
-    assert main(["--check", "--root", str(small)]) == 1
-    assert "holds no outputs" in capsys.readouterr().out
-    assert main(["--root", str(small), str(small / "pipeline.py")]) == 0
-    assert main(["--check", "--root", str(small)]) == 0
-    assert "pipeline: fresh" in capsys.readouterr().out
-
-
 def test_only_notebooks_of_the_repository_can_be_named(small):
+    assert main([str(small / "pipeline.py")]) == 0 and problems(pair_of(small), small) == []
     assert chosen_pairs(small, []) == chosen_pairs(small, [small / "pipeline.ipynb"]) == [pair_of(small)]
     with pytest.raises(PairError, match=r"out.ipynb is none of the notebooks; they are pipeline.ipynb"):
         chosen_pairs(small, [small / "out.ipynb"])

@@ -2,28 +2,16 @@
 
 import numpy as np
 import pytest
+import test_evaluate
+from test_evaluate import A, B, true_row, values
 
 from helpers.boxes import pairwise_iou
 from helpers.evaluate import constant_predictions, keep_confident, score
 from helpers.evaluate.confidence import _coco_eval, _resampled, average_precision
 
-A, B = [0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]  # x first
-
-
-def true_row(image_id, *boxes):
-    objects = {
-        "bbox": [[y0, x0, y1, x1] for x0, y0, x1, y1 in boxes],
-        "category_name": ["nutrition-table"] * len(boxes),
-    }
-    return {"image_id": image_id, "objects": objects}
-
 
 def answer(image_id, box, confidence):
-    return {"image_id": image_id, "labels": ["nutrition-table"], "boxes": [box], "confidences": [confidence]}
-
-
-def values(summary):
-    return {name: metric["value"] for name, metric in summary.items()}
+    return test_evaluate.answer(image_id, box, confidences=[confidence])
 
 
 def plain_ap(true_boxes, boxes, scores, threshold):

@@ -1,14 +1,13 @@
 """Scores on disk: metrics.json, the table, comparisons, the command line, and another project's numbers."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 
+from helpers.boxes import pairwise_iou, yxyx_unit_to_xyxy_unit
 from helpers.evaluate import constant_predictions, metrics_table, results_table, score, with_interval, write_metrics
 from helpers.evaluate.__main__ import main
-from helpers.evaluate.reference import best_iou_with_reuse, check_reference
 
 # Lines of two published files: id, that project's IoU, raw text, true boxes (y first). Rows with one true box, with
 # two and three, and one whose answer has five boxes and was cut by the token limit.
@@ -82,9 +81,15 @@ def rows_of(lines):
 
 @pytest.mark.parametrize("lines", [ZEROSHOT, FINETUNED])
 def test_the_published_iou_column_from_the_raw_text(lines):
+    """There a true box gets the IoU of its best prediction, and one prediction may serve several true boxes.
+
+    So computed, all 123 pictures give the published mean of .590 over true boxes (.607 over pictures); one to one they
+    give .589 (.606). F1 at .5 is .654 in both.
+    """
     truth, predictions = rows_of(lines)
     for record, line in zip(score(truth, predictions, resamples=0)["per_picture"], lines, strict=True):
-        assert np.mean(best_iou_with_reuse(line[3], record["predicted"])) == pytest.approx(line[1], abs=1e-9)
+        best = pairwise_iou(yxyx_unit_to_xyxy_unit(line[3]), record["predicted"]).max(axis=1)
+        assert best.mean() == pytest.approx(line[1], abs=1e-9)
 
 
 def test_one_to_one_differs_where_one_box_served_two_true_boxes():
@@ -94,28 +99,6 @@ def test_one_to_one_differs_where_one_box_served_two_true_boxes():
     assert ours[0] == pytest.approx(ZEROSHOT[0][1]) and ours[3] == pytest.approx(ZEROSHOT[3][1])
     assert ours[2] == pytest.approx(0.375930798742925 / 2) and ours[2] < ZEROSHOT[2][1]
     assert records[3]["surplus"] == 4 and records[3]["format_error"]
-
-
-def write_reference(path, lines):
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sample_idx", "image_id", "iou", "prediction", "pred_boxes", "gt_boxes"])
-        for i, (name, iou, text, boxes) in enumerate(lines):
-            writer.writerow([i, name, iou, text, "[]", json.dumps(boxes)])
-
-
-def test_reference_command_reads_the_published_file_format(tmp_path, capsys):
-    write_reference(tmp_path / "reference.csv", ZEROSHOT)
-    found = check_reference(tmp_path / "reference.csv")
-    assert found["true boxes"] == 6 and found["theirs, greatest distance to the column"] < 1e-9
-    sums = [iou * len(boxes) for _, iou, _, boxes in ZEROSHOT]
-    assert found["theirs, mean over true boxes"] == pytest.approx(sum(sums) / 6)
-    assert found["F1 at .5"] == pytest.approx(2 * 2 / (6 + 8))
-    main(["reference", str(tmp_path / "reference.csv")])
-    assert "F1 at .5: 0.2857" in capsys.readouterr().out
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(SystemExit, match="expected the columns"):
-        main(["reference", str(tmp_path / "other.csv")])
 
 
 def make_run(root, name, shift, recipe=None, scale="tiny", pictures=30):
@@ -221,7 +204,6 @@ def test_compare_by_name_folder_and_score(tmp_path, capsys):
         (["compare", "r4-joint", "r5"], "no scored run 'r5' in .*; the runs there: r4-joint"),
         (["compare", "r4-joint", "r4-joint:stage1"], "no score 'stage1'; it has fine-tuned, base, constant box"),
         (["score", "nowhere"], "expected truth.jsonl"),
-        (["reference", "nowhere.csv"], "nowhere.csv"),
     ],
 )
 def test_faults_end_in_one_sentence(tmp_path, arguments, message):

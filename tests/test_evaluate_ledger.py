@@ -69,8 +69,7 @@ def results(tmp_path):
     for name, shift, seed in (("r4-joint", 0.01, 0), ("r4-joint-s1", 0.02, 1), ("r1-llm-only", 0.06, 0)):
         run_with(tmp_path, name, shift, seed)
     (tmp_path / "README.md").write_text(EMPTY)
-    arguments = ["table", str(tmp_path), "--ledger", str(tmp_path / "results.json"), "--readme",
-                 str(tmp_path / "README.md")]
+    arguments = ["table", str(tmp_path)]
     main([*arguments, "--write"])
     return arguments
 

@@ -1,11 +1,10 @@
 """The threshold is chosen on selection and applied to val."""
 
 import pytest
-from test_evaluate_confidence import answer, true_row
+from test_evaluate import A, B, true_row
+from test_evaluate_confidence import answer
 
 from helpers.evaluate import trusted_boxes, trusted_table
-
-A, B = [0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]
 
 
 def split(name, right, wrong):

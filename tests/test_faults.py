@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_training import StopAt, build, small_processor, squares
 from transformers import TrainerCallback, TrainerState
 
-from helpers import checkpoints, collate, data, faults, parameters, runs, trainer, trainlog
+from helpers import checkpoints, collate, data, parameters, runs, trainer, trainlog
 from helpers.files import read_json
 
 
@@ -274,14 +274,15 @@ def test_the_network_lost_while_logging_ends_no_training(tmp_path, processor, ro
     from transformers.integrations import TensorBoardCallback
 
     def lost(self, args, state, control, **kwargs):
-        if state.global_step == 3:
+        if state.global_step >= 3:
             raise ConnectionError("network is unreachable")
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
     monkeypatch.setattr(TensorBoardCallback, "on_log", lost)
     sft = build("r1-llm-only", tmp_path, processor, rows, report_to="tensorboard")
     sft.train()
-    assert capsys.readouterr().out.count("TensorBoard fails (ConnectionError: network is unreachable)") == 1
+    said = capsys.readouterr().out  # once: a service that has failed is not asked again
+    assert said.count("TensorBoard fails (ConnectionError: network is unreachable)") == 1
     assert losses(tmp_path) == undisturbed[1]
 
 
@@ -331,18 +332,3 @@ def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
                 pass
     with runs.exclusive(tmp_path / "training", wait=False):
         pass
-
-
-def test_a_service_that_failed_once_is_not_asked_again():
-    class Broken(TrainerCallback):
-        asked = 0
-
-        def on_log(self, *args, **kwargs):
-            self.asked += 1
-            raise OSError("no network")
-
-    inner = Broken()
-    reporter = faults.ForgivingReporter(inner)
-    for _ in range(3):
-        reporter.on_log(None, None, None)
-    assert inner.asked == 1

@@ -1,45 +1,266 @@
-"""A seeded hundredth of `make fuzz`, and the counter-examples that it has found."""
+"""Broken input for the parser, the data's readers and the parameters: only the documented errors come.
 
+`make fuzz` tries a hundred times as much. A counter-example is printed, and belongs at the end of this file.
+"""
+
+import ast
+import copy
+import json
+import os
+import random
+import re
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import datasets
+import numpy as np
 import pytest
+import test_data_formats as formats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from pipeline_runner import SOURCE
+from test_data import jpeg, row
 
-from helpers.data import DataError
+from helpers import data, evaluate
+from helpers.boxes import CATEGORIES
 from helpers.data.json_formats import read_metadata
-from helpers.dev import fuzz, fuzz_outputs
-from helpers.messages import parse_text
+from helpers.data.schema import FEATURES
+from helpers.messages import NO_TABLE, parse_text, target_text
+from helpers.parameters import PARAMETERS, ParameterError
+from helpers.settings import settle
+
+TIMES = int(os.environ.get("FUZZ", 1))
+# The same cases each time where there are few; where there are many, none may take 2 s.
+tried = settings(max_examples=500 * TIMES, deadline=2000 if TIMES > 1 else None, derandomize=TIMES == 1, database=None,
+                 suppress_health_check=list(HealthCheck))
+
+# --- a model's answers ------------------------------------------------------------------------------------------------
+
+SEEN = ("nutrition-table<box>(265,492),(735,842)>", "nutrition-table(278,495),(726,625)",
+        "<|object_ref_start|>the nutrition table<|object_ref_end|><|box_start|>(0,0),(1000,1000)<|box_end|><|im_end|>",
+        "The bounding box is (12, 40), (510, 620).", '{"bbox_2d": [10, 20, 300, 400], "label": "nutrition-table"}',
+        "<ref>nutrition-table</ref><box>(1,2),(3,4)</box>", NO_TABLE, "")
+PIECES = ("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|im_end|>", "<box>", "</box>", "(", ")", ",", "\n",
+          "(1,2),(3,4)", "-", "1" * 9, "0" * 9, "999999", "1e3", "1.5", "٣", "²", "\u200b", "\x00", "𝟙", " ", NO_TABLE)
+LONGEST = 40_000  # characters: 4096 tokens, the most that max_new_tokens allows, are fewer
+pieces = st.sampled_from([*PIECES, *CATEGORIES]) | st.integers(-50, 1100).map(str)
 
 
-def test_a_hundredth_of_the_fuzz_finds_nothing(capsys):
-    assert fuzz.run(outputs=1000, rows=100, parameter_sets=10) == []
-    assert [line.split(": ")[1].split(" cases")[0] for line in capsys.readouterr().out.splitlines() if " cases" in line
-            ] == ["500", "500", "1", "20", "10"]
+@st.composite
+def answers(draw) -> str:
+    """A right answer with up to four boxes."""
+    edges = st.lists(st.integers(0, 1000), min_size=2, max_size=2, unique=True).map(sorted)
+    corners = draw(st.lists(st.tuples(edges, edges), max_size=4))
+    boxes = [[y0 / 1000, x0 / 1000, y1 / 1000, x1 / 1000] for (y0, y1), (x0, x1) in corners]
+    return target_text({"bbox": boxes, "category_name": [draw(st.sampled_from(CATEGORIES)) for _ in boxes]})
 
 
-def test_the_hunt_reports_what_it_finds(capsys):
-    def check(case):
-        if case == 2:
-            raise KeyError("x")
-        return "odd" if case == 3 else ""
+@st.composite
+def broken_answers(draw) -> str:
+    """A right answer, or one that was seen, changed up to six times."""
+    text = draw(answers() | st.sampled_from(SEEN))
+    for _ in range(draw(st.integers(0, 6))):
+        start = draw(st.integers(0, len(text)))
+        stop = start + draw(st.sampled_from((1, 2, 8, 40)))
+        piece = draw(pieces | answers())
+        text = draw(st.sampled_from([
+            text[:start] + text[stop:],  # lost
+            text[:start],  # cut at the token limit
+            text[:stop] + text[start:],  # said twice
+            text + 30 * text[start:],  # said on and on
+            text[:start] + piece + text[start:],
+            text[:start] + piece + text[stop:],
+            text[:start] + text[start:stop][::-1] + text[stop:],
+            re.sub(r"<\|\w+\|>", "", text),  # decoded without special tokens
+            text.swapcase(),
+        ]))[:LONGEST]
+    return text
 
-    assert fuzz.hunt("numbers", range(5), check) == ["KeyError: 'x': 2", "odd: 3"]
-    assert "5 cases, 2 counter-examples" in capsys.readouterr().out
+
+def check_reading(text: str, parse=parse_text) -> None:
+    """The parser never raises, says what it did not use, and a box is what is written."""
+    parsed = parse(text)
+    boxes = parsed.boxes_xyxy_unit
+    assert boxes.shape == (len(parsed.labels), 4) and len(parsed.spans) == len(parsed.labels)
+    assert ((boxes >= 0) & (boxes <= 1)).all() and (boxes[:, :2] < boxes[:, 2:]).all()
+    last = 0
+    for box, (start, stop) in zip(boxes, parsed.spans, strict=True):
+        assert start >= last, "spans overlap or are out of order"
+        last = stop
+        written = re.findall(r"-?[0-9]+", re.sub(r"<\|\w+\|>", "", text[start:stop]))
+        assert [int(number) for number in written] == [round(number * 1000) for number in box]
+    assert not parsed.empty_answer or not len(boxes) and not parsed.rejected and NO_TABLE in text.lower()
+    assert len(boxes) or parsed.empty_answer or parsed.rejected
 
 
-@pytest.mark.parametrize("planted", ["boxes[:, [1, 0, 3, 2]]", "boxes + 0.001", "boxes[:-1]"])
-def test_a_parser_that_is_wrong_is_found(planted, monkeypatch):
+@tried
+@given(broken_answers() | st.text() | st.lists(pieces | st.text(max_size=3), max_size=30).map("".join))
+def test_whatever_a_model_writes_is_read_as_written_or_rejected_in_words(text):
+    check_reading(text)
+
+
+@pytest.mark.parametrize("wrong", [lambda boxes: boxes[:, [1, 0, 3, 2]], lambda boxes: boxes + 0.001,
+                                   lambda boxes: boxes[:-1]])
+def test_a_parser_that_is_wrong_is_found(wrong):
     """The check itself can fail: it sees swapped, shifted and lost boxes."""
-    real = parse_text
-
-    def wrong(text):
-        parsed = real(text)
-        object.__setattr__(parsed, "boxes_xyxy_unit", eval(planted, {"boxes": parsed.boxes_xyxy_unit}))
+    def parse(text):
+        parsed = parse_text(text)
+        object.__setattr__(parsed, "boxes_xyxy_unit", wrong(parsed.boxes_xyxy_unit))
         return parsed
 
-    monkeypatch.setattr(fuzz_outputs, "parse_text", wrong)
-    assert any(fuzz_outputs.check(text) for text in fuzz_outputs.mutated(50, seed=1))
+    with pytest.raises(AssertionError):
+        check_reading(SEEN[0], parse)
+
+
+# --- annotation files -------------------------------------------------------------------------------------------------
+
+ODD = [None, True, -1, 0, 1e308, float("nan"), "", "x", "../x.jpg", ".", [], {}, [[]], [None], {"a": 1}, 2**70, 10**400,
+       "\0", [1, 2, 3], [[1, 2, 3, 4]], "a.jpg", ["nutrition-table"], "é" * 400]  # fmt: skip
+BYTES = [b"", b"7", b"nan", b"-", b"<", b">", b"\n", b"[", b"1e999", b"\0", b" 0.5", b"\xe9", b"\xff\xfe"]
+
+
+def places(value: Any, path: tuple = ()) -> list[tuple]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in [(*path, key), *places(inner, (*path, key))]]
+
+
+def broken(value: Any, draw: random.Random) -> Any:
+    """A copy of `value` with one to three of its parts removed or replaced."""
+    value = copy.deepcopy(value)
+    for _ in range(draw.randint(1, 3)):
+        if not places(value):
+            break
+        *way, last = draw.choice(places(value))
+        inner = value
+        for key in way:
+            inner = inner[key]
+        if draw.random() < 0.25:
+            del inner[last]
+        else:
+            inner[last] = copy.deepcopy(draw.choice(ODD))
+    return value
+
+
+def broken_bytes(value: bytes, draw: random.Random) -> bytes:
+    """`value` with something put in, or in the place of one or eight bytes."""
+    at = draw.randrange(len(value) + 1)
+    return value[:at] + draw.choice(BYTES) + value[at + draw.choice([0, 0, 1, 8]) :]
+
+
+def accepted_or_refused(root: Path) -> bool:
+    """Whether the folder loads; it may be refused, in one line. No picture outside of it is ever named."""
+    try:
+        raw = data.load_raw(str(root))
+        for picture in formats.undecoded(raw["val"]):
+            assert Path(picture["path"]).is_relative_to(root)
+        data.clean(raw, data.audit(raw))
+        evaluate.score(data.raw_truth(raw["val"]), [], resamples=0)
+    except data.DataError as error:
+        assert str(error) and "\n" not in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["metadata", "COCO boxes in metadata", "COCO"])
+def test_broken_json_is_refused_in_one_line_or_read(kind, tmp_path):
+    draw, root = random.Random(kind), tmp_path / "set"
+    if kind == "COCO":
+        formats.write_coco(root)
+        file, good = root / "annotations.json", [formats.coco()]
+    else:
+        (formats.write_own_metadata if kind == "metadata" else formats.write_hf_metadata)(root)
+        file = root / "metadata.jsonl"
+        good = [json.loads(line) for line in file.read_text().splitlines()]
+    read = 0
+    for _ in range(60 * TIMES):
+        file.write_text("\n".join(json.dumps(line) for line in broken(good, draw)))
+        read += accepted_or_refused(root)
+    assert 2 < read < 58 * TIMES
+
+
+@pytest.mark.parametrize("kind", ["YOLO", "VOC", "own_metadata"])
+def test_broken_text_is_refused_in_one_line_or_read(kind, tmp_path):
+    draw, root = random.Random(kind), tmp_path / "set"
+    getattr(formats, f"write_{kind.lower()}")(root)
+    files = [file for ending in ("txt", "yaml", "xml", "jsonl") for file in sorted(root.rglob(f"*.{ending}"))]
+    good, read = {file: file.read_bytes() for file in files}, 0
+    for _ in range(60 * TIMES):
+        file = draw.choice(files)
+        file.write_bytes(broken_bytes(good[file], draw))
+        read += accepted_or_refused(root)
+        file.write_bytes(good[file])
+    assert 2 < read < 58 * TIMES
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def odd_row(number: int, draw: random.Random) -> dict:
+    """A row of the schema with values that its types allow and its meaning does not."""
+    number_or = [None, float("nan"), float("inf"), -1e300, 0.0, 0.5, 2.0]
+    boxes = [draw.choice([None, [draw.choice(number_or) for _ in range(draw.choice([0, 3, 4, 4, 5]))],
+                          [0.1, 0.1, 0.5, 0.5], [0.2, 0.7, 0.21, 0.9]]) for _ in range(draw.randint(0, 3))]
+    known = [None, "", "logo", NO_TABLE, "NUTRITION-TABLE", *CATEGORIES]
+    names = [draw.choice(known) for _ in range(draw.randint(0, 3))]
+    ids = [draw.choice([None, -(2**40), 0, 7]) for _ in range(draw.randint(0, 3))]
+    objects = {"bbox": boxes, "category_id": ids, "category_name": names}
+    whole = jpeg(number, draw.choice([(64, 48), (48, 64), (1, 300)]), draw.choice([None, None, 3, 6, 8, 99]))
+    return row(number) | {
+        "objects": draw.choice([None, objects, objects, objects, {**objects, "bbox": None}]),
+        "image": draw.choice([None, *[{"bytes": picture, "path": None} for picture in
+                                      (b"", b"\xff\xd8\xff", whole[: draw.randrange(len(whole))], *[whole] * 6)]]),
+        "meta": draw.choice([None, row(number)["meta"], {"barcode": None, "off_image_id": None, "image_url": None}]),
+        "width": draw.choice([None, -3, 0, 48, 64, 2**40]),
+        "image_id": draw.choice([None, "", "a", f"{number}"]),
+    }
+
+
+def test_odd_rows_come_out_clean_and_can_be_written_and_scored():
+    draw, count = random.Random(0), 600 * TIMES
+    raw = datasets.DatasetDict(val=datasets.Dataset.from_list([odd_row(n, draw) for n in range(count)], FEATURES))
+    evaluate.score(data.raw_truth(raw["val"]), [], resamples=0)
+    after = data.clean(raw, data.audit(raw))["val"]
+    assert count / 6 < len(after) < count
+    for clean in data.truth_rows(after):
+        objects = clean["objects"]
+        assert len(objects["bbox"]) == len(objects["category_name"]) == len(objects["category_id"])
+        assert all(len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1 for box in objects["bbox"])
+        assert clean["width"] in (48, 64) and clean["image_id"]
+        parsed = parse_text(target_text(objects))
+        assert len(parsed.labels) == len(objects["bbox"]) and not parsed.rejected
+        if len(parsed.labels) == 1:
+            np.testing.assert_allclose(parsed.boxes_xyxy_unit[:, [1, 0, 3, 2]], objects["bbox"], atol=0.001)
+    assert len(set(after["image_id"])) == len(after)
+    left = data.audit(datasets.DatasetDict(val=after)).table()["fault"]
+    assert left.isin(["no-table", "exif-as-shown", "exif-undecided"]).all()
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+VALUES = (None, True, False, -1, 0, 1, 7, 2**40, 0.5, 1e-9, "", " ", "None", "0,1", "r4-joint", "7b", "tiny", "auto",
+          "best", "../x", "/proc/x", "/dev/null", "~", "~nobody/x", "\x00", "a" * 5000, "é\n", "x/y", [], {}, (1, 2))
+some = st.dictionaries(st.sampled_from([*PARAMETERS] * 9 + [name[:-1] for name in PARAMETERS]),
+                       st.sampled_from(VALUES) | st.text(), min_size=1, max_size=5)
+CELL = SOURCE.read_text().split('# %% tags=["parameters"]')[1].split("# %%")[0]
+DEFAULTS = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(CELL).body}
+
+
+@settings(tried, max_examples=200 * TIMES, deadline=None)
+@given(some)
+def test_whatever_papermill_injects_gives_a_run_or_one_sentence(injected):
+    cell = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in injected.items())
+    with mock.patch.dict(os.environ):
+        try:
+            run = settle(DEFAULTS | injected | {"In": ["", cell]})
+            assert set(run.values) == set(PARAMETERS)
+        except ParameterError as error:
+            assert str(error) and "\n" not in str(error)
+
+
+# --- counter-examples that were found ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("filling", ["\n", "<|box_end|>", " ", "<|im_end|>\n"])
@@ -60,5 +281,5 @@ def test_fields_that_once_ended_in_another_error(field, tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
     objects = '"objects": {"bbox": [[0, 0, 1, 1]], "category_name": ["nutrition-table"]}'
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "0.jpg", {field}, {objects}}}')
-    with pytest.raises(DataError, match="metadata.jsonl line 1|0.jpg"):
+    with pytest.raises(data.DataError, match="metadata.jsonl line 1|0.jpg"):
         read_metadata(tmp_path)

@@ -201,21 +201,6 @@ def test_denial_before_a_box_is_no_name():
     assert parsed.labels == [""] and not parsed.empty_answer and "denies" in parsed.rejected[0]
 
 
-fragments = st.sampled_from(
-    ["(1,2)", ",", "(", "<|box_start|>", "<box>", ">", "\n", NO_TABLE, "a", "(3,4)", "é", "99999"]
-)
-
-
-@given(st.one_of(st.text(), st.lists(fragments).map("".join)))
-def test_no_text_raises_and_every_box_is_valid(text):
-    parsed = parse_text(text)
-    assert len(parsed.labels) == len(parsed.boxes_xyxy_unit)
-    boxes = parsed.boxes_xyxy_unit
-    assert boxes.shape[1] == 4 and ((boxes >= 0) & (boxes <= 1)).all()
-    assert (boxes[:, :2] < boxes[:, 2:]).all()
-    assert parsed.labels or parsed.rejected or parsed.empty_answer
-
-
 @pytest.mark.parametrize(
     ("objects", "message"),
     [

@@ -2,7 +2,6 @@
 
 import ast
 import io
-import json
 import os
 import re
 import shutil
@@ -108,6 +107,7 @@ def test_jupyterlab_keeps_the_pair_whichever_folder_it_is_started_in(opened, tmp
     model["content"]["cells"][1]["source"] = "a = 2"
     manager.save(model, name)
     assert pair.py.read_text() == '# %% [markdown]\n# # Topic\n\n# %% tags=["parameters"]\na = 2\n'
+    assert read_notebook(pair.ipynb).metadata.kernelspec.name == "python3" and "recorded" in sync(pair)
 
 
 def test_every_notebook_has_a_fresh_thumbnail():
@@ -158,29 +158,17 @@ def test_a_thumbnail_is_small_whatever_the_picture(noise):
 def test_thumbnails_that_are_missing_stale_or_left_over_are_told_and_made_again(tmp_path, capsys):
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
-    path = notebooks / "topic.ipynb"
-    nbformat.write(new_notebook(cells=[shows(png())]), path)
-    (notebooks / "topic.py").write_text("# %%\n1\n")
-    arguments = ["--root", str(tmp_path)]
-
-    def told() -> str:
-        status = thumbnails.main([*arguments, "--check"])
-        said = capsys.readouterr().out.strip()
-        assert bool(status) == (said != "1 thumbnails")
-        return said
-
-    assert "topic.png is missing" in told()
-    assert thumbnails.main(arguments) == 0 and "1 thumbnails" in capsys.readouterr().out
-    assert told() == "1 thumbnails"
-    nbformat.write(new_notebook(cells=[shows(png((40, 30)))]), path)
-    assert "made of another picture" in told()
+    pair = Pair(notebooks / "topic.ipynb", notebooks / "topic.py")
+    nbformat.write(new_notebook(cells=[shows(png())]), pair.ipynb)
+    assert "topic.png is missing" in problem(pair)
+    assert thumbnails.main() == 0 and "1 thumbnails" in capsys.readouterr().out
+    assert problem(pair) == ""
+    nbformat.write(new_notebook(cells=[shows(png((40, 30)))]), pair.ipynb)
+    assert "made of another picture" in problem(pair)
     shutil.copy(notebooks / "thumbnails/topic.png", notebooks / "thumbnails/gone.png")
-    assert "gone.png belongs to no notebook" in told()
-    assert thumbnails.main(arguments) == 0 and not (notebooks / "thumbnails/gone.png").exists()
-    capsys.readouterr()
-    assert told() == "1 thumbnails"
-    path.write_text(json.dumps(nbformat.from_dict(new_notebook(cells=[shows()]))))
-    assert thumbnails.main(arguments) == 1 and "has no thumbnail" in capsys.readouterr().out
+    assert thumbnails.main() == 0 and problem(pair) == "" and not (notebooks / "thumbnails/gone.png").exists()
+    nbformat.write(new_notebook(cells=[shows()]), pair.ipynb)
+    assert thumbnails.main() == 1 and "has no thumbnail" in capsys.readouterr().out
 
 
 def test_make_notebooks_makes_the_thumbnails_after_the_outputs(repo):

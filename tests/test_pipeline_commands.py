@@ -14,7 +14,6 @@ import pytest
 from pipeline_runner import SMALL
 
 from helpers import checkpoints, predict, trainer
-from helpers.dev import kill_resume
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
 BIN = Path(sys.executable).parent
@@ -76,14 +75,6 @@ def test_two_processes_share_the_work(repo):
     assert ended.stdout.count("merged minus as trained") == 1  # one of two speaks
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["processes"] == 2
-
-
-def test_sigkill_at_random_moments_loses_nothing(tmp_path):
-    """A few of `make kill-test`: the same losses, answers and weights as an undisturbed run, bit for bit."""
-    moments = ("step", "checkpoint", "saving")
-    kills = kill_resume.trial("r4-joint", tmp_path, moments, seed=0)
-    assert len(kills) >= 2  # a fast machine may end before the last
-    assert all(kill.lost <= kill_resume.SAVE_STEPS for kill in kills)
 
 
 def test_sigterm_to_papermill_saves_before_the_kernel_ends(repo):

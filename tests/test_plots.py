@@ -10,24 +10,8 @@ from PIL import Image
 
 from helpers import plots
 from helpers.evaluate import score
-from helpers.plots import charts, photos
 
 A = [0.1, 0.2, 0.5, 0.6]
-
-
-@pytest.fixture(autouse=True)
-def headless():
-    """Figures without a screen, closed after each test."""
-    plt.switch_backend("agg")
-    yield
-    plt.close("all")
-
-
-@pytest.fixture
-def as_figures(monkeypatch):
-    """The functions return their figure, to look into, in place of the finished picture."""
-    for module in (charts, photos):
-        monkeypatch.setattr(module, "finish", lambda figure, path, photos=False: figure)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +49,7 @@ def test_boxes_are_drawn_where_they_are_and_told_apart():
     assert truth.get_linestyle() != whole.get_linestyle() and truth.get_edgecolor() != whole.get_edgecolor()
     plots.draw_boxes(axes, Image.new("RGB", (10, 10)))
     assert len(axes.patches) == 3
+    plt.close("all")
 
 
 def test_gallery_shows_each_row_in_order(scored, as_figures):
@@ -94,10 +79,10 @@ def test_before_and_after_show_the_same_pictures(scored, as_figures):
 
 def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
     rows, truth, predictions, result = scored
-    shown = plots.worst(rows, truth, predictions, path=tmp_path / "figures" / "worst.png")
+    shown = plots.worst(rows, truth, predictions)
     assert shown.data.startswith(b"\xff\xd8") and len(shown.data) < 300_000  # even for pure noise
-    assert Image.open(tmp_path / "figures" / "worst.png").format == "PNG"
-    chart = plots.iou_curves({"a": predictions}, truth)
+    chart = plots.iou_curves({"a": predictions}, truth, path=tmp_path / "figures" / "iou.png")
+    assert Image.open(tmp_path / "figures" / "iou.png").format == "PNG"
     assert Image.open(io.BytesIO(chart.data)).format == "PNG" and len(chart.data) < 40_000
     assert len(plots.errors_by({"a": result}).data) < 40_000
     assert not plt.get_fignums()

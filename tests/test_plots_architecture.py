@@ -2,20 +2,11 @@
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from helpers.plots import architecture, quantisation
 
-
-@pytest.fixture(autouse=True)
-def as_figures(monkeypatch):
-    """The functions return their figure, to look into, in place of the finished picture."""
-    plt.switch_backend("agg")
-    for module in (architecture, quantisation):
-        monkeypatch.setattr(module, "finish", lambda figure, path, photos=False: figure)
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("as_figures")
 
 
 def texts(axes):

@@ -3,29 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers import plots
-from helpers.plots import dataset, preprocessing
 from helpers.settings import TINY_BASE
 
-
-@pytest.fixture(autouse=True)
-def as_figures(monkeypatch):
-    """The functions return their figure, to look into; closed after each test."""
-    plt.switch_backend("agg")
-    for module in (dataset, preprocessing):
-        monkeypatch.setattr(module, "finish", lambda figure, path, photos=False: figure)
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("as_figures")
 
 
 def test_panels_draw_both_kinds_of_boxes_and_name_them():
     picture = Image.new("RGB", (100, 50))
     pictures = [("a", picture, [[0, 0, 0.5, 1]], [[0.1, 0.1, 0.2, 0.2]]), ("b", picture, [], [])]
-    figure = plots.panels(pictures, columns=4, names=("truth", "answer"), pixels=100)
+    figure = plots.panels(pictures, columns=4, names=("truth", "answer"))
     first, second = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ["a", "b"] and not second.patches
     assert [patch.get_width() for patch in first.patches] == pytest.approx([50, 10])

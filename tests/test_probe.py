@@ -4,11 +4,10 @@ import io
 
 import numpy as np
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from small_training import small_processor, squares
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from small_training import load_tiny, small_processor, squares
+from transformers import Qwen2VLProcessor
 
 from helpers import collate, model, probe
 from helpers.recipes import RECIPES
@@ -18,9 +17,7 @@ from helpers.settings import TINY_BASE
 
 @pytest.fixture(scope="module")
 def tiny():
-    vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=torch.bfloat16, attn_implementation="eager", device_map={"": "cpu"})
-    return vlm.requires_grad_(False).eval()
+    return load_tiny(attn_implementation="eager")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def test_a_look_gives_maps_of_the_picture(tiny):
         assert "(" in look.text and look.boxes.shape[1] == 4
     nowhere = probe.look(tiny, processor, images[0], "Detect the bounding box of the barcode.", max_new_tokens=2)
     assert nowhere is None
-    sdpa = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, attn_implementation="sdpa")
+    sdpa = load_tiny(attn_implementation="sdpa")
     with pytest.raises(ValueError, match="attention is sdpa; load the model with eager"):
         probe.look(sdpa, processor, images[0], "Where?")
 

@@ -5,17 +5,10 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, small_processor, squares
-from transformers import Qwen2VLForConditionalGeneration
+from small_training import NF4, load_tiny, small_processor, squares
 
 from helpers import collate, model, quantisation, sizes
 from helpers.recipes import RECIPES
-from helpers.settings import TINY_BASE
-
-
-def load(**options):
-    return Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=torch.bfloat16, device_map={"": "cpu"}, **options).requires_grad_(False).eval()
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +43,12 @@ def test_bytes_in_the_order_for_answers_are_refused():
 
 def test_every_row_of_the_tiny_base_is_a_whole_number_of_blocks():
     """On a CPU, bitsandbytes 0.50 would train and merge with wrong weights otherwise."""
-    layers = sizes.linear_layers(load(), RECIPES["r1-llm-only"][0].lora_targets)
+    layers = sizes.linear_layers(load_tiny(), RECIPES["r1-llm-only"][0].lora_targets)
     assert layers and all(inputs % 64 == 0 for inputs, _ in layers.values())
 
 
 def test_errors_of_layers(batch):
-    vlm = load()
+    vlm = load_tiny()
     errors = quantisation.layer_errors(vlm, {name: tensor for name, tensor in batch.items() if name != "labels"})
     assert set(errors) == set(sizes.linear_layers(vlm)) - {"lm_head"}
     assert all(0.05 < error["weights"] < 0.15 and 0 < error["outputs"] < 0.5 for error in errors.values())
@@ -63,7 +56,7 @@ def test_errors_of_layers(batch):
 
 
 def test_logits_that_choose_the_answer(batch):
-    vlm = load()
+    vlm = load_tiny()
     logits = quantisation.answer_logits(vlm, batch)
     assert logits.shape == ((batch["labels"] != -100).sum(), vlm.config.text_config.vocab_size)
     loss = torch.nn.functional.cross_entropy(logits, batch["labels"][batch["labels"] != -100])
@@ -76,7 +69,7 @@ LORA = LoraConfig(r=4, target_modules=RECIPES["r1-llm-only"][0].lora_targets)
 def adapted(size):
     """LoRA of the language model on the NF4 base, its B matrices random numbers of `size`."""
     torch.manual_seed(0)
-    tuned = get_peft_model(load(quantization_config=NF4), LORA)
+    tuned = get_peft_model(load_tiny(quantization_config=NF4), LORA)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn_like(weight) * size

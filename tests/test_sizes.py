@@ -5,25 +5,18 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, get_peft_model
+from small_training import NF4, load_tiny
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
 from helpers import model, sizes
 from helpers.dev import random_7b
 from helpers.recipes import RECIPES
-from helpers.settings import TINY_BASE
-
-SKIP = ["model.visual", "lm_head"]
-
-
-def load(**options):
-    return Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, device_map={"": "cpu"},
-                                                           dtype=torch.bfloat16, **options)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load(attn_implementation="eager").requires_grad_(False).eval()
+    return load_tiny(attn_implementation="eager")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +55,8 @@ def test_nf4s_bytes_are_those_that_bitsandbytes_takes(block, double):
 
 @pytest.mark.parametrize("how", sizes.PRECISIONS)
 def test_bytes_of_weights_by_formula_and_as_held(tiny, how):
-    options = {
-        "fp32": {}, "bf16": {},
-        "int8": {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=SKIP)},
-        "nf4": {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                          bnb_4bit_use_double_quant=True, llm_int8_skip_modules=SKIP)},
-    }  # fmt: skip
-    vlm = load(**options[how])
+    int8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NF4.llm_int8_skip_modules)
+    vlm = load_tiny(quantization_config={"int8": int8, "nf4": NF4}.get(how))
     assert sizes.weight_bytes(tiny, how) == sizes.held_bytes(vlm.float() if how == "fp32" else vlm)
 
 

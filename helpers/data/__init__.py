@@ -9,17 +9,12 @@ from typing import Any
 import datasets
 
 from helpers.data.audit import Audit, Fault, audit, clean
-from helpers.data.checks import RULES, Rule
+from helpers.data.checks import RULES
 from helpers.data.embedded import load_embedded
 from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, check_limit, empty_split, split_name
-from helpers.data.sources import FORMATS, HUB_ID, HUB_REVISION, check_content, load_hub, load_local
-
-__all__ = [
-    "FEATURES", "FORMATS", "HUB_ID", "HUB_REVISION", "RULES", "SPLIT_NAMES", "Audit", "DataError", "Fault", "Rule",
-    "audit", "clean", "load_raw", "load_splits", "prepare", "raw_truth", "truth_rows",
-]  # fmt: skip
+from helpers.data.sources import HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 
 
 def load_raw(
@@ -93,16 +88,9 @@ def _share(train: datasets.Dataset) -> int:
     return min(100, max(1, round(len(train) / 10)))
 
 
-def load_splits(
-    dataset_id: str,
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    seed: int = 0,
-    limit: dict[str, int] | None = None,
-) -> datasets.DatasetDict:
+def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
     """train / selection / val of `load_raw`, audited and cleaned; prints one line for each kind of fault."""
-    raw = load_raw(dataset_id, revision=revision, cache_dir=cache_dir, seed=seed, limit=limit)
+    raw = load_raw(dataset_id, **source)
     result = audit(raw)
     for line in result.table().itertuples():
         print(f"audit: {line.count} × {line.fault}: {line.action}")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from helpers import evaluate, runs
+from helpers.evaluate.intervals import told_apart
 from helpers.evaluate.seeds import difference_over_seeds, iou_matrix, over_seeds
 
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
@@ -44,11 +45,10 @@ def compare(folder: Path, seeds: int) -> dict:
         raise ValueError(f"{folder} has no scored run {missing[0]!r}; python -m helpers.dev.collators makes it.")
     a, b = ([found[name] for name in groups[scope]] for scope in SCOPES)
     difference = difference_over_seeds(a, b)
-    told = difference["low"] > 0 or difference["high"] < 0
     return {"seeds": seeds, "recipe": a[0]["recipe"], "commit": a[0]["commit"],
             "command": [run["command"] for run in (*a, *b)],
             "assistant": over_seeds(iou_matrix(a)[0]), "all-text": over_seeds(iou_matrix(b)[0]),
-            "difference": difference, "verdict": "told apart" if told else "not told apart"}
+            "difference": difference, "verdict": told_apart(difference)}
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 Each runs with its default parameters, offline, without a GPU and without any earlier run in reach, so that it shows
 what a reader with a laptop sees. Its outputs go into the committed .ipynb; a run that fails leaves that file as it was.
-`--check` runs nothing and tells which outputs are older than their source.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
 
-from helpers.dev.freshness import MAX_BYTES, fingerprint, outputs_hash, problems
+from helpers.dev.freshness import MAX_BYTES, fingerprint, outputs_hash
 from helpers.dev.pairs import KERNEL, Pair, PairError, check, find_pairs, read_notebook, write_notebook
 
 SETTINGS = {
@@ -150,23 +149,15 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m helpers.dev.execute", description=__doc__.split("\n")[0])
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
-    parser.add_argument("--check", action="store_true", help="run nothing; fail when an output is stale")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="the repository (default: this folder)")
-    chosen = parser.parse_args(arguments)
-    status = 0
+    chosen, root = parser.parse_args(arguments), Path.cwd()
     try:
-        for pair in chosen_pairs(chosen.root, chosen.notebooks):
-            if chosen.check:
-                found = problems(pair, chosen.root)
-                status |= bool(found)
-                print("\n".join(found) or f"{pair.name}: fresh")
-            else:
-                print(f"{pair.name}: running", flush=True)
-                print(execute(pair, chosen.root), flush=True)
+        for pair in chosen_pairs(root, chosen.notebooks):
+            print(f"{pair.name}: running", flush=True)
+            print(execute(pair, root), flush=True)
     except (PairError, ExecutionError) as error:
         print(error, file=sys.stderr)
         return 1
-    return int(status)
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import nbformat
 from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
+from helpers.files import write_text
+
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 PERCENT = "py:percent"
 Cell = tuple[str, str, tuple[str, ...]]  # (cell_type, source, tags)
@@ -92,11 +94,8 @@ def write_script(path: Path, notebook: NotebookNode) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def merge_outputs(script: NotebookNode, notebook: NotebookNode) -> NotebookNode:
@@ -188,10 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.dev.pairs", description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=["sync", "check"])
     parser.add_argument("--take", choices=["py", "ipynb"], help="the side to keep where both have changed")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="the repository (default: this folder)")
     chosen = parser.parse_args(arguments)
-    failed = False
-    for pair in find_pairs(chosen.root):
+    pairs, failed = find_pairs(Path.cwd()), False
+    for pair in pairs:
         try:
             said = sync(pair, chosen.take) if chosen.action == "sync" else check(pair)
             failed |= chosen.action == "check" and bool(said)
@@ -200,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         if said:
             print(said)
     if not failed:
-        print(f"{len(find_pairs(chosen.root))} pairs in step")
+        print(f"{len(pairs)} pairs in step")
     return int(failed)
 
 

@@ -1,11 +1,10 @@
-"""A small picture of each topic notebook for the README: `python -m helpers.dev.thumbnails [--check]`.
+"""A small picture of each topic notebook for the README: `python -m helpers.dev.thumbnails`.
 
 It is the last picture of the cell tagged `thumbnail`; without such a cell, the last picture of the notebook. It is read
 out of the committed outputs, so it is as fresh as they are, and written to notebooks/thumbnails/NAME.png. The file
-notes which picture it was made of, so that `--check` (and a test) can tell a thumbnail that is missing or stale.
+notes which picture it was made of, so that a test can tell a thumbnail that is missing or stale.
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -79,34 +78,25 @@ def problem(pair: Pair) -> str:
         if image.info.get(MADE_OF) != hashlib.sha256(picture).hexdigest()[:16]:
             return f"notebooks/thumbnails/{path.name} was made of another picture than {pair.ipynb.name} shows now; " \
                    "run make notebooks."
-    if path.stat().st_size > MAX_BYTES:
-        return f"notebooks/thumbnails/{path.name} is larger than {MAX_BYTES / 1e3:.0f} kB; tag another cell."
     return ""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.dev.thumbnails", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when one is missing or stale")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="the repository (default: this folder)")
-    chosen = parser.parse_args(arguments)
-    pairs = topics(chosen.root)
-    found = []
-    for pair in pairs if not chosen.check else ():
+def main() -> int:
+    """Write the thumbnails of this folder's notebooks; returns 1 where one of them shows no picture."""
+    pairs, failed = topics(Path.cwd()), False
+    for pair in pairs:
         try:
             small = shrink(picture_of(read_notebook(pair.ipynb), pair.ipynb.name))
-        except (ThumbnailError, PairError):
-            continue  # `problem` says it below
+        except (ThumbnailError, PairError) as error:
+            print(error)
+            failed = True
+            continue
         path_of(pair).parent.mkdir(exist_ok=True)
         path_of(pair).write_bytes(small)
-    for old in set((chosen.root / "notebooks" / "thumbnails").glob("*.png")) - {path_of(pair) for pair in pairs}:
-        if chosen.check:
-            found.append(f"notebooks/thumbnails/{old.name} belongs to no notebook; run make notebooks.")
-        else:
-            old.unlink()
-    found += [said for pair in pairs if (said := problem(pair))]
-    print("\n".join(found) or f"{len(pairs)} thumbnails")
-    return int(bool(found))
+    for old in set(Path("notebooks/thumbnails").resolve().glob("*.png")) - {path_of(pair) for pair in pairs}:
+        old.unlink()
+    print(f"{len(pairs)} thumbnails")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 python -m helpers.evaluate table [RUNS_DIR] [--write | --check]
 python -m helpers.evaluate compare A B
 python -m helpers.evaluate score FOLDER
-python -m helpers.evaluate reference FILE.csv
 """
 
-from helpers.evaluate.confidence import keep_confident, reliability, threshold_for_precision
+from helpers.evaluate.confidence import keep_confident
 from helpers.evaluate.constant import best_constant_box, constant_predictions
 from helpers.evaluate.intervals import interval, paired_bootstrap
 from helpers.evaluate.reports import (
@@ -22,28 +21,3 @@ from helpers.evaluate.reports import (
 from helpers.evaluate.scoring import score
 from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix, over_seeds
 from helpers.evaluate.threshold import trusted_boxes, trusted_table
-
-__all__ = [
-    "best_constant_box",
-    "compare",
-    "constant_predictions",
-    "difference_over_seeds",
-    "find_runs",
-    "group_seeds",
-    "interval",
-    "iou_matrix",
-    "keep_confident",
-    "load_score",
-    "metrics_table",
-    "over_seeds",
-    "paired_bootstrap",
-    "reliability",
-    "rescore",
-    "results_table",
-    "score",
-    "threshold_for_precision",
-    "trusted_boxes",
-    "trusted_table",
-    "with_interval",
-    "write_metrics",
-]

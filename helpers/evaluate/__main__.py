@@ -4,8 +4,9 @@ import argparse
 import sys
 
 from helpers.evaluate import ledger
-from helpers.evaluate.reference import check_reference
 from helpers.evaluate.reports import compare, rescore, results_table
+
+LEDGER, README = "results.json", "README.md"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -16,40 +17,33 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_argument("runs_dir", nargs="?", default="runs")
     table.add_argument("--write", action="store_true", help="write the ledger and the README's results from the runs")
     table.add_argument("--check", action="store_true", help="fail where README, ledger and runs do not agree")
-    table.add_argument("--ledger", default="results.json")
-    table.add_argument("--readme", default="README.md")
     pair = commands.add_parser("compare", help="two runs on the same pictures, by a paired bootstrap")
     pair.add_argument("a", help="a run's name or folder; name:base for its baseline")
     pair.add_argument("b")
     pair.add_argument("--runs-dir", default="runs")
     again = commands.add_parser("score", help="score the predictions in a run's folder again, rewrite metrics.json")
     again.add_argument("folder")
-    reference = commands.add_parser("reference", help="this evaluator against another project's published numbers")
-    reference.add_argument("file", help="CSV with image_id, iou, prediction, pred_boxes, gt_boxes")
     given = parser.parse_args(arguments)
     try:
         if given.command == "table" and given.check:
-            _check_results(given)
+            _check_results(given.runs_dir)
         elif given.command == "table" and given.write:
-            print(ledger.write(given.runs_dir, given.ledger, given.readme))
+            print(ledger.write(given.runs_dir, LEDGER, README))
         elif given.command == "table":
             print(results_table(given.runs_dir))
         elif given.command == "compare":
             print(compare(given.a, given.b, given.runs_dir))
-        elif given.command == "score":
-            _print_scores(rescore(given.folder))
         else:
-            for name, value in check_reference(given.file).items():
-                print(f"{name}: {value}")
+            _print_scores(rescore(given.folder))
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
 
 
-def _check_results(given: argparse.Namespace) -> None:
-    problems = ledger.stale(given.runs_dir, given.ledger, given.readme)
+def _check_results(runs_dir: str) -> None:
+    problems = ledger.stale(runs_dir, LEDGER, README)
     if problems:
         raise ValueError("\n".join([*problems, f"{len(problems)} stale; make table ARGS=--write"]))
-    print(f"every number of the results in {given.readme} is that of {given.ledger}")
+    print(f"every number of the results in {README} is that of {LEDGER}")
 
 
 def _print_scores(metrics: dict) -> None:

@@ -112,20 +112,20 @@ def _confident_boxes(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
 
 
-def reliability(records: list[dict], bins: int = 10) -> dict | None:
+def reliability(records: list[dict]) -> dict | None:
     """Confidence against the share of right boxes (IoU above .5): the data of a reliability diagram.
 
-    Returns `{"bins": [{"low", "high", "confidence", "right", "n"}], "ece"}`, bins of equal width and only those
+    Returns `{"bins": [{"low", "high", "confidence", "right", "n"}], "ece"}`, ten bins of equal width and only those
     that hold a box; `ece` is the expected calibration error, the mean gap weighted by n. None without confidences.
     """
     if not has_confidences(records):
         return None
     confidence, right = _confident_boxes(records)
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    place = np.minimum((confidence * 10).astype(int), 9)
     rows = [
         {
-            "low": i / bins,
-            "high": (i + 1) / bins,
+            "low": i / 10,
+            "high": (i + 1) / 10,
             "confidence": float(confidence[place == i].mean()),
             "right": float(right[place == i].mean()),
             "n": int((place == i).sum()),

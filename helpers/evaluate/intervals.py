@@ -75,15 +75,7 @@ def ratio(over: np.ndarray, under: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.divide(over, under, out=np.full(np.shape(over), np.nan), where=under > 0)
 
 
-def paired_bootstrap(
-    per_picture_a: list[dict],
-    per_picture_b: list[dict],
-    *,
-    key: str = "iou",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    subsample: int = 50,
-) -> dict:
+def paired_bootstrap(per_picture_a: list[dict], per_picture_b: list[dict]) -> dict:
     """Two runs on the same pictures: mean of a - b with its 95 % interval, and what can be told from it.
 
     Takes the `per_picture` lists of two `score` results; pictures without a table take no part. Returns
@@ -97,26 +89,23 @@ def paired_bootstrap(
 
     Raises `ValueError` when the runs share no picture with a table.
     """
-    a, b = _values(per_picture_a, key), _values(per_picture_b, key)
+    a, b = ({record["image_id"]: record["iou"] for record in records if record["iou"] is not None}
+            for records in (per_picture_a, per_picture_b))
     shared = [image_id for image_id in a if image_id in b]
     if not shared:
         raise ValueError("the two runs share no picture with a table; compare runs scored on the same pictures")
     difference = np.array([a[image_id] - b[image_id] for image_id in shared])
-    result = interval(mean, difference, resamples=resamples, seed=seed)
-    drawn = np.random.default_rng(seed).choice(difference, (resamples, subsample))
-    margin = stats.t.ppf(1 - ALPHA / 2, subsample - 1) * drawn.std(axis=1, ddof=1) / np.sqrt(subsample)
+    result = interval(mean, difference)
+    drawn = np.random.default_rng(0).choice(difference, (RESAMPLES, 50))
+    margin = stats.t.ppf(1 - ALPHA / 2, 49) * drawn.std(axis=1, ddof=1) / np.sqrt(50)
     told = np.abs(drawn.mean(axis=1)) > margin
     return {
         "difference": result,
         "verdict": _verdict(result),
-        f"power_{subsample}": float(told.mean()),
+        "power_50": float(told.mean()),
         "pictures_needed": _pictures_needed(difference),
         "left_out": sorted(set(a) ^ set(b)),
     }
-
-
-def _values(per_picture: list[dict], key: str) -> dict[str, float]:
-    return {record["image_id"]: record[key] for record in per_picture if record[key] is not None}
 
 
 def _verdict(difference: dict) -> str:
@@ -127,6 +116,11 @@ def _verdict(difference: dict) -> str:
     if difference["high"] < 0:
         return f"the second is better, by {-difference['value']:.3f}"
     return f"{difference['n']} pictures cannot tell them apart"
+
+
+def told_apart(difference: dict) -> str:
+    """"told apart" where the interval of a difference leaves out 0, else "not told apart"."""
+    return "told apart" if difference["low"] > 0 or difference["high"] < 0 else "not told apart"
 
 
 def _pictures_needed(difference: np.ndarray) -> int | None:

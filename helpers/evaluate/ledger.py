@@ -5,15 +5,15 @@ from `results.json`; `make table ARGS=--check` fails, naming the number, where o
 """
 
 import itertools
-import json
 import math
 from pathlib import Path
 
 from scipy import stats
 
-from helpers.evaluate.intervals import ALPHA
+from helpers.evaluate.intervals import ALPHA, told_apart
 from helpers.evaluate.reports import ROWS, find_runs, number, table_line, with_interval
-from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix, over_seeds
+from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix, summary_over_seeds
+from helpers.files import read_json, write_json
 
 BEGIN, END = "<!-- results: make table ARGS=--write -->", "<!-- end of results -->"
 SHOWN = ("median_iou", "detection_rate", "iou_over_50", "iou_over_70", "f1", "ap", "ap50", "ap75")
@@ -52,19 +52,13 @@ def _row_name(name: str, group: list[dict]) -> str:
 
 def _entry(group: list[dict], which: str) -> dict:
     values, _ = iou_matrix(group, which)
-    summaries = [run["metrics"]["scores"][which]["summary"] for run in group]
-    means = {metric: _mean([summary[metric]["value"] for summary in summaries]) for metric in SHOWN}
+    summary = summary_over_seeds(group, SHOWN, which)
     return {
         **{key: [run[key] for run in group] for key in ("run", "commit", "command", "machine", "seed")},
-        "mean_iou": _rounded(over_seeds(values) if len(group) > 1 else summaries[0]["mean_iou"]),
+        "mean_iou": _rounded(summary.pop("mean_iou")),
         "spread": round(float(values.std(axis=1, ddof=1).mean()), 4) if values.shape[1] > 1 else None,
-        **_rounded(means),
+        **_rounded(summary),
     }
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return None if len(known) < len(values) else math.fsum(known) / len(known)
 
 
 def _rounded(numbers: dict) -> dict:
@@ -97,9 +91,7 @@ def readme_block(ledger: dict, scale: str = "tiny") -> str:
 
 
 def _verdict(difference: dict) -> str:
-    if difference["low"] > 0 or difference["high"] < 0:
-        return f"told apart by {difference['n']} pictures"
-    return f"not told apart by {difference['n']} pictures"
+    return f"{told_apart(difference)} by {difference['n']} pictures"
 
 
 def what_fifty_tell(ledger: dict, scale: str = "tiny") -> str:
@@ -127,9 +119,9 @@ def write(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     found, path = collect(runs_dir), Path(ledger_path)
     if not found["rows"]:
         raise FileNotFoundError(f"no scored run in {runs_dir}; make one: make run RECIPE=r4-joint")
-    before, readme_before, text = _read(path), _block(Path(readme)), Path(readme).read_text(encoding="utf-8")
+    before, readme_before, text = read_json(path), _block(Path(readme)), Path(readme).read_text(encoding="utf-8")
     ledger = before | {part: before.get(part, {}) | found[part] for part in ("rows", "comparisons")}
-    path.write_text(json.dumps(ledger, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, ledger)
     text = text.replace(f"{BEGIN}\n{readme_before}\n{END}", f"{BEGIN}\n{readme_block(ledger)}\n{END}")
     Path(readme).write_text(text, encoding="utf-8")
     return f"{len(found['rows'])} rows of {runs_dir} written into {ledger_path}, and the results into {readme}"
@@ -140,7 +132,7 @@ def stale(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     path = Path(ledger_path)
     if not path.is_file():
         return [f"{path} is missing; write it with make table ARGS=--write"]
-    ledger, found, problems = _read(path), collect(runs_dir), []
+    ledger, found, problems = read_json(path), collect(runs_dir), []
     for part in ("rows", "comparisons"):
         for key, now in found[part].items():
             was = ledger.get(part, {}).get(key)
@@ -150,10 +142,6 @@ def stale(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     problems += [f"{readme} says {said!r}, and {path} {wanted!r}"
                  for said, wanted in itertools.zip_longest(shown, expected, fillvalue="nothing") if said != wanted]
     return problems
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _block(readme: Path) -> str:

@@ -27,9 +27,9 @@ def simulated_pairs(
     return stats.beta.ppf(stats.norm.cdf(normal), means * weight, (1 - means) * weight)
 
 
-def share_told(differences: np.ndarray, pictures: int, rng: np.random.Generator, experiments: int = 1000) -> float:
-    """Share of experiments, each on so many pictures drawn from `differences` [N], whose paired t-test leaves out 0."""
-    drawn = rng.choice(differences, (experiments, pictures))
+def share_told(differences: np.ndarray, pictures: int, rng: np.random.Generator) -> float:
+    """Share of 1000 experiments, each on so many of the `differences` [N], whose paired t-test leaves out 0."""
+    drawn = rng.choice(differences, (1000, pictures))
     return float((stats.ttest_1samp(drawn, 0, axis=1).pvalue < ALPHA).mean())
 
 
@@ -43,6 +43,6 @@ def power(difference: ArrayLike, spread: ArrayLike, pictures: ArrayLike) -> np.n
     return stats.norm.cdf(np.asarray(difference) * np.sqrt(pictures) / spread - Z)
 
 
-def pictures_needed(difference: ArrayLike, spread: ArrayLike, wanted: float = 0.8) -> np.ndarray:
-    """Pictures for a power of `wanted`; not rounded."""
-    return ((Z + stats.norm.ppf(wanted)) * np.asarray(spread) / np.asarray(difference)) ** 2
+def pictures_needed(difference: ArrayLike, spread: ArrayLike) -> np.ndarray:
+    """Pictures for a power of 80 %; not rounded."""
+    return ((Z + stats.norm.ppf(0.8)) * np.asarray(spread) / np.asarray(difference)) ** 2

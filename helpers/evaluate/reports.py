@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
 
 from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
 from helpers.evaluate.scoring import score
-from helpers.evaluate.seeds import group_seeds, iou_matrix, over_seeds
+from helpers.evaluate.seeds import group_seeds, summary_over_seeds
+from helpers.files import write_text
+from helpers.settings import PROJECT, is_main
 
 FILES = {
     "fine-tuned": "predictions.jsonl",
@@ -17,7 +18,7 @@ FILES = {
     "base": "baseline.jsonl",
     "constant box": "constant.jsonl",
 }
-PREFIX = "qwen2vl-nutrition-detection-"
+PREFIX = f"{PROJECT}-"
 ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")
 METRICS = {
     "median": "median_iou",
@@ -30,12 +31,7 @@ METRICS = {
 
 
 def write_metrics(
-    folder: str | Path,
-    named_predictions: dict[str, list[dict]],
-    truth: list[dict],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    folder: str | Path, named_predictions: dict[str, list[dict]], truth: list[dict], *, resamples: int = RESAMPLES
 ) -> dict:
     """Score each of "fine-tuned", "merged", "base", "constant box" that is given and write `folder/metrics.json`.
 
@@ -46,10 +42,8 @@ def write_metrics(
     if unknown:
         raise ValueError(f"predictions named {unknown[0]!r}; the names are {', '.join(FILES)}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [{key: value for key, value in row.items() if key != "image"} for row in truth]
-    options = {"resamples": resamples, "seed": seed}
-    scores = {name: score(rows, predictions, **options) for name, predictions in named_predictions.items()}
+    scores = {name: score(rows, predictions, resamples=resamples) for name, predictions in named_predictions.items()}
     boxes = json.dumps([[row["image_id"], row["objects"]["bbox"]] for row in rows])
     about_truth = {
         "pictures": len(rows),
@@ -57,11 +51,11 @@ def write_metrics(
         "hash": hashlib.sha256(boxes.encode()).hexdigest()[:12],  # two runs compare when this is equal
     }
     metrics = {"truth": about_truth, "scores": scores}
-    if int(os.environ.get("RANK", 0)) == 0:  # one writer where several processes score the same files
+    if is_main():  # one writer where several processes score the same files
         _write_lines(folder / "truth.jsonl", rows)
         for name, predictions in named_predictions.items():
             _write_lines(folder / FILES[name], predictions)
-        _write_whole(folder / "metrics.json", json.dumps(metrics, allow_nan=False) + "\n")
+        write_text(folder / "metrics.json", json.dumps(metrics, allow_nan=False) + "\n")
     return metrics
 
 
@@ -86,14 +80,7 @@ def rescore(folder: str | Path) -> dict:
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
-    _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """The whole file or none of it, even when the process is killed."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _read_json(path: Path) -> dict:
@@ -153,11 +140,12 @@ def _scale_table(scale: str, runs: list[dict]) -> str:
         if run is None:
             missing.append(name)
         else:
-            rows.append(_row(name, run, name if name in FILES else "fine-tuned"))
+            rows.append(_row(name, [run], name if name in FILES else "fine-tuned"))
             shown += [run["run"]] if name == run["run"] or name not in FILES else []
-    rows += [_seeds_row(name, group) for name, group in group_seeds(runs).items() if len(group) > 1]
+    rows += [_row(f"{name}, mean of {len(group)} seeds", group) for name, group in group_seeds(runs).items()
+             if len(group) > 1]
     own = [run for run in runs if run["run"] not in shown and "fine-tuned" in run["metrics"]["scores"]]
-    rows += [_row(run["recipe"], run, "fine-tuned") for run in own]
+    rows += [_row(run["recipe"], [run]) for run in own]
     head = ["model", "n", "mean IoU (95 %)", *METRICS, "run", "command"]
     lines = [f"Scale `{scale}`, intervals by bootstrap over pictures (and over seeds, where there are several):", "",
              table_line(head), table_line(["---"] * len(head))]
@@ -176,23 +164,13 @@ def _run_of_row(row: str, runs: list[dict]) -> dict | None:
     return next((run for run in runs if run["run"] == own_name and "fine-tuned" in run["metrics"]["scores"]), None)
 
 
-def _row(name: str, run: dict, which: str) -> str:
-    summary = run["metrics"]["scores"][which]["summary"]
-    iou = summary["mean_iou"]
-    numbers = [number(summary[metric]["value"], percent=metric in _PERCENT) for metric in METRICS.values()]
-    return table_line([name, str(iou["n"]), with_interval(iou), *numbers, run["run"], f"`{run['command']}`"])
-
-
-def _seeds_row(name: str, group: list[dict]) -> str:
-    """The mean over the seeds of a recipe, its interval over seeds and pictures."""
-    iou = over_seeds(iou_matrix(group)[0])
-    summaries = [run["metrics"]["scores"]["fine-tuned"]["summary"] for run in group]
-    numbers = []
-    for metric in METRICS.values():
-        values = [summary[metric]["value"] for summary in summaries]
-        numbers.append(number(None if None in values else sum(values) / len(values), metric in _PERCENT))
-    return table_line([f"{name}, mean of {len(group)} seeds", str(iou["n"]), with_interval(iou), *numbers,
-                       ", ".join(run["run"] for run in group), "–"])
+def _row(name: str, runs: list[dict], which: str = "fine-tuned") -> str:
+    """One run, or the mean over the seeds of a recipe with its interval over seeds and pictures."""
+    shown = summary_over_seeds(runs, METRICS.values(), which)
+    numbers = [number(shown[metric], metric in _PERCENT) for metric in METRICS.values()]
+    command = f"`{runs[0]['command']}`" if len(runs) == 1 else "–"
+    return table_line([name, str(shown["mean_iou"]["n"]), with_interval(shown["mean_iou"]), *numbers,
+                       ", ".join(run["run"] for run in runs), command])
 
 
 _PERCENT = ("detection_rate", "iou_over_50", "iou_over_70")

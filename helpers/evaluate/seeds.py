@@ -3,7 +3,9 @@
 A run named r4-joint-s1 (`-p run_name r4-joint-s1 -p seed 1`) is a further seed of the run r4-joint; r3's is r3-s1.
 """
 
+import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -47,7 +49,7 @@ def iou_matrix(runs: list[dict], which: str = "fine-tuned") -> tuple[np.ndarray,
     return np.array([[column[image_id] for image_id in ids] for column in columns]), ids
 
 
-def over_seeds(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+def over_seeds(values: np.ndarray) -> dict:
     """`{"value", "low", "high", "n", "seeds"}`: the mean of `values` [S, P] and its 95 % interval.
 
     Seeds and pictures are both drawn anew (they are crossed: each seed answers every picture), so the interval says
@@ -57,9 +59,9 @@ def over_seeds(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0)
     seeds, pictures = values.shape
     centre = values.mean(axis=0)
     stretched = centre + (values - centre) * np.sqrt(seeds / max(seeds - 1, 1))
-    draw = np.random.default_rng(seed)
-    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    of_pictures = draw.multinomial(pictures, np.full(pictures, 1 / pictures), size=resamples) / pictures
+    draw = np.random.default_rng(0)
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    of_pictures = draw.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES) / pictures
     low, high = np.quantile(((of_seeds @ stretched) * of_pictures).sum(axis=1), [ALPHA / 2, 1 - ALPHA / 2])
     return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": pictures, "seeds": seeds}
 
@@ -76,3 +78,15 @@ def difference_over_seeds(a: list[dict], b: list[dict]) -> dict:
         raise ValueError(f"{a[0]['run']} and {b[0]['run']} were not scored on the same pictures.")
     values = left - right[:, [others.index(image_id) for image_id in ids]]
     return over_seeds(values) | {"spread": float(values.std(axis=1, ddof=1).mean())}
+
+
+def summary_over_seeds(runs: list[dict], metrics: Iterable[str], which: str = "fine-tuned") -> dict:
+    """`{"mean_iou": an interval, over seeds too where there are several runs, metric: its mean over the runs}`.
+
+    A metric that one of the runs has no value for is None.
+    """
+    summaries = [run["metrics"]["scores"][which]["summary"] for run in runs]
+    values = {metric: [summary[metric]["value"] for summary in summaries] for metric in metrics}
+    means = {metric: None if None in each else math.fsum(each) / len(each) for metric, each in values.items()}
+    several = len(runs) > 1
+    return {"mean_iou": over_seeds(iou_matrix(runs, which)[0]) if several else summaries[0]["mean_iou"]} | means

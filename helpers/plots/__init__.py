@@ -8,31 +8,7 @@ down and shown as JPEG, charts as PNG, so that a committed notebook stays small.
 
 from helpers.plots.audit import audit_sheet
 from helpers.plots.charts import errors_by, iou_curves, loss_curves, reliability_diagram
-from helpers.plots.dataset import coverage, panels, picture_sizes, position_maps, power_curves, spreads
+from helpers.plots.dataset import coverage, picture_sizes, position_maps, power_curves, spreads
 from helpers.plots.labels import label_mask
-from helpers.plots.photos import before_after, best, draw_boxes, gallery, worst
+from helpers.plots.photos import before_after, best, draw_boxes, gallery, panels, worst
 from helpers.plots.preprocessing import budget_curves, padded_batches, seen_picture, token_grids
-
-__all__ = [
-    "audit_sheet",
-    "before_after",
-    "best",
-    "budget_curves",
-    "coverage",
-    "draw_boxes",
-    "errors_by",
-    "gallery",
-    "iou_curves",
-    "label_mask",
-    "loss_curves",
-    "padded_batches",
-    "panels",
-    "picture_sizes",
-    "position_maps",
-    "power_curves",
-    "reliability_diagram",
-    "seen_picture",
-    "spreads",
-    "token_grids",
-    "worst",
-]

@@ -1,7 +1,6 @@
 """What the model makes of a picture: patches, tokens, positions, attention; and shares of a whole."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
@@ -10,25 +9,23 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 from PIL.Image import Image
 
-from helpers.plots.figure import COLOURS, finish, new_figure
+from helpers.plots.figure import COLOURS, charts, finish, new_figure
 from helpers.plots.photos import DASHED, PREDICTION, TRUTH
 
-PATCH = 14  # pixels
+PATCH, MERGE = 14, 2  # pixels; patches that make a token, each way
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
 _HALO = [patheffects.withStroke(linewidth=2, foreground="white")]
 _BOX_HALO = [patheffects.withStroke(linewidth=3.4, foreground="white"), patheffects.Normal()]
 
 
-def patch_grid(
-    image: Image, grid: Sequence[int], token: tuple[int, int], *, merge: int = 2, path: Path | None = None
-) -> Shown:
+def patch_grid(image: Image, grid: Sequence[int], token: tuple[int, int]) -> Shown:
     """A picture under its grid of patches (thin) and image tokens (thick); beside it one token, its patches numbered.
 
     `image` has the size that the processor gave it; `grid`: (frames, rows, columns) in patches; `token`: (row, column)
     of the image token that is shown large. The numbers are the patches' places in the processor's sequence.
     """
     rows, columns = int(grid[1]), int(grid[2])
-    side = PATCH * merge
+    side = PATCH * MERGE
     figure, ((whole, large),) = new_figure(1, 2, (7.2, 3.8))
     for axes in (whole, large):
         axes.imshow(image, extent=(0, columns * PATCH, rows * PATCH, 0))
@@ -39,19 +36,17 @@ def patch_grid(
     top, left = token[0] * side, token[1] * side
     for axes in (whole, large):
         axes.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=COLOURS[1], linewidth=2.5))
-    first = (token[0] * (columns // merge) + token[1]) * merge**2
-    for i in range(merge**2):
-        centre = left + PATCH * (i % merge + 0.5), top + PATCH * (i // merge + 0.5)
+    first = (token[0] * (columns // MERGE) + token[1]) * MERGE**2
+    for i in range(MERGE**2):
+        centre = left + PATCH * (i % MERGE + 0.5), top + PATCH * (i // MERGE + 0.5)
         large.text(*centre, str(first + i), ha="center", va="center", fontsize=12, path_effects=_HALO)
     large.set(xlim=(left - PATCH, left + side + PATCH), ylim=(top + side + PATCH, top - PATCH))
-    whole.set_title(f"{rows} × {columns} patches, {rows // merge} × {columns // merge} image tokens", fontsize=9)
-    large.set_title(f"token {first // merge**2} and its {merge**2} patches", fontsize=9)
-    return finish(figure, path, photos=True)
+    whole.set_title(f"{rows} × {columns} patches, {rows // MERGE} × {columns // MERGE} image tokens", fontsize=9)
+    large.set_title(f"token {first // MERGE**2} and its {MERGE**2} patches", fontsize=9)
+    return finish(figure, photos=True)
 
 
-def positions_on_picture(
-    image: Image, positions: ArrayLike, seen: ArrayLike, shape: tuple[int, int], *, path: Path | None = None
-) -> Shown:
+def positions_on_picture(image: Image, positions: ArrayLike, seen: ArrayLike, shape: tuple[int, int]) -> Shown:
     """M-RoPE positions: on the picture, and along the sequence.
 
     `positions` int [3, T]: time, height, width of each token of one sequence; `seen` bool [T]: which are image tokens;
@@ -79,16 +74,11 @@ def positions_on_picture(
     right.set(xlabel="place in the sequence", ylabel="position")
     right.spines[["top", "right"]].set_visible(False)
     right.legend(fontsize=8, frameon=False, loc="upper left")
-    return finish(figure, path)
+    return finish(figure)
 
 
 def attention_maps(
-    image: Image,
-    maps: Mapping[str, ArrayLike],
-    truth: ArrayLike = (),
-    predicted: ArrayLike = (),
-    *,
-    path: Path | None = None,
+    image: Image, maps: Mapping[str, ArrayLike], truth: ArrayLike = (), predicted: ArrayLike = ()
 ) -> Shown:
     """Attention over a picture, one panel a map [rows, columns] with its own scale; truth solid, answer dashed.
 
@@ -109,11 +99,10 @@ def attention_maps(
                 axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, clip_on=False, path_effects=_BOX_HALO, **style))
         axes.set_title(f"{title} (≤ {100 * values.max():.0f} %)", fontsize=9)
         axes.set_axis_off()
-    return finish(figure, path, photos=True)
+    return finish(figure, photos=True)
 
 
-
-def shares(rows: Mapping[str, Mapping[str, float]], *, path: Path | None = None) -> Shown:
+def shares(rows: Mapping[str, Mapping[str, float]]) -> Shown:
     """One bar a row, split into the shares of its parts; the row's total stands under its name.
 
     `rows`: name (with the unit of its amounts) -> {part: amount}; the same parts in the same order in all rows.
@@ -138,22 +127,17 @@ def shares(rows: Mapping[str, Mapping[str, float]], *, path: Path | None = None)
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
-    return finish(figure, path)
+    return finish(figure)
 
 
-def by_layer(
-    lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *, level: float | None = None,
-    path: Path | None = None,
-) -> Shown:  # fmt: skip
+def by_layer(lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, *, level: float | None = None) -> Shown:
     """One line a name over the layers, 0 first; `level` draws a grey line to compare with."""
-    figure, ((axes,),) = new_figure(1, 1, (5, 2.8))
+    figure, (axes,) = charts(1, (5, 2.8))
     for i, (name, values) in enumerate(lines.items()):
         axes.plot(values, "os^Dv*"[i % 6] + "-", color=COLOURS[i % 6], markersize=4, linewidth=1.4, label=name)
     if level is not None:
         axes.axhline(level, color="0.6", linewidth=0.9, zorder=0)
     axes.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    return finish(figure, path)
+    return finish(figure)

@@ -1,6 +1,5 @@
 """What an audit found, as pictures."""
 
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -14,9 +13,7 @@ from helpers.plots.figure import finish, new_figure
 from helpers.plots.photos import PREDICTION, draw_boxes
 
 
-def audit_sheet(
-    raw: datasets.DatasetDict, audit: Audit, *, each: int = 3, columns: int = 6, path: Path | None = None
-) -> Shown:
+def audit_sheet(raw: datasets.DatasetDict, audit: Audit, *, each: int = 3) -> Shown:
     """For each kind of fault the first `each` pictures that have it, with the boxes of the raw rows.
 
     A picture that cannot be read is a grey field, a box without area a cross. A caption says the fault, its number
@@ -24,7 +21,7 @@ def audit_sheet(
     """
     kinds = [[fault for fault in audit.faults if fault.fault == rule.fault] for rule in RULES]
     picked = [(fault, f"{n} of {len(kind)}") for kind in kinds for n, fault in enumerate(kind[:each], 1)]
-    rows, columns = max(1, -(-len(picked) // columns)), max(1, min(columns, len(picked)))
+    rows, columns = max(1, -(-len(picked) // 6)), max(1, min(6, len(picked)))
     figure, grid = new_figure(rows, columns, (max(2.1 * columns, 4.2), 2.7 * rows))
     for axes in grid.flat:
         axes.set_axis_off()
@@ -42,7 +39,7 @@ def audit_sheet(
             axes.scatter(middles[:, 0], 1 - middles[:, 1], 40, PREDICTION, "x", transform=axes.transAxes, clip_on=False)
     if not picked:
         figure.suptitle("the audit found nothing", fontsize=11)
-    return finish(figure, path, photos=True)
+    return finish(figure, photos=True)
 
 
 def _short(image_id: str) -> str:

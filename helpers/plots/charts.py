@@ -7,8 +7,7 @@ import numpy as np
 from IPython.display import Image as Shown
 
 from helpers.evaluate import score
-from helpers.plots.figure import COLOURS, LINES, finish
-from helpers.plots.figure import charts as _charts
+from helpers.plots.figure import COLOURS, LINES, charts, finish
 
 
 def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, path: Path | None = None) -> Shown:
@@ -16,7 +15,7 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
 
     `runs`: name -> predictions for `truth`. Pictures without a table take no part.
     """
-    figure, (left, right) = _charts(2, (9, 3.2))
+    figure, (left, right) = charts(2, (9, 3.2))
     for i, (name, predictions) in enumerate(runs.items()):
         records = score(truth, predictions, resamples=0)["per_picture"]
         iou = np.sort([r["iou"] for r in records if r["iou"] is not None])
@@ -32,7 +31,7 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
     return finish(figure, path)
 
 
-def errors_by(runs: Mapping[str, dict], group: str = "by_size", *, path: Path | None = None) -> Shown:
+def errors_by(runs: Mapping[str, dict], group: str = "by_size") -> Shown:
     """Mean IoU with its 95 % interval for each size, rotation or category of the true boxes, by run.
 
     `runs`: name -> result of `score`; `group`: "by_size", "by_rotation" or "by_category".
@@ -42,7 +41,7 @@ def errors_by(runs: Mapping[str, dict], group: str = "by_size", *, path: Path | 
         raise ValueError(f"group {group!r}; the groups are {', '.join(labels)}")
     metric = "mean_iou" if group == "by_rotation" else "mean_iou_boxes"
     names = list(dict.fromkeys(name for result in runs.values() for name in result[group]))
-    figure, (axes,) = _charts(1, (1.5 + 1.6 * max(len(names), 2), 3.2))
+    figure, (axes,) = charts(1, (1.5 + 1.6 * max(len(names), 2), 3.2))
     for i, (run, result) in enumerate(runs.items()):
         known = [(x, result[group][n][metric]) for x, n in enumerate(names) if n in result[group]]
         known = [(x, m) for x, m in known if m["value"] is not None]
@@ -56,15 +55,15 @@ def errors_by(runs: Mapping[str, dict], group: str = "by_size", *, path: Path | 
     axes.set_xticks(range(len(names)), ticks, fontsize=8)
     axes.set(xlabel=labels[group], ylabel="mean IoU", ylim=(0, 1.02))
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=len(runs))
-    return finish(figure, path)
+    return finish(figure)
 
 
-def reliability_diagram(reliability: dict, *, path: Path | None = None) -> Shown:
+def reliability_diagram(reliability: dict) -> Shown:
     """Confidence against the share of right boxes; the area of a point grows with its number of boxes.
 
     Takes `score(...)["confidence"]["reliability"]`.
     """
-    figure, (axes,) = _charts(1, (3.8, 3.6))
+    figure, (axes,) = charts(1, (3.8, 3.6))
     rows = reliability["bins"]
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="as confident as right")
     count = np.array([row["n"] for row in rows])
@@ -74,7 +73,7 @@ def reliability_diagram(reliability: dict, *, path: Path | None = None) -> Shown
     axes.set(xlabel="confidence", ylabel="share with IoU > .5", xlim=(0, 1.02), ylim=(-0.02, 1.04))
     axes.set_title(f"mean gap {reliability['ece']:.2f}", fontsize=10)
     axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="lower right")
-    return finish(figure, path)
+    return finish(figure)
 
 
 def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Path | None = None) -> Shown:
@@ -84,7 +83,7 @@ def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Pa
     lines are passed over. `smooth` > 1 draws the running mean over that many lines, where there are so many, above
     the pale curve itself.
     """
-    figure, (axes,) = _charts(1, (5, 3))
+    figure, (axes,) = charts(1, (5, 3))
     for i, (name, log) in enumerate(logs.items()):
         logged = [(line["step"], line["loss"]) for line in log if "loss" in line]
         if not logged:

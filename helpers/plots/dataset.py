@@ -2,46 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
-from PIL.Image import Image
 
 from helpers.plots.figure import COLOURS, LINES, charts, finish, new_figure
-from helpers.plots.photos import DASHED, PREDICTION, TRUTH, draw_boxes
 
 
-def panels(
-    pictures: Sequence[tuple[str, Image, ArrayLike, ArrayLike]],
-    *,
-    columns: int = 4,
-    names: tuple[str, str] = ("truth", ""),
-    pixels: int = 256,
-    path: Path | None = None,
-) -> Shown:
-    """Pictures with boxes of one's own: (title, picture, boxes in solid blue, boxes in dashed orange) each.
-
-    Boxes are [N, 4], x first, in 0-1. `names` are the legend's words for the two kinds; "" leaves one out. `pixels`:
-    to which the longest side of a picture is scaled.
-    """
-    rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
-    tallest = max(image.height / image.width for _, image, _, _ in pictures)
-    figure, grid = new_figure(rows, columns, (max(2.3 * columns, 4.2), rows * (2.2 * min(tallest, 1.2) + 0.2) + 0.4))
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, (title, image, solid, dashed) in zip(grid.flat, pictures, strict=False):
-        draw_boxes(axes, image, solid, dashed, title=title, pixels=pixels)
-    styles = zip(names, (TRUTH, PREDICTION), ("-", DASHED), strict=True)
-    lines = [Line2D([], [], color=colour, lw=2, ls=line, label=name) for name, colour, line in styles if name]
-    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    return finish(figure, path, photos=True)
-
-
-def picture_sizes(splits: Mapping[str, Sequence[tuple[int, int]]], *, path: Path | None = None) -> Shown:
+def picture_sizes(splits: Mapping[str, Sequence[tuple[int, int]]]) -> Shown:
     """Sizes (width, height) in px of each split's pictures: which there are, and how wide they are for their height."""
     figure, (left, right) = charts(2, (9, 3.2))
     for i, (name, sizes) in enumerate(splits.items()):
@@ -61,7 +31,7 @@ def picture_sizes(splits: Mapping[str, Sequence[tuple[int, int]]], *, path: Path
     right.set_xticks([0.5, 0.75, 1, 1.33, 2], ["0.5", "0.75", "1", "1.33", "2"])
     right.set_xticks([], minor=True)
     right.legend(fontsize=8, frameon=False, loc="lower right")
-    return finish(figure, path)
+    return finish(figure)
 
 
 def spreads(
@@ -70,7 +40,6 @@ def spreads(
     *,
     log: Sequence[str] = (),
     names: tuple[str, str] = ("measured", "reference"),
-    path: Path | None = None,
 ) -> Shown:
     """For each quantity the share of values below, and a reference's quantiles {share: value} as points beside it.
 
@@ -93,17 +62,15 @@ def spreads(
     handles, labels = grid[0].get_legend_handles_labels()
     wanted = 2 if reference else 1
     figure.legend(handles[:wanted], labels[:wanted], loc="outside upper center", ncols=2, frameon=False, fontsize=8)
-    return finish(figure, path)
+    return finish(figure)
 
 
-def position_maps(
-    groups: Mapping[str, ArrayLike], marked: ArrayLike = (), *, cells: int = 100, path: Path | None = None
-) -> Shown:
+def position_maps(groups: Mapping[str, ArrayLike], marked: ArrayLike = ()) -> Shown:
     """Where boxes lie: for each group of boxes [N, 4] (x first, 0-1) the share of them that covers a place.
 
     `marked`: boxes drawn into every map, dashed. All maps share one scale of colours and are drawn square.
     """
-    maps = {name: coverage(boxes, cells) for name, boxes in groups.items()}
+    maps = {name: coverage(boxes) for name, boxes in groups.items()}
     figure, grid = new_figure(1, len(maps), (2.6 * len(maps) + 0.6, 2.9))
     highest = max(map_.max() for map_ in maps.values())
     for axes, (name, map_) in zip(grid.flat, maps.items(), strict=True):
@@ -114,7 +81,7 @@ def position_maps(
         axes.set(xlabel="x, share of width", xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     grid[0, 0].set_ylabel("y, share of height")
     figure.colorbar(shown, ax=grid[0].tolist(), label="share of boxes here", shrink=0.85)
-    return finish(figure, path)
+    return finish(figure)
 
 
 def coverage(boxes: ArrayLike, cells: int = 100) -> np.ndarray:
@@ -130,8 +97,6 @@ def power_curves(
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     simulated: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     marks: Mapping[str, int] | None = None,
-    *,
-    path: Path | None = None,
 ) -> Shown:
     """How often so many pictures tell two recipes apart: lines by formula, points simulated, (n, power) each.
 
@@ -148,4 +113,4 @@ def power_curves(
     axes.set(xscale="log", xlabel="pictures", ylabel="share of experiments that tell", ylim=(0, 1.1))
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     figure.legend(fontsize=8, frameon=False, loc="outside right center")
-    return finish(figure, path)
+    return finish(figure)

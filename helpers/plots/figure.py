@@ -1,13 +1,14 @@
 """What all figures share: colours, the white ground, and the way out to a file and a notebook."""
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+
+from helpers.settings import is_main
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
@@ -29,9 +30,9 @@ def charts(columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]
     return figure, grid[0]
 
 
-def finish(figure: Figure, path: Path | None, photos: bool = False) -> Shown:
+def finish(figure: Figure, path: Path | None = None, photos: bool = False) -> Shown:
     """Write the figure to `path` (from the first process alone), close it, and return it as a picture to show."""
-    if path is not None and int(os.environ.get("RANK", 0)) == 0:
+    if path is not None and is_main():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     kind, options = ("jpeg", {"quality": 80, "optimize": True}) if photos else ("png", {"optimize": True})

@@ -8,7 +8,6 @@ from datasets import Dataset
 from IPython.display import Image as Shown
 from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
@@ -19,6 +18,7 @@ from helpers.plots.figure import finish, new_figure
 
 TRUTH, PREDICTION = "#0072B2", "#E69F00"
 DASHED = (0, (3, 2))
+BOTH = ("truth", "prediction")
 _HALO = [patheffects.withStroke(linewidth=3.2, foreground="white"), patheffects.Normal()]
 
 
@@ -38,41 +38,53 @@ def draw_boxes(
     axes.set_axis_off()
 
 
-def gallery(
-    rows: Iterable[dict],
-    truth: Sequence[dict],
-    predictions: Sequence[dict] | None = None,
+def panels(
+    pictures: Sequence[tuple[str, Image, ArrayLike, ArrayLike]],
     *,
+    columns: int = 4,
+    names: tuple[str, str] = ("truth", ""),
     title: str = "",
-    columns: int = 6,
     path: Path | None = None,
+) -> Shown:
+    """Pictures with boxes of one's own: (title, picture, boxes in solid blue, boxes in dashed orange) each.
+
+    Boxes are [N, 4], x first, in 0-1. `names` are the legend's words for the two kinds; "" leaves one out.
+    """
+    rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
+    tallest = max(image.height / image.width for _, image, _, _ in pictures)
+    figure, grid = new_figure(rows, columns, (max(2.2 * columns, 4.2), rows * (2.1 * min(tallest, 1.2) + 0.2) + 0.4))
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, (caption, image, solid, dashed) in zip(grid.flat, pictures, strict=False):
+        draw_boxes(axes, image, solid, dashed, title=caption)
+    styles = zip(names, (TRUTH, PREDICTION), ("-", DASHED), strict=True)
+    lines = [Line2D([], [], color=colour, lw=2, ls=line, label=name) for name, colour, line in styles if name]
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return finish(figure, path, photos=True)
+
+
+def gallery(
+    rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None = None, *, title: str = ""
 ) -> Shown:
     """The pictures of `rows` with their true boxes, and with predictions their boxes and IoU.
 
     `rows` have "image_id" and "image"; `truth` and `predictions` are those of `score` and may hold more pictures.
     """
-    rows = list(rows)
-    figure, grid = _sheet(-(-len(rows) // columns), min(columns, len(rows)), title)
-    records = _records(rows, truth, predictions or [])
-    for axes, row in zip(grid.flat, rows, strict=False):
-        _draw(axes, row["image"], records[row["image_id"]], captioned=predictions is not None)
-    return finish(figure, path, photos=True)
+    return panels(_captioned(rows, truth, predictions), columns=6, names=BOTH, title=title)
 
 
-def worst(
-    rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12, *, path: Path | None = None
-) -> Shown:
+def worst(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12) -> Shown:
     """The n pictures with the lowest IoU, the lowest first; pictures without a table take no part."""
     lowest = rows.select(_by_iou(rows, truth, predictions)[:n])
-    return gallery(lowest, truth, predictions, title=f"the worst {len(lowest)}", path=path)
+    return gallery(lowest, truth, predictions, title=f"the worst {len(lowest)}")
 
 
-def best(
-    rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12, *, path: Path | None = None
-) -> Shown:
+def best(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12) -> Shown:
     """The n pictures with the highest IoU, the highest first; pictures without a table take no part."""
     highest = rows.select(_by_iou(rows, truth, predictions)[::-1][:n])
-    return gallery(highest, truth, predictions, title=f"the best {len(highest)}", path=path)
+    return gallery(highest, truth, predictions, title=f"the best {len(highest)}")
 
 
 def before_after(
@@ -85,19 +97,28 @@ def before_after(
 ) -> Shown:
     """The pictures of `rows` twice: above with the boxes predicted before, below with those after."""
     rows = list(rows)
-    figure, grid = _sheet(2, len(rows), "before (above) and after (below)")
-    for line, predictions in zip(grid, (before, after), strict=True):
-        records = _records(rows, truth, predictions)
-        for axes, row in zip(line, rows, strict=True):
-            _draw(axes, row["image"], records[row["image_id"]])
-    return finish(figure, path, photos=True)
+    both = _captioned(rows, truth, before) + _captioned(rows, truth, after)
+    return panels(both, columns=len(rows), names=BOTH, title="before (above) and after (below)", path=path)
 
 
-def _records(rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict]) -> dict[str, dict]:
-    """The record of each row's picture by id, as `score` makes it."""
+def _captioned(
+    rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None
+) -> list[tuple[str, Image, ArrayLike, ArrayLike]]:
+    """What `panels` takes for each row: IoU as its caption where there are predictions."""
+    rows = list(rows)
     ids = {row["image_id"] for row in rows}
-    kept = [[line for line in lines if line["image_id"] in ids] for lines in (truth, predictions)]
-    return {record["image_id"]: record for record in score(*kept, resamples=0)["per_picture"]}
+    kept = [[line for line in lines if line["image_id"] in ids] for lines in (truth, predictions or [])]
+    records = {record["image_id"]: record for record in score(*kept, resamples=0)["per_picture"]}
+    pictures = []
+    for row in rows:
+        record = records[row["image_id"]]
+        caption = ""
+        if record["iou"] is None:
+            caption = "no table" + (", false alarm" if record["predicted"] else "")
+        elif predictions is not None:
+            caption = f"IoU {record['iou']:.2f}" if record["predicted"] else "no box"
+        pictures.append((caption, row["image"], record["true"], record["predicted"]))
+    return pictures
 
 
 def _by_iou(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict]) -> list[int]:
@@ -105,24 +126,3 @@ def _by_iou(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict]) -
     number = {image_id: i for i, image_id in enumerate(rows["image_id"])}
     records = [r for r in score(truth, predictions, resamples=0)["per_picture"] if r["iou"] is not None]
     return [number[record["image_id"]] for record in sorted(records, key=lambda r: r["iou"])]
-
-
-def _draw(axes: Axes, image: Image, record: dict, captioned: bool = True) -> None:
-    caption = ""
-    if record["iou"] is None:
-        caption = "no table" + (", false alarm" if record["predicted"] else "")
-    elif captioned:
-        caption = f"IoU {record['iou']:.2f}" if record["predicted"] else "no box"
-    draw_boxes(axes, image, record["true"], record["predicted"], title=caption)
-
-
-def _sheet(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
-    """Empty axes in rows and columns, with the legend of the two kinds of boxes below them."""
-    figure, grid = new_figure(rows, columns, (max(2.1 * columns, 4.2), 2.3 * rows + 0.5))
-    for axes in grid.flat:
-        axes.set_axis_off()
-    lines = [Line2D([], [], color=TRUTH, lw=2), Line2D([], [], color=PREDICTION, lw=2, ls=DASHED)]
-    figure.legend(lines, ["truth", "prediction"], loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    return figure, grid

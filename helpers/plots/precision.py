@@ -1,26 +1,20 @@
 """Charts of rounding: what becomes of small steps."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
 
-from helpers.plots.figure import COLOURS, LINES, finish, new_figure
+from helpers.plots.figure import COLOURS, LINES, charts, finish
 
 
-def lost_updates(half_gaps: np.ndarray, rate: float, walks: Mapping[str, Sequence[float]], *, path: Path | None = None
-                 ) -> Shown:
+def lost_updates(half_gaps: np.ndarray, rate: float, walks: Mapping[str, Sequence[float]]) -> Shown:
     """Left: half the gap from each bf16 weight to the next, against a step of `rate`. Right: the way they went.
 
     `half_gaps`: float [N], one for each weight, as `bugs.half_gap` gives them; zeros take no part.
     `walks`: name -> mean way along the gradient after each step, in units of `rate`.
     """
-    figure, ((left, right),) = new_figure(1, 2, (9, 3.3))
-    for axes in (left, right):
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+    figure, (left, right) = charts(2, (9, 3.3))
     gaps, counts = np.unique(half_gaps[half_gaps > 0], return_counts=True)  # powers of two: a bar each
     share, swallowed = 100 * counts / counts.sum(), gaps > rate
     for part, colour, hatch, label in ((swallowed, COLOURS[1], "//", "larger: the step is rounded away"),
@@ -38,4 +32,4 @@ def lost_updates(half_gaps: np.ndarray, rate: float, walks: Mapping[str, Sequenc
                    linewidth=2, label=name)
     right.set(xlabel="steps", ylabel="mean way, in learning rates", title="the way along the gradient", ylim=(0, None))
     right.legend(fontsize=8, frameon=False, loc="upper left")
-    return finish(figure, path)
+    return finish(figure)

@@ -1,7 +1,6 @@
 """What preprocessing does to a picture and to a batch: image tokens, pixel budgets, padding."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from matplotlib.patches import Patch
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from helpers.budget import UNIT
 from helpers.plots.figure import COLOURS, LINES, charts, finish, new_figure
 from helpers.plots.photos import draw_boxes
 
@@ -29,26 +29,22 @@ def seen_picture(pixel_values: torch.Tensor, grid_thw: Sequence[int], image_proc
     return Image.fromarray((colours * 255).round().clamp(0, 255).byte().numpy())
 
 
-def token_grids(
-    pictures: Sequence[tuple[str, Image.Image, ArrayLike]], *, unit: int = 28, path: Path | None = None
-) -> Shown:
+def token_grids(pictures: Sequence[tuple[str, Image.Image, ArrayLike]]) -> Shown:
     """Pictures as the model sees them, (title, picture, true boxes) each, with the grid of their image tokens.
 
-    `unit`: pixels of one image token's side; boxes are [N, 4], x first, in 0-1.
+    Boxes are [N, 4], x first, in 0-1.
     """
     tallest = max(picture.height / picture.width for _, picture, _ in pictures)
     figure, grid = new_figure(1, len(pictures), (3 * len(pictures), 3 * min(tallest, 1.5) + 0.3))
     for axes, (title, picture, boxes) in zip(grid.flat, pictures, strict=True):
         draw_boxes(axes, picture, boxes, title=title, pixels=max(picture.size))
         lines = {"color": "white", "linewidth": 0.5, "alpha": 0.7}
-        axes.vlines(np.arange(unit, picture.width, unit) - 0.5, -0.5, picture.height - 0.5, **lines)
-        axes.hlines(np.arange(unit, picture.height, unit) - 0.5, -0.5, picture.width - 0.5, **lines)
-    return finish(figure, path, photos=True)
+        axes.vlines(np.arange(UNIT, picture.width, UNIT) - 0.5, -0.5, picture.height - 0.5, **lines)
+        axes.hlines(np.arange(UNIT, picture.height, UNIT) - 0.5, -0.5, picture.width - 0.5, **lines)
+    return finish(figure, photos=True)
 
 
-def budget_curves(
-    curves: Mapping[str, tuple[ArrayLike, ArrayLike]], marks: Mapping[str, float], *, path: Path | None = None
-) -> Shown:
+def budget_curves(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], marks: Mapping[str, float]) -> Shown:
     """Image tokens of a photo by its size: (megapixels, tokens) for each budget. `marks`: named sizes, megapixels."""
     figure, (axes,) = charts(1, (6, 3.4))
     for i, (name, (megapixels, tokens)) in enumerate(curves.items()):
@@ -58,10 +54,10 @@ def budget_curves(
         axes.text(size, 1.02, name, ha="center", fontsize=8, color="0.3", transform=axes.get_xaxis_transform())
     axes.set(xscale="log", yscale="log", xlabel="size of the photo, megapixels", ylabel="image tokens")
     axes.legend(fontsize=8, frameon=False)
-    return finish(figure, path)
+    return finish(figure)
 
 
-def padded_batches(orders: Mapping[str, Sequence[Sequence[tuple[int, int]]]], *, path: Path | None = None) -> Shown:
+def padded_batches(orders: Mapping[str, Sequence[Sequence[tuple[int, int]]]]) -> Shown:
     """Batches as they lie in memory: for each order its batches of (image tokens, text tokens), a bar a sequence."""
     empty = {"facecolor": "white", "edgecolor": "0.5", "hatch": "///"}
     figure, axes = charts(len(orders), (3.6 * len(orders), 2.8))
@@ -81,4 +77,4 @@ def padded_batches(orders: Mapping[str, Sequence[Sequence[tuple[int, int]]]], *,
         ax.invert_yaxis()
     kinds = [Patch(color=COLOURS[0]), Patch(color=COLOURS[1]), Patch(**empty)]
     figure.legend(kinds, ["image", "text", "padding"], loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    return finish(figure, path)
+    return finish(figure)

@@ -1,34 +1,30 @@
 """Figures of 4-bit weights and of LoRA's rank."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
-from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
-from helpers.plots.figure import COLOURS, finish, new_figure
+from helpers.plots.figure import COLOURS, charts, finish
 
 
-def codebook(scaled: ArrayLike, levels: ArrayLike, *, path: Path | None = None) -> Shown:
+def codebook(scaled: ArrayLike, levels: ArrayLike) -> Shown:
     """Weights divided by their block's largest (-1 to 1) as a histogram, over the levels that they are rounded to."""
-    figure, ((axes,),) = new_figure(1, 1, (6.4, 2.6))
+    figure, (axes,) = charts(1, (6.4, 2.6))
     axes.hist(np.asarray(scaled).ravel(), bins=np.linspace(-1, 1, 81), color="0.8", label="weights")
     for i, level in enumerate(np.asarray(levels)):
         axes.axvline(level, color=COLOURS[0], linewidth=1.3, label="NF4's 16 levels" if i == 0 else None)
     even = np.linspace(-1, 1, 16)
     axes.plot(even, np.zeros(16), "^", color=COLOURS[1], markersize=6, clip_on=False, label="16 even steps")
     axes.set(xlabel="weight / largest weight of its block of 64", ylabel="weights", xlim=(-1.02, 1.02))
-    _tidy(axes)
-    return finish(figure, path)
+    axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)
+    return finish(figure)
 
 
-def error_by_layer(
-    towers: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str = "relative error", *, path: Path | None = None
-) -> Shown:
+def error_by_layer(towers: Mapping[str, Mapping[str, Sequence[float]]], ylabel: str = "relative error") -> Shown:
     """One panel a tower: kind of layer -> its relative error in each block, bottom to top of the tower."""
-    figure, (panels,) = new_figure(1, len(towers), (4.6 * len(towers), 3.4))
+    figure, panels = charts(len(towers), (4.6 * len(towers), 3.4))
     for axes, (tower, kinds) in zip(panels, towers.items(), strict=True):
         for i, (kind, values) in enumerate(kinds.items()):
             style = {"color": COLOURS[i % 6], "marker": "os^Dv*X"[i % 7], "linestyle": "-" if i < 6 else ":"}
@@ -36,14 +32,13 @@ def error_by_layer(
         axes.set(title=tower, xlabel="block", ylabel=ylabel, ylim=(0, None))
         axes.title.set_fontsize(10)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _tidy(axes, legend=False)
         axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower center")
-    return finish(figure, path)
+    return finish(figure)
 
 
-def memory(table: Mapping[str, Mapping[str, float]], limits: Mapping[str, float], *, path: Path | None = None) -> Shown:
+def memory(table: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]) -> Shown:
     """One stacked bar a precision, GiB by tower; `limits`: name -> GiB, drawn as dashed lines."""
-    figure, ((axes,),) = new_figure(1, 1, (6.6, 0.42 * len(table) + 1.4))
+    figure, (axes,) = charts(1, (6.6, 0.42 * len(table) + 1.4))
     towers = list(next(iter(table.values())))
     for y, row in enumerate(table.values()):
         start = 0.0
@@ -58,16 +53,13 @@ def memory(table: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]
     axes.set_yticks(range(len(table)), list(table), fontsize=9)
     axes.set(xlabel="GiB of weights", ylim=(len(table) - 0.4, -0.95))
     axes.margins(x=0.1)
-    _tidy(axes, legend=False)
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=len(towers))
-    return finish(figure, path)
+    return finish(figure)
 
 
-def rank_curve(
-    ranks: Sequence[int], scores: Sequence[Mapping], constant: float, *, path: Path | None = None
-) -> Shown:
+def rank_curve(ranks: Sequence[int], scores: Sequence[Mapping], constant: float) -> Shown:
     """Mean IoU with its 95 % interval by LoRA rank, beside the constant box; `scores` are metrics of `score`."""
-    figure, ((axes,),) = new_figure(1, 1, (4.6, 2.9))
+    figure, (axes,) = charts(1, (4.6, 2.9))
     value = np.array([score["value"] for score in scores])
     ends = np.array([[score["low"], score["high"]] for score in scores])
     axes.errorbar(ranks, value, np.abs(ends.T - value), fmt="o-", color=COLOURS[0], capsize=4, label="fine-tuned")
@@ -76,13 +68,5 @@ def rank_curve(
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.set(xlabel="LoRA rank", ylabel="mean IoU", ylim=(0, 1))
-    _tidy(axes)
-    return finish(figure, path)
-
-
-def _tidy(axes: Axes, legend: bool = True) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92", linewidth=0.8)
-    axes.set_axisbelow(True)
-    if legend:
-        axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)
+    axes.legend(fontsize=8, facecolor="white", edgecolor="none", framealpha=0.9)
+    return finish(figure)
