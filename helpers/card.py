@@ -21,8 +21,10 @@ TEMPLATE = """---
 
 # {{ title }}
 
-Qwen2-VL, fine-tuned to answer one question about a photo of food packaging, *{{ prompt }}*, with a box around each
-nutrition table. {{ held }} {{ size }}
+Qwen2-VL, fine-tuned to answer one question about a photo of food packaging with a box around each nutrition table:
+*{{ prompt }}*
+
+{{ held }} {{ size }}
 
 ## Use
 
@@ -41,10 +43,11 @@ answer = model.generate(**batch, max_new_tokens={{ max_new_tokens }}, do_sample=
 print(processor.decode(answer[0, batch["input_ids"].shape[1]:]))
 ```
 
-The answer's numbers are thousandths of the picture's width and height, x first: {{ example }}. A picture without a
-table is answered with `no nutrition table`. Ask with these words, and keep the pixel budget that the processor's files
-hold ({{ min_pixels }} to {{ max_pixels }} pixels a picture, {{ tokens }} image tokens): another question or another
-budget costs accuracy without a word. `parity.json` holds both, and hashes of tokenizer, base and weights.
+An answer looks like `{{ example }}`: a name, then left, top, right and bottom edge in thousandths of the picture's
+width and height; one such unit a table. A picture without one is answered with `no nutrition table`. Ask with the words
+above, and keep the pixel budget that the processor's files hold ({{ min_pixels }} to {{ max_pixels }} pixels a picture,
+{{ tokens }} image tokens): another question or budget costs accuracy without a word. `parity.json` holds both, and
+hashes of tokenizer, base and weights.
 
 ## Numbers
 
@@ -83,7 +86,7 @@ def model_card(copy: str, run: Path, parity: dict[str, Any], size: int, compared
     card = ModelCard.from_template(
         _head(copy, name, manifest, shipped), template_str=TEMPLATE, title=name, name=name, held=HELD[copy],
         size=f"The weights take {size / 1e9:.3g} GB." if size > 1e8 else f"The weights take {size / 1e6:.3g} MB.",
-        prompt=parity["prompt"], example=parity["box_format"], max_new_tokens=values["max_new_tokens"],
+        prompt=parity["prompt"], example=parity["box_format"].partition(" is ")[2], max_new_tokens=values["max_new_tokens"],
         min_pixels=parity["min_pixels"], max_pixels=parity["max_pixels"],
         tokens=f"{parity['min_pixels'] // 784} to {parity['max_pixels'] // 784}",
         scored=f"All {metrics['truth']['pictures']} pictures of `val`, {metrics['truth']['tables']} with a table",
@@ -173,7 +176,7 @@ def _training(manifest: dict, parity: dict) -> str:
 
 def _limits(manifest: dict, shipped: dict) -> str:
     summary = shipped["summary"]
-    lines = [f"- tables of {size} of the picture's area: mean IoU "
+    lines = [f"- tables that take {size} of the picture: mean IoU "
              f"{evaluate.with_interval(group['mean_iou_boxes'])}, n = {group['mean_iou_boxes']['n']}"
              for size, group in shipped["by_size"].items() if group["mean_iou_boxes"]["n"]]
     alarms = summary["false_alarm_rate"]

@@ -189,7 +189,7 @@ def compare(output: str | Path, rows, batch_size: int = 16, max_new_tokens: int 
     truth = data.truth_rows(rows)
     scores = {copy: evaluate.score(truth, lines[copy]) for copy in COPIES}
     paired = evaluate.paired_bootstrap(scores["nf4"]["per_picture"], scores["bf16"]["per_picture"])
-    result = {copy: {
+    result: dict = {copy: {
         "bytes": sum(path.stat().st_size for path in (output / copy).glob("*.safetensors")),
         "seconds": seconds[copy] / len(rows), "mean_iou": scores[copy]["summary"]["mean_iou"],
         "ap": scores[copy]["summary"]["ap"],
