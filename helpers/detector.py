@@ -25,7 +25,7 @@ from helpers.parameters import ParameterError
 from helpers.progress import progress_bar
 
 
-def small(names: Sequence[str], side: int = 224) -> tuple[RTDetrV2ForObjectDetection, RTDetrImageProcessor]:
+def small(names: Sequence[str], side: int = 224, **changes) -> tuple[RTDetrV2ForObjectDetection, RTDetrImageProcessor]:
     """A detector of about a million random weights for the classes `names`, and its image processor.
 
     Pictures are squeezed to `side` x `side` pixels, a multiple of 32; boxes in 0-1 do not change by it.
@@ -36,7 +36,7 @@ def small(names: Sequence[str], side: int = 224) -> tuple[RTDetrV2ForObjectDetec
         backbone_config=backbone, freeze_backbone_batch_norms=False,  # frozen, random weights would never be normalised
         encoder_in_channels=[48, 96, 160], encoder_hidden_dim=96, encoder_ffn_dim=192, encoder_attention_heads=4,
         hidden_expansion=0.5, d_model=96, decoder_in_channels=[96] * 3, decoder_ffn_dim=192, decoder_attention_heads=4,
-        decoder_layers=2, num_queries=20, num_denoising=20, **_labels(names),
+        **(dict(decoder_layers=2, num_queries=20, num_denoising=20) | changes | _labels(names)),
     )
     processor = RTDetrImageProcessor(size={"height": side, "width": side})
     return RTDetrV2ForObjectDetection(config), processor
