@@ -86,8 +86,8 @@ def model_card(copy: str, run: Path, parity: dict[str, Any], size: int, compared
     card = ModelCard.from_template(
         _head(copy, name, manifest, shipped), template_str=TEMPLATE, title=name, name=name, held=HELD[copy],
         size=f"The weights take {size / 1e9:.3g} GB." if size > 1e8 else f"The weights take {size / 1e6:.3g} MB.",
-        prompt=parity["prompt"], example=parity["box_format"].partition(" is ")[2], max_new_tokens=values["max_new_tokens"],
-        min_pixels=parity["min_pixels"], max_pixels=parity["max_pixels"],
+        prompt=parity["prompt"], example=parity["box_format"].partition(" is ")[2],
+        max_new_tokens=values["max_new_tokens"], min_pixels=parity["min_pixels"], max_pixels=parity["max_pixels"],
         tokens=f"{parity['min_pixels'] // 784} to {parity['max_pixels'] // 784}",
         scored=f"All {metrics['truth']['pictures']} pictures of `val`, {metrics['truth']['tables']} with a table",
         table=_table(metrics), note=_note(copy, metrics, compared), training=_training(manifest, parity),
@@ -140,9 +140,9 @@ def _note(copy: str, metrics: dict, compared: dict) -> str:
     if not compared:
         return "The numbers are those of the bf16 weights; the 4-bit copy was not scored." if copy == "nf4" else ""
     bf16, nf4 = compared["bf16"], compared["nf4"]
-    return (f"bf16 and NF4 asked in turn about the same {compared['pictures']} pictures ({compared['device']}): mean IoU "
-            f"{evaluate.with_interval(bf16['mean_iou'])} and {evaluate.with_interval(nf4['mean_iou'])}; NF4 minus bf16 "
-            f"{evaluate.with_interval(compared['difference'])}, paired; {1000 * bf16['seconds']:.0f} and "
+    return (f"bf16 and NF4 asked in turn about the same {compared['pictures']} pictures ({compared['device']}): mean "
+            f"IoU {evaluate.with_interval(bf16['mean_iou'])} and {evaluate.with_interval(nf4['mean_iou'])}; NF4 minus "
+            f"bf16 {evaluate.with_interval(compared['difference'])}, paired; {1000 * bf16['seconds']:.0f} and "
             f"{1000 * nf4['seconds']:.0f} ms a picture; {bf16['bytes'] / 1e6:.0f} and {nf4['bytes'] / 1e6:.0f} MB.")
 
 

@@ -1,6 +1,6 @@
 """A merged model -> a bf16 and a 4-bit (NF4) copy, each whole: weights, processor, parity.json and a model card.
 
-python -m helpers.export runs/qwen2vl-nutrition-detection-r4-joint-merged [--output FOLDER] [--run FOLDER] [--push user/name]
+python -m helpers.export runs/…-merged [--output FOLDER] [--run FOLDER] [--compare] [--push user/name]
 """
 
 import argparse
@@ -124,7 +124,8 @@ def _check_room(source: Path, output: Path) -> None:
     need = (1 + NF4_SHARE) * sum(path.stat().st_size for path in source.iterdir()) / 2**30
     free = shutil.disk_usage(place).free / 2**30
     if free < need:
-        raise ExportError(f"{output} needs about {need:.2f} GiB, and its disk has {free:.2f} free; choose another OUTPUT.")
+        raise ExportError(f"{output} needs about {need:.2f} GiB, and its disk has {free:.2f} free; choose another "
+                          "OUTPUT.")
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -136,7 +137,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _quantise(source: Path, folder: Path) -> None:
-    """The bf16 model in `source` as NF4, its vision tower and head left in bf16, with its quantisation_config inside."""
+    """The bf16 model in `source` as NF4 (vision tower and head stay in bf16), with its quantisation_config inside."""
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -242,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", help="a new folder; the model's name with -export behind it by default")
     parser.add_argument("--run", help="the run's folder, where it does not lie beside the model")
     parser.add_argument("--push", metavar="USER/NAME", help="upload to the Hub, private: NAME and NAME-nf4")
-    parser.add_argument("--compare", action="store_true", help="ask both copies about val of the run's data, into the cards")
+    parser.add_argument("--compare", action="store_true", help="ask both copies about val, for the cards")
     given = parser.parse_args(arguments)
     runs.quiet_libraries()
     try:
