@@ -4,7 +4,6 @@ python -m helpers.export runs/…-merged [--output FOLDER] [--run FOLDER] [--com
 """
 
 import argparse
-import re
 import shutil
 import sys
 import time
@@ -12,14 +11,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import data, evaluate, merge, model, parity, predict, runs
 from helpers.card import model_card
 from helpers.files import read_json, write_json, write_text
+from helpers.hub import PushError, check_push, push
 
 COPIES = ("bf16", "nf4")
 COMPARED = "compared.json"  # what `compare` measured, in the export's folder: the cards take it up
@@ -51,6 +49,8 @@ def export(source: str | Path, output: str | Path | None = None, run: str | Path
             if output.is_dir():
                 output.rmdir()  # empty: see _exported
             part.rename(output)
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face of its own in each library
             free = shutil.disk_usage(output.parent).free / 2**30
             raise ExportError(f"{output} cannot be written ({error}; {free:.2f} GiB were free); nothing is kept of it, "
@@ -168,7 +168,7 @@ def write_cards(output: Path, run: Path) -> None:
 def compare(output: str | Path, rows, batch_size: int = 16, max_new_tokens: int = 128) -> dict:
     """Ask both copies about `rows` (prepared; of the project's schema), in turns of one batch; kept in `COMPARED`.
 
-    Returns `{"bf16"|"nf4": {"bytes", "seconds" a picture, "mean_iou", "ap" (with intervals), "boxes" found},
+    Returns `{"bf16"|"nf4": {"bytes", "seconds" a picture, "mean_iou", "ap" (both with intervals)},
     "difference": NF4 minus bf16 in IoU, paired, "verdict", "same_boxes", "pictures", "device"}`.
     """
     output = Path(output)
@@ -213,29 +213,6 @@ def compared_table(result: dict) -> pd.DataFrame:
     } for copy in COPIES]).set_index("copy")  # fmt: skip
 
 
-def check_push(name: str) -> None:
-    """Raise ExportError unless `name` is a Hub id and there is a token to write with: before any work."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise ExportError(f"PUSH={name} is no name on the Hub; expected user/name.")
-    if constants.HF_HUB_OFFLINE:
-        raise ExportError(f"PUSH={name} needs the Hub, and HF_HUB_OFFLINE is set; unset it, or leave PUSH out.")
-    if not get_token():
-        raise ExportError(f"PUSH={name} needs a token that may write on the Hub, and there is none; `hf auth login`, "
-                          "or set HF_TOKEN.")
-
-
-def push(output: Path, name: str, private: bool = True) -> list[str]:
-    """Upload both copies, bf16 as `name` and NF4 as `name`-nf4, private at first; returns their addresses."""
-    api, addresses = HfApi(), []
-    for copy, repo in (("bf16", name), ("nf4", f"{name}-nf4")):
-        try:
-            addresses.append(str(api.create_repo(repo, private=private, exist_ok=True)))
-            api.upload_folder(repo_id=repo, folder_path=output / copy, commit_message=f"{copy} and model card")
-        except (HfHubHTTPError, OSError) as error:
-            raise ExportError(f"{repo} cannot be written on the Hub: {str(error).strip().splitlines()[0]}") from error
-    return addresses
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Export, and push where asked; a fault in the input ends in one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m helpers.export", description=__doc__.split("\n")[0])
@@ -257,8 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
             write_cards(output, run_of(Path(given.model), given.run))
         print(*(f"{output / copy}: loads with from_pretrained; its card is README.md" for copy in COPIES), sep="\n")
         if given.push:
-            print(*push(output, given.push), sep="\n")
-    except (ExportError, data.DataError) as error:
+            print(*push({given.push: output / "bf16", f"{given.push}-nf4": output / "nf4"}), sep="\n")
+    except (ExportError, PushError, data.DataError) as error:
         sys.exit(str(error))
 
 

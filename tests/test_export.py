@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers import data, evaluate, export, model, parity, predict
+from helpers import data, evaluate, export, hub, model, parity, predict
 from helpers.export import ExportError
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
@@ -180,17 +180,17 @@ def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, export
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             calls.append((repo_id, Path(folder_path)))
 
-    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(hub, "HfApi", Hub)
     words = [str(merged), "--output", str(exported)]
     export.main(words)
     assert not calls
     with pytest.raises(SystemExit, match="needs the Hub, and HF_HUB_OFFLINE is set"):
         export.main([*words, "--push", "me/tables"])
-    monkeypatch.setattr(export.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(export, "get_token", lambda: None)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(SystemExit, match="PUSH=me/tables needs a token that may write"):
         export.main([*words, "--push", "me/tables"])
-    monkeypatch.setattr(export, "get_token", lambda: "a token")
+    monkeypatch.setattr(hub, "get_token", lambda: "a token")
     with pytest.raises(SystemExit, match="PUSH=tables is no name on the Hub; expected user/name"):
         export.main([*words, "--push", "tables"])
     assert not calls
@@ -199,3 +199,10 @@ def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, export
     assert calls == [("me/tables", True), ("me/tables", exported / "bf16"),
                      ("me/tables-nf4", True), ("me/tables-nf4", exported / "nf4")]
     assert capsys.readouterr().out.endswith("https://hub/me/tables\nhttps://hub/me/tables-nf4\n")
+
+    def refuse(self, *args, **kwargs):
+        raise OSError("403 Forbidden\nlong story")
+
+    Hub.upload_folder = refuse
+    with pytest.raises(SystemExit, match="^me/tables cannot be written on the Hub: 403 Forbidden$"):
+        export.main([*words, "--push", "me/tables"])
