@@ -70,7 +70,7 @@ import tempfile
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainingArguments
+from transformers import AutoConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, TrainingArguments
 
 from helpers import data, detector, evaluate, model, plots, predict, sizes
 from helpers.augment import Augment
@@ -84,7 +84,7 @@ raw = data.load_raw(dataset_id or chosen["dataset_id"], limit={name: n for name,
 rows = data.prepare(data.clean(raw, data.audit(raw)), chosen["min_pixels"], chosen["max_pixels"])
 truth = {name: data.truth_rows(rows[name]) for name in ("train", "selection", "val")}
 found = {name for row in truth["train"] for name in row["objects"]["category_name"]}
-names = ["nutrition-table"] if one_class else sorted(found, key=lambda name: (*CATEGORIES, name).index(name))
+names = ["nutrition-table"] if one_class else [*filter(found.__contains__, CATEGORIES), *sorted(found - {*CATEGORIES})]
 print({name: len(split) for name, split in rows.items()}, "classes:", *names)
 
 # %% [markdown]
@@ -122,15 +122,13 @@ Markdown(f"The first picture of {row['width']} × {row['height']} pixels becomes
 
 # %%
 vlm_path = topic.model_path(scale)
-model.patches_as_product()
-vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-    vlm_path, dtype=torch.bfloat16, attn_implementation=model.attention(training=False), device_map=model.device_map()
-).eval()
+with torch.device("meta"):  # its shapes, no memory yet
+    shapes = Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(vlm_path))
 parts = pd.Series({name: model.count(weight) for name, weight in rtdetr.named_parameters()})
 parts = parts.groupby(lambda name: name.split(".")[1] if name.startswith("model.") else name.split(".")[0]).sum()
 display(parts.sort_values(ascending=False).rename("weights, RT-DETR").to_frame().T)
-display(pd.Series(sizes.parameters_by_part(vlm), name="weights, Qwen2-VL").to_frame().T)
-weights = {"detector": int(parts.sum()), "VLM": sum(sizes.parameters_by_part(vlm).values())}
+display(pd.Series(sizes.parameters_by_part(shapes), name="weights, Qwen2-VL").to_frame().T)
+weights = {"detector": int(parts.sum()), "VLM": sum(sizes.parameters_by_part(shapes).values())}
 Markdown(f"The detector has {weights['detector'] / 1e6:.1f} million weights, all of which train; the VLM "
          f"{weights['VLM'] / 1e6:.1f} million, {weights['VLM'] / weights['detector']:.0f} times as many.")
 
@@ -164,7 +162,7 @@ trained = detector.train(rtdetr, arguments, collator, rows["train"])
 display(plots.loss_curves({"RT-DETR": trained["log"]}, smooth=9))
 losses = [line["loss"] for line in trained["log"] if "loss" in line]
 fifth = max(1, len(losses) // 5)
-Markdown(f"{epochs} epochs over {trained['pictures']} pictures took {trained['seconds']:.0f} s "
+Markdown(f"Training for {epochs} epochs on {trained['pictures']} pictures took {trained['seconds']:.0f} s "
          f"({1000 * trained['seconds'] / epochs / trained['pictures']:.0f} ms a picture and epoch, {runs.machine()}). "
          f"The loss, a sum over all layers, went from {sum(losses[:fifth]) / fifth:.1f} in the first fifth to "
          f"{sum(losses[-fifth:]) / fifth:.1f} in the last.")
@@ -267,6 +265,10 @@ if other_run:
 # for both. The VLM answers as the base does here; a fine-tuned one of the same size takes as long a token.
 
 # %%
+model.patches_as_product()
+vlm = Qwen2VLForConditionalGeneration.from_pretrained(
+    vlm_path, dtype=torch.bfloat16, attn_implementation=model.attention(training=False), device_map=model.device_map()
+).eval()
 vlm_processor = Qwen2VLProcessor.from_pretrained(
     vlm_path, min_pixels=chosen["min_pixels"], max_pixels=chosen["max_pixels"])
 prompt, options = "Detect the bounding box of the nutrition table.", {"max_new_tokens": 64, "do_sample": False}
