@@ -214,12 +214,14 @@ if scale == "tiny":
     scores |= {"longer": longer, "longer, all boxes": evaluate.score(truth["val"], told["val"])}
     gain = evaluate.paired_bootstrap(longer["per_picture"], scores["detector"]["per_picture"])["difference"]
     same = story["train"] == runs.rows_hash(rows["train"])
+    took = (f"{story['cpu_seconds'] / 60:.0f} minutes of CPU time" if "no GPU" in story["machine"]
+            else f"{story['seconds'] / 60:.0f} minutes, {story['machine']}")
     display(Markdown(
         f"{story['epochs']} epochs (learning rate {story['learning_rate']:g}, "
-        f"{'with' if story['augment'] else 'without'} augmentation, {story['cpu_seconds'] / 60:.0f} minutes of one CPU "
-        f"core) reach a mean IoU of **{evaluate.with_interval(longer['summary']['mean_iou'])}** and an F1 of "
-        f"{evaluate.with_interval(longer['summary']['f1'])}: {evaluate.with_interval(gain)} more IoU than the "
-        f"{epochs} epochs above, on the same pictures. "
+        f"{'with' if story['augment'] else 'without'} augmentation, {took}) reach a mean IoU of "
+        f"**{evaluate.with_interval(longer['summary']['mean_iou'])}** and an F1 of "
+        f"{evaluate.with_interval(longer['summary']['f1'])}. Minus the training above, on the same pictures: "
+        f"{evaluate.with_interval(gain)} mean IoU. "
         + ("" if same else "It was trained on other rows than those here. ")
         + f"Again: `papermill 09_detector_baseline.ipynb out.ipynb -p epochs {story['epochs']} -p learning_rate "
         f"{story['learning_rate']:g} -p augment {story['augment']} -p keep detector`."))

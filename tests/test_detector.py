@@ -136,7 +136,7 @@ def test_times_and_peaks_are_those_of_the_call():
 
 def test_the_kept_detector_belongs_to_the_notebook():
     story = json.loads((detector.LONGER / "trained.json").read_text())
-    assert {"epochs", "learning_rate", "augment", "seed", "train", "cpu_seconds"} <= set(story)
+    assert {"epochs", "learning_rate", "augment", "seed", "train", "seconds", "cpu_seconds", "machine"} <= set(story)
     model, processor = detector.load(str(detector.LONGER))
     assert list(model.config.id2label.values()) == NAMES and processor.size["height"] % 32 == 0
     assert (detector.LONGER / "model.safetensors").stat().st_size < 3.1e6
