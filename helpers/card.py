@@ -81,7 +81,7 @@ def model_card(copy: str, run: Path, parity: dict[str, Any], size: int, compared
     """
     manifest, metrics = read_json(run / "manifest.json"), read_json(run / "metrics.json")
     values = manifest["parameters"]
-    name = manifest["run"] + ("-nf4" if copy == "nf4" else "")
+    name = manifest["run"].removesuffix("-stage2") + ("-nf4" if copy == "nf4" else "")
     shipped = next(metrics["scores"][one] for one in ("merged", "fine-tuned", "base") if one in metrics["scores"])
     card = ModelCard.from_template(
         _head(copy, name, manifest, shipped), template_str=TEMPLATE, title=name, name=name, held=HELD[copy],
@@ -120,7 +120,9 @@ def _on_hub(name: str) -> bool:
 
 
 def _data_words(dataset_id: str) -> str:
-    return "rendered packaging of the project itself" if dataset_id == "embedded" else dataset_id
+    if dataset_id == "embedded":
+        return "rendered packaging of the project itself"
+    return dataset_id if _on_hub(dataset_id) else f"local photos ({Path(dataset_id).name})"
 
 
 def _table(metrics: dict) -> str:
@@ -155,6 +157,7 @@ def _training(manifest: dict, parity: dict) -> str:
                 else "all weights of")
         held = values["precision"] if values["precision"] and stage.trains == "lora" else stage.precision
         how.append(f"{what} {' and '.join(stage.towers)}, the base held in {held}, learning rate {rate:g}, cosine")
+    merged = f"; adapter merged into the {values['merge_base']} base" if stages and stages[-1].trains == "lora" else ""
     base = parity.get("base", {}).get("name", values["model_id"])
     revision = f" at `{values['model_revision']}`" if values["model_revision"] else ""
     photos = (" (Open Food Facts' photos are CC BY-SA)" if values["dataset_id"].startswith("openfoodfacts/") else "")
@@ -165,8 +168,7 @@ def _training(manifest: dict, parity: dict) -> str:
         f"- recipe `{manifest['recipe']}`: {'; then '.join(how) or 'nothing was trained'}",
         f"- {values['epochs']} epochs, batch {values['batch_size']} x {values['accumulation']}, loss on "
         f"{'the answer alone' if values['loss_scope'] == 'assistant' else 'all text'}, seed {values['seed']}, "
-        f"{'with' if values['augment'] else 'without'} augmentation; adapter merged into the "
-        f"{values['merge_base']} base",
+        f"{'with' if values['augment'] else 'without'} augmentation{merged}",
         f"- {manifest['timings'].get('train', 0):.0f} s of training on {manifest['machine']}",
         f"- command `{manifest['command']}`, commit `{manifest['git']}`, "
         + ", ".join(f"{name} {manifest['versions'][name]}" for name in ("torch", "transformers", "trl", "peft")),

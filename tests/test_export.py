@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import data, evaluate, export, hub, model, parity, predict
+from helpers.card import model_card
 from helpers.export import ExportError
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
@@ -97,6 +98,19 @@ def test_the_card_says_how_to_ask_and_what_the_run_has_measured(exported, merged
     asked = predict.generate_lines(*load(exported / "bf16"), [shown], PROMPT, {"max_new_tokens": 48,
                                                                               "do_sample": False})
     assert said == [asked[0]["text"] + "<|im_end|>"]
+
+
+def test_the_card_of_a_full_model_speaks_of_no_adapter_and_of_no_folder(exported, merged, tmp_path):
+    run = tmp_path / "tables-r3-stage2"
+    shutil.copytree(merged.with_name("tables-r4-joint"), run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    values = VALUES | {"dataset_id": "/home/me/secret/photos", "model_id": "embedded", "model_revision": None}
+    changed = manifest | {"recipe": "r2-vision-only", "run": run.name, "parameters": values}
+    (run / "manifest.json").write_text(json.dumps(changed))
+    text = model_card("bf16", run, json.loads((exported / "bf16/parity.json").read_text()), 15 * 10**9, {})
+    assert "all weights of vision, the base held in bf16" in text and "adapter" not in text
+    assert "local photos (photos)" in text and "secret" not in text and "base_model" not in text
+    assert "\n# tables-r3\n" in text and "The weights take 15 GB." in text
 
 
 def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(exported, merged, rows):
