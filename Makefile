@@ -18,7 +18,7 @@ PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
 ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types sync lab run recipes rerun table compare prompts collators notebooks \
+.PHONY: help setup demo test lint types sync lab run recipes rerun table compare export prompts collators notebooks \
 	tiny-base kill-test fuzz test-newest env lock clean
 
 help: ## show the targets and what they take
@@ -74,6 +74,10 @@ table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into res
 compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-only
 	$(BIN)/python -m helpers.evaluate compare $(if $(A),$(A),$(error A= is missing; make compare A=r4-joint B=r1-llm-only)) \
 		$(if $(B),$(B),$(error B= is missing; make compare A=r4-joint B=r1-llm-only))
+
+export: $(STAMP) ## bf16 and 4-bit copies of a merged model, each with its model card: MODEL=runs/...-merged (OUTPUT= PUSH=user/name)
+	$(BIN)/python -m helpers.export $(if $(MODEL),$(MODEL),$(error MODEL= is missing; make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged)) \
+		$(if $(OUTPUT),--output $(OUTPUT)) $(if $(RUN),--run $(RUN)) $(if $(PUSH),--push $(PUSH)) $(ARGS)
 
 prompts: $(STAMP) ## ask several prompts without training, in NF4 and bf16 (ARGS='--scale 7b')
 	$(BIN)/python -m helpers.dev.prompts $(ARGS)

@@ -66,3 +66,23 @@ def boxes_of(row: Mapping, name: str) -> np.ndarray:
     things = render_scene(int(seed), int(index), split).things
     found = np.array([box for thing, box in things if thing == name], dtype=float).reshape(-1, 4)
     return found[area(found) > 0]
+
+
+def detector_path(scale: str, model_id: str | None = None) -> str | None:
+    """What a detector is loaded from, or None for random weights, which is the tiny scale's default.
+
+    Raises ParameterError where the 7B scale finds no GPU, or a folder holds no model.
+    """
+    if model_id is None and scale == "tiny":
+        return None
+    return model_path(scale, model_id or "PekingU/rtdetr_v2_r18vd")
+
+
+def scored_run(run: str, runs: Path = RUNS) -> dict:
+    """A finished run's score by name or folder, as `evaluate.load_score` gives it; ParameterError if there is none."""
+    from helpers import evaluate
+
+    try:
+        return evaluate.load_score(run, runs)[1]
+    except (OSError, ValueError) as error:
+        raise ParameterError(f"run={run!r}: {error}") from None

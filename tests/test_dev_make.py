@@ -101,6 +101,13 @@ def test_compare_asks_for_both_runs(checkout):
     assert "B= is missing" in make(checkout, "compare", "A=runs/a").stderr
 
 
+def test_export_asks_for_a_model_and_pushes_only_when_told(checkout):
+    assert "MODEL= is missing" in make(checkout, "export").stderr
+    said = make(checkout, "-n", "export", "MODEL=runs/a-merged", "OUTPUT=out").stdout
+    assert "-m helpers.export runs/a-merged" in said and "--output out" in said and "--push" not in said
+    assert "--push me/tables" in make(checkout, "-n", "export", "MODEL=runs/a-merged", "PUSH=me/tables").stdout
+
+
 def test_an_old_python_is_refused_in_one_sentence(checkout):
     (checkout / ".venv" / ".installed").unlink()
     (checkout / "old").write_text("#!/bin/sh\nexit 1\n")

@@ -1,0 +1,222 @@
+"""A merged model exported: both copies load as they are, the card says what the run says, bad input is one sentence."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+from helpers import data, evaluate, export, hub, model, parity, predict
+from helpers.card import model_card
+from helpers.export import ExportError
+from helpers.recipes import SCALES
+from helpers.settings import TINY_BASE
+
+PROMPT = "Detect the bounding box of the nutrition table."
+FILES = ("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "processor_config.json",
+         "tokenizer.json", "tokenizer_config.json")
+BUDGET = {name: SCALES["tiny"][name] for name in ("min_pixels", "max_pixels")}
+VALUES = {"model_id": "Qwen/Qwen2-VL-7B-Instruct", "model_revision": "abc123", "dataset_id": "someone/tables",
+          "dataset_revision": None, "max_new_tokens": 48, "learning_rate": None, "lora_rank": 16, "lora_alpha": 32,
+          "precision": None, "epochs": 3, "batch_size": 8, "accumulation": 1, "loss_scope": "assistant", "seed": 0,
+          "augment": False, "merge_base": "dequantised", **BUDGET}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows():
+    raw = data.load_raw("embedded", limit={"train": 1, "selection": 1, "val": 5})
+    return data.prepare(raw, **BUDGET)["val"]
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, rows) -> Path:
+    """The tiny base as if a run had merged it, and the run's folder beside it."""
+    folder = tmp_path_factory.mktemp("runs") / "tables-r4-joint-merged"
+    folder.mkdir()
+    for name in FILES:
+        shutil.copy(TINY_BASE / name, folder)
+    processor = Qwen2VLProcessor.from_pretrained(folder, **BUDGET)
+    processor.save_pretrained(folder)
+    parity.write(folder, parity.record(processor, PROMPT), {"name": "helpers/tiny", "hash": "0"})
+    run = folder.with_name("tables-r4-joint")
+    truth = data.truth_rows(rows)
+    answers = evaluate.constant_predictions(evaluate.best_constant_box(truth), truth)
+    evaluate.write_metrics(run, {"fine-tuned": answers, "base": answers, "merged": answers}, truth)
+    manifest = {"run": run.name, "recipe": "r4-joint", "scale": "7b", "command": "papermill x", "git": "12345",
+                "parameters": VALUES, "timings": {"train": 61.2}, "machine": "one GPU",
+                "versions": dict.fromkeys(("torch", "transformers", "trl", "peft"), "1.0")}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(merged) -> Path:
+    return export.export(merged, merged.with_name("copies"))
+
+
+def load(folder: Path):
+    return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval(), Qwen2VLProcessor.from_pretrained(folder)
+
+
+def test_both_copies_load_without_a_word_and_say_what_they_are_used_with(exported, merged):
+    sizes = []
+    for copy in export.COPIES:
+        vlm, processor = load(exported / copy)
+        assert len(model.check_precision(vlm, copy)) == (copy == "nf4") * 28
+        assert vlm.dtype == torch.bfloat16
+        parity.check(exported / copy, parity.record(processor, PROMPT))
+        sizes.append((exported / copy / "model.safetensors").stat().st_size)
+    assert (exported / "bf16/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_the_card_says_how_to_ask_and_what_the_run_has_measured(exported, merged, rows, monkeypatch, tmp_path):
+    metrics = json.loads((merged.with_name("tables-r4-joint") / "metrics.json").read_text())
+    summary = metrics["scores"]["merged"]["summary"]
+    for copy in export.COPIES:
+        card = ModelCard.load(exported / copy / "README.md")
+        assert card.data.base_model == VALUES["model_id"] and card.data.datasets == [VALUES["dataset_id"]]
+        assert card.data.license == "apache-2.0" and card.data.pipeline_tag == "image-text-to-text"
+        assert ("4-bit" in card.data.tags) == (copy == "nf4")
+        assert evaluate.with_interval(summary["mean_iou"]) in card.text and "papermill x" in card.text
+        assert "{{" not in card.text and "learning rate 2e-05" in card.text and "`abc123`" in card.text
+        assert "12544 to 78400 pixels" in card.text
+    results = ModelCard.load(exported / "bf16/README.md").data.eval_results
+    assert {one.metric_type: one.metric_value for one in results}["iou"] == round(summary["mean_iou"]["value"], 4)
+    code = re.search(r"```python\n(.*?)```", (exported / "bf16/README.md").read_text(), re.S)[1]
+    (tmp_path / "tables-r4-joint").symlink_to(exported / "bf16")
+    rows[0]["image"].save("photo.jpg", quality=100, subsampling=0)
+    said = []
+    exec(code, {"print": said.append})
+    shown = rows[0] | {"image": Image.open("photo.jpg")}
+    asked = predict.generate_lines(*load(exported / "bf16"), [shown], PROMPT, {"max_new_tokens": 48,
+                                                                              "do_sample": False})
+    assert said == [asked[0]["text"] + "<|im_end|>"]
+
+
+def test_the_card_of_a_full_model_speaks_of_no_adapter_and_of_no_folder(exported, merged, tmp_path):
+    run = tmp_path / "tables-r3-stage2"
+    shutil.copytree(merged.with_name("tables-r4-joint"), run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    values = VALUES | {"dataset_id": "/home/me/secret/photos", "model_id": "embedded", "model_revision": None}
+    changed = manifest | {"recipe": "r2-vision-only", "run": run.name, "parameters": values}
+    (run / "manifest.json").write_text(json.dumps(changed))
+    text = model_card("bf16", run, json.loads((exported / "bf16/parity.json").read_text()), 15 * 10**9, {})
+    assert "all weights of vision, the base held in bf16" in text and "adapter" not in text
+    assert "local photos (photos)" in text and "secret" not in text and "base_model" not in text
+    assert "\n# tables-r3\n" in text and "The weights take 15 GB." in text
+
+
+def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(exported, merged, rows):
+    result = export.compare(exported, rows, batch_size=4, max_new_tokens=48)
+    assert result["pictures"] == 5 and result["difference"]["n"] == result["bf16"]["mean_iou"]["n"] <= 5
+    assert 0 <= result["same_boxes"] <= 5 and result["nf4"]["bytes"] < result["bf16"]["bytes"]
+    assert list(export.compared_table(result).index) == ["bf16", "nf4"]
+    before = (exported / "nf4/model.safetensors").stat().st_mtime_ns
+    export.export(merged, exported)  # again: the weights stay, the cards are new
+    assert (exported / "nf4/model.safetensors").stat().st_mtime_ns == before
+    assert "asked in turn about the same 5 pictures" in (exported / "nf4/README.md").read_text()
+
+
+def test_what_is_no_merged_model_is_refused_in_one_sentence(merged, tmp_path):
+    def refused(words: str, source: Path, **more) -> None:
+        with pytest.raises(ExportError, match=words) as said:
+            export.export(source, tmp_path / "out", **more)
+        assert "\n" not in str(said.value) and not (tmp_path / "out").exists()
+
+    refused("nowhere is not there", tmp_path / "nowhere")
+    adapter = tmp_path / "a-run" / "adapter"
+    adapter.mkdir(parents=True)
+    refused("adapter is not a Qwen2-VL model's folder", adapter)
+    (adapter / "adapter_config.json").write_text("{}")
+    refused("is an adapter, of no use without its base; merge it first", adapter)
+    (tmp_path / "a-run-merged").mkdir()
+    refused("the merged model is .*a-run-merged", adapter)
+    refused("tables-r4-joint is a run's folder and no model; its merged model is .*-merged",
+            merged.with_name("tables-r4-joint"))
+    other = tmp_path / "other-merged"
+    shutil.copytree(merged, other)
+    refused("other has no manifest.json and metrics.json.*RUN=", other)
+    refused("a-run has no manifest.json", other, run=tmp_path / "a-run")
+    (other / "model.safetensors").write_bytes((merged / "model.safetensors").read_bytes()[:-1] + b"x")
+    refused("are not those that were saved there", other)
+    (other / "parity.json").unlink()
+    refused("has no parity.json", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    refused("is quantised already", other)
+
+
+def test_a_folder_with_something_else_in_it_stays_as_it_is(merged, exported, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"holds something else than an export of .* \(such as mine.txt\)"):
+        export.export(merged, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(ExportError, match="mine.txt is a file"):
+        export.export(merged, tmp_path / "mine.txt")
+    with pytest.raises(ExportError, match="holds something else"):
+        export.export(merged, merged)
+    (tmp_path / "empty").mkdir()
+    assert export.export(merged, tmp_path / "empty") == tmp_path / "empty"
+    assert load_file(tmp_path / "empty/nf4/model.safetensors").keys()
+
+
+def test_a_full_disk_is_said_before_and_during_and_leaves_nothing(merged, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**20))
+    with pytest.raises(ExportError, match="needs about 0.02 GiB, and its disk has 0.00 free"):
+        export.export(merged, tmp_path / "out")
+    monkeypatch.undo()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Qwen2VLForConditionalGeneration, "save_pretrained", full)
+    with pytest.raises(ExportError, match="out cannot be written .*No space left on device.*nothing is kept"):
+        export.export(merged, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, exported, monkeypatch, capsys):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo, **options):
+            calls.append((repo, options["private"]))
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append((repo_id, Path(folder_path)))
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    words = [str(merged), "--output", str(exported)]
+    export.main(words)
+    assert not calls
+    with pytest.raises(SystemExit, match="needs the Hub, and HF_HUB_OFFLINE is set"):
+        export.main([*words, "--push", "me/tables"])
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(SystemExit, match="PUSH=me/tables needs a token that may write"):
+        export.main([*words, "--push", "me/tables"])
+    monkeypatch.setattr(hub, "get_token", lambda: "a token")
+    with pytest.raises(SystemExit, match="PUSH=tables is no name on the Hub; expected user/name"):
+        export.main([*words, "--push", "tables"])
+    assert not calls
+    capsys.readouterr()
+    export.main([*words, "--push", "me/tables"])
+    assert calls == [("me/tables", True), ("me/tables", exported / "bf16"),
+                     ("me/tables-nf4", True), ("me/tables-nf4", exported / "nf4")]
+    assert capsys.readouterr().out.endswith("https://hub/me/tables\nhttps://hub/me/tables-nf4\n")
+
+    def refuse(self, *args, **kwargs):
+        raise OSError("403 Forbidden\nlong story")
+
+    Hub.upload_folder = refuse
+    with pytest.raises(SystemExit, match="^me/tables cannot be written on the Hub: 403 Forbidden$"):
+        export.main([*words, "--push", "me/tables"])
