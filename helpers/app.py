@@ -21,10 +21,16 @@ from helpers.parameters import ParameterError
 from helpers.predict import generate_lines
 
 EXAMPLES = (0, 2, 5, 7, 9, 12)  # scenes of val
-COLOURS = {"nutrition-table": "#E69F00", "nutrition-table-small": "#56B4E9", "nutrition-table-small-energy": "#CC79A7",
-           "nutrition-table-text": "#009E73"}  # told apart by the colour-blind
+Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]] | None, str, list[tuple[Image, str]]]
 
-Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]], str, list[tuple[Image, str]]]
+
+class Photo(gr.Image):
+    """An image to upload whose file reaches the function as it is; gradio would open, and on failure explain, it."""
+
+    is_template = True  # the browser shows what it shows for gr.Image
+
+    def preprocess(self, payload: Any) -> str | None:
+        return payload.path if payload else None
 
 
 def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Found]:
@@ -33,7 +39,7 @@ def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Fo
     def find(photo: str | None) -> Found:
         """Find the nutrition tables in a photo."""
         if not photo:
-            raise gr.Error("Choose a photo first.", print_exception=False)
+            return None, "", []
         try:
             picture = finished.open_upright(photo)
         except ValueError as error:
@@ -69,17 +75,15 @@ def build_page(model: str | Path) -> gr.Blocks:
                     "read out of it. The confidence is the model's own, from the probabilities of the digits.")
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(type="filepath", label="A photo", sources=["upload", "clipboard"], height=420)
+                photo = Photo(type="filepath", label="A photo", sources=["upload", "clipboard"], height=420)
                 button = gr.Button("Find the table", variant="primary")
+                gr.Examples(example_photos(folder), photo, label="Rendered examples: click one")
             with gr.Column():
                 drawn = gr.AnnotatedImage(label="Boxes", height=420)
                 text = gr.Textbox(label="What the model wrote", lines=2)
-                crops = gr.Gallery(label="Cut out", height=200, columns=3, object_fit="contain")
-        outputs = [drawn, text, crops]
-        gr.Examples(example_photos(folder), photo, label="Rendered examples: a click shows the answer", fn=find,
-                    outputs=outputs, run_on_click=True, cache_examples=False)
-        button.click(find, photo, outputs, api_name="find")
-        photo.upload(find, photo, outputs, api_visibility="private")
+                crops = gr.Gallery(label="Cut out", columns=2, fit_columns=False, object_fit="contain")
+        button.click(find, photo, [drawn, text, crops], api_name="find")
+        photo.change(find, photo, [drawn, text, crops], api_visibility="private")  # uploaded, pasted or an example
     return page
 
 
@@ -94,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
         page = build_page(chosen.model or finished.newest())
     except ParameterError as error:
         sys.exit(str(error))
-    page.launch(server_name=chosen.host, server_port=chosen.port, quiet=False)
+    page.launch(server_name=chosen.host, server_port=chosen.port, show_error=True)
 
 
 if __name__ == "__main__":
