@@ -24,15 +24,6 @@ EXAMPLES = (0, 2, 5, 7, 9, 12)  # scenes of val
 Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]] | None, str, list[tuple[Image, str]]]
 
 
-class Photo(gr.Image):
-    """An image to upload whose file reaches the function as it is; gradio would open, and on failure explain, it."""
-
-    is_template = True  # the browser shows what it shows for gr.Image
-
-    def preprocess(self, payload: Any) -> str | None:
-        return payload.path if payload else None
-
-
 def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Found]:
     """What the page calls with a photo's path: (picture, [(box in pixels, label)]), the raw text, [(crop, label)]."""
 
@@ -75,7 +66,8 @@ def build_page(model: str | Path) -> gr.Blocks:
                     "read out of it. The confidence is the model's own, from the probabilities of the digits.")
         with gr.Row():
             with gr.Column():
-                photo = Photo(type="filepath", label="A photo", sources=["upload", "clipboard"], height=420)
+                photo = gr.Image(type="filepath", label="A photo", sources=["upload", "clipboard"], height=420)
+                photo.preprocess = lambda file: file and file.path  # as it is: gradio would open it, and turn it
                 button = gr.Button("Find the table", variant="primary")
                 gr.Examples(example_photos(folder), photo, label="Rendered examples: click one")
             with gr.Column():
