@@ -67,7 +67,7 @@ def build_page(model: str | Path) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 photo = gr.Image(type="filepath", label="A photo", sources=["upload", "clipboard"], height=420)
-                photo.preprocess = lambda file: file.path if file else None  # else gradio opens it
+                photo.preprocess = lambda file: file.path if file else None  # type: ignore  # gradio opens it
                 button = gr.Button("Find the table", variant="primary")
                 gr.Examples(example_photos(folder), photo, label="Rendered examples: click one")
             with gr.Column():
