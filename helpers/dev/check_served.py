@@ -13,6 +13,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -27,31 +28,33 @@ from helpers.messages import parse_text
 
 
 @contextlib.contextmanager
-def served(*command: str, patience: float = 300) -> Iterator[str]:
-    """Run a server's command with `--port` of a free port added; yields its address, and ends it.
+def served(*command: str, folder: str | Path = ".", patience: float = 300) -> Iterator[str]:
+    """Run a server's command in `folder`, with `--port` of a free port added; yields its address, and ends it.
 
     Raises RuntimeError with what the command has written, where it ends or is not there after `patience` seconds.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True)
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe that nobody reads would fill, and stop the server
+    process = subprocess.Popen([*command, "--port", str(port)], cwd=folder, stdout=subprocess.DEVNULL,
+                               stderr=log, text=True)
     try:
         address, start = f"http://127.0.0.1:{port}", time.monotonic()
         while not _answers(f"{address}/health"):
             if process.poll() is not None or time.monotonic() - start > patience:
-                process.kill()
-                raise RuntimeError(f"{' '.join(command)}: no server: {process.communicate()[1].strip()[-2000:]}")
+                log.seek(0)
+                raise RuntimeError(f"{' '.join(command)}: no server: {log.read().strip()[-2000:]}")
             time.sleep(0.2)
         yield address
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=10)
+            process.wait(10)
         except subprocess.TimeoutExpired:  # `transformers serve` waits for its threads
             process.kill()
-            process.communicate()
+            process.wait()
+        log.close()
 
 
 def _answers(url: str) -> bool:
