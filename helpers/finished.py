@@ -35,7 +35,10 @@ def check(model: str | Path) -> dict[str, Any]:
                              "`make demo` and name none.")
     if (folder / "adapter_config.json").exists():
         raise ParameterError(f"MODEL={model} holds an adapter, which needs its base beside it; name the merged model "
-                             "of that run, runs/…-merged.")
+                             f"of that run, {_merged_of(folder.resolve().parent)}.")
+    if (folder / "manifest.json").exists():
+        raise ParameterError(f"MODEL={model} is the folder of a run, and no model; name its merged model, "
+                             f"{_merged_of(folder)}.")
     for name, there in {"config.json": (folder / "config.json").exists(), parity.FILE: (folder / parity.FILE).exists(),
                         "*.safetensors": any(folder.glob("*.safetensors"))}.items():
         if not there:
@@ -54,6 +57,12 @@ def check(model: str | Path) -> dict[str, Any]:
         raise ParameterError(f"MODEL={model} cannot be read ({why}); check its files and rights, or copy it again.") \
             from None
     return made_with
+
+
+def _merged_of(run: Path) -> str:
+    """Where the merged model of a run's folder is, or is to be expected."""
+    merged = run.with_name(f"{run.name.replace('-stage2', '')}-merged")
+    return str(merged) if merged.is_dir() else "runs/…-merged"
 
 
 def load(model: str | Path) -> tuple[Any, Any, str]:

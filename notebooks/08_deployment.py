@@ -184,8 +184,8 @@ change = evaluate.paired_bootstrap(scores[0]["per_picture"], scores[1]["per_pict
 moved = sum(a["boxes"] != b["boxes"] for a, b in zip(together, local, strict=True))
 Markdown(f"In batches, as the pipeline and `make predict` ask, the same picture can give a slightly other box: in bf16 "
          "a sum taken in another order rounds otherwise, and a digit tips over. In batches of 16, "
-         f"{moved} of {len(local)} answers have other boxes than one at a time; mean IoU in batches minus one at a time: "
-         f"{evaluate.with_interval(change)}, of {evaluate.with_interval(scores[1]['summary']['mean_iou'])}.")
+         f"{moved} of {len(local)} answers have other boxes than one at a time; mean IoU in batches minus one at a "
+         f"time: {evaluate.with_interval(change)}, of {evaluate.with_interval(scores[1]['summary']['mean_iou'])}.")
 
 # %% [markdown]
 # ## 4 · Requests that are wrong
@@ -259,8 +259,8 @@ few, most = min(callers), max(callers)
 hardly = "hardly " if rates[most] < 1.5 * rates[few] else ""
 Markdown(f"With {few} caller(s) the median answer takes {np.median(waited[few]):.2f} s, with {most} "
          f"{np.median(waited[most]):.2f} s, and the server gives {rates[few]:.1f} and {rates[most]:.1f} pictures a "
-         f"second: more callers {hardly}bring more pictures, they stand in a queue. That is fine for a few users and for "
-         "tests. For many, take a server that works on many requests at once.")
+         f"second: more callers {hardly}bring more pictures, they stand in a queue. That is fine for a few users and "
+         "for tests. For many, take a server that works on many requests at once.")
 
 # %%
 budget = {key: SCALES["7b"][key] for key in ("min_pixels", "max_pixels")}

@@ -52,6 +52,11 @@ def test_a_folder_that_is_none_an_adapter_or_half_a_model_is_refused(tmp_path, m
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     assert "holds an adapter" in refusal(finished.check, adapter)
+    run = tmp_path / "runs" / "x"  # the run that `model` was merged from
+    (run / "adapter").mkdir(parents=True)
+    for file in ("manifest.json", "adapter/adapter_config.json"):
+        (run / file).write_text("{}")
+        assert str(model) in refusal(finished.check, (run / file).parent)
     for name in ("parity.json", "config.json", "model.safetensors"):
         (model / name).rename(tmp_path / "away")
         assert f"has no {name.replace('model', '*')}" in refusal(finished.check, model)

@@ -35,15 +35,18 @@ def write_photos(folder: Path, count: int) -> None:
             file.hardlink_to(folder / f"{number % len(stored)}.jpeg-bytes")
 
 
-def watch(process: subprocess.Popen, output: Path, every: float = 1.0) -> pd.DataFrame:
-    """Seconds, finished parts and resident MiB of `process`, until it ends."""
-    start, seen, looked_at = time.monotonic(), [], psutil.Process(process.pid)
+def watch(process: subprocess.Popen, output: Path, parts: int, every: float = 1.0) -> pd.DataFrame:
+    """Seconds, finished parts and resident MiB of `process`, until it ends; a line at each tenth of `parts`."""
+    start, seen, told, looked_at = time.monotonic(), [], 1, psutil.Process(process.pid)
     while process.poll() is None:
         try:
             held = looked_at.memory_info().rss / 2**20
         except psutil.NoSuchProcess:
             break
         seen.append((time.monotonic() - start, len(list(output.glob("parts/*.jsonl"))), held))
+        if seen[-1][1] >= told:
+            print(f"{seen[-1][1] * many.PART:>7,} pictures after {seen[-1][0]:>6.0f} s: {held:,.0f} MiB", flush=True)
+            told = seen[-1][1] + max(1, parts // 10)
         time.sleep(every)
     return pd.DataFrame(seen, columns=["seconds", "parts", "MiB"])
 
@@ -60,13 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
         output = Path(scratch) / "out"
         process = subprocess.Popen([sys.executable, "-m", "helpers.many", str(folder / "photos"), str(output),
                                     "--model", chosen.model])
-        seen = watch(process, output)
+        seen = watch(process, output, -(-chosen.pictures // many.PART))
         if process.wait():
             return process.returncode
-    steps = range(0, int(seen["parts"].max()) + 1, max(1, int(seen["parts"].max()) // 10))
-    table = pd.DataFrame([seen[seen["parts"] >= parts].iloc[0] for parts in steps if parts])
-    table.insert(0, "pictures", table.pop("parts").astype(int) * many.PART)
-    print(table.round(0).astype(int).to_string(index=False))
     working = seen[seen["parts"] >= 1]
     early = working["MiB"][: len(working) // 4].median()
     late = working["MiB"][-(len(working) // 4) :].median()
