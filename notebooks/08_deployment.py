@@ -263,7 +263,8 @@ gained = rates[most] / rates[few]
 Markdown(f"With {few} caller(s) the median answer takes {np.median(waited[few]):.2f} s, with {most} "
          f"{np.median(waited[most]):.2f} s, and the server gives {rates[few]:.1f} and {rates[most]:.1f} pictures a "
          f"second, {gained:.1f} times as many: pictures are read while others are answered, and the rest of the time "
-         "callers stand in a queue. That is fine for a few users and for tests. For many, take a server that works on many requests at once.")
+         "callers stand in a queue. That is fine for a few users and for tests. For many, take a server that works on "
+         "many requests at once.")
 
 # %%
 budget = {key: SCALES["7b"][key] for key in ("min_pixels", "max_pixels")}
