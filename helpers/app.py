@@ -90,7 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
         page = build_page(chosen.model or finished.newest())
     except ParameterError as error:
         sys.exit(str(error))
-    page.launch(server_name=chosen.host, server_port=chosen.port, show_error=True)
+    try:
+        page.launch(server_name=chosen.host, server_port=chosen.port, show_error=True)
+    except OSError as error:  # gradio's own words advise to change its call
+        sys.exit(f"--port {chosen.port}: no page can be opened there ({str(error).partition('.')[0]}); name another, "
+                 "PORT=7861.")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,27 @@ def check_picture(url: str) -> None:
         raise Refused(400, f"the picture cannot be decoded: the {kind} is broken or cut off.") from None
 
 
+def answer_errors(app: FastAPI) -> None:
+    """Let everything that goes wrong in `app` be a status and one sentence, and the server live on."""
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        return error_answer(error.status, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        return error_answer(error.status_code, f"{error.detail}; there is POST /v1/chat/completions, GET /v1/models "
+                                               "and GET /health.")
+
+    @app.middleware("http")
+    async def live_on(request: Request, call_next: Any) -> Response:
+        try:
+            return await call_next(request)
+        except Exception:  # whatever a request has brought about ends that request alone
+            log.exception("a request failed")
+            return error_answer(500, "the server failed on this request, and its log says why; others go on.")
+
+
 def build_app(model: str | Path) -> FastAPI:
     """The server of one merged model: /v1/chat/completions, /v1/models and /health. Loads the model."""
     name = Path(model).expanduser().resolve().name
@@ -162,23 +183,7 @@ def build_app(model: str | Path) -> FastAPI:
     def health() -> dict:
         return {"status": "ok"}
 
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
-        return error_answer(error.status, str(error))
-
-    @app.exception_handler(HTTPException)
-    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
-        return error_answer(error.status_code, f"{error.detail}; there is POST /v1/chat/completions, GET /v1/models "
-                                               "and GET /health.")
-
-    @app.middleware("http")
-    async def live_on(request: Request, call_next: Any) -> Response:
-        try:
-            return await call_next(request)
-        except Exception:  # whatever a request has brought about ends that request alone
-            log.exception("a request failed")
-            return error_answer(500, "the server failed on this request, and its log says why; others go on.")
-
+    answer_errors(app)
     return app
 
 
