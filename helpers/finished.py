@@ -12,6 +12,7 @@ from helpers.parameters import ParameterError
 
 RUNS = Path(__file__).parents[1] / "runs"
 MAX_NEW_TOKENS = 128  # the pipeline's default: room for five boxes
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS and its like: reading them starts programs
 MAX_RATIO = 200  # the processor takes no picture whose long side is more times its short one
 
 
@@ -90,7 +91,7 @@ def open_upright(source: str | Path | bytes) -> Image.Image:
     Raises ValueError that says why it cannot be used.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:  # Pillow's readers raise many kinds
         why = "its content is no picture" if isinstance(error, Image.UnidentifiedImageError) else \

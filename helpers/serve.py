@@ -30,7 +30,7 @@ from helpers.parameters import ParameterError
 MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000  # of a picture
 MAX_TOKENS = 1024
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what the server's own reader takes
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")  # MPO: a JPEG with more in it, as phones write it
 
 log = logging.getLogger("uvicorn.error")
 
@@ -74,7 +74,7 @@ def check_request(body: Any, name: str, prompt: str) -> dict[str, Any]:
     url, text = _picture_and_text(body.get("messages"))
     if text not in ("", prompt):
         raise Refused(400, f"this model was trained with one prompt; send {prompt!r}, or the picture alone.")
-    check_picture(url)
+    url = check_picture(url)
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or finished.MAX_NEW_TOKENS
     if type(limit) is not int or not 1 <= limit <= MAX_TOKENS:
         raise Refused(400, f"max_tokens is {str(limit)[:40]!r}; send a whole number from 1 to {MAX_TOKENS}.")
@@ -102,8 +102,11 @@ def _picture_and_text(messages: Any) -> tuple[str, str]:
     return url, text.strip()
 
 
-def check_picture(url: str) -> None:
-    """Refuse what is not a whole picture in a data URL, by the very reader that the model's input goes through."""
+def check_picture(url: str) -> str:
+    """The data URL of a whole picture, as the reader of the model's input takes it; of a moving one, its first frame.
+
+    Raises Refused for anything else.
+    """
     head, comma, written = url.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
         raise Refused(400, "the picture must come as a data URL, data:image/jpeg;base64,…; addresses and files are not "
@@ -129,9 +132,16 @@ def check_picture(url: str) -> None:
     from transformers.image_utils import load_image_as_tensor
 
     try:
-        load_image_as_tensor(url)
+        if load_image_as_tensor(url).ndim == 3:  # [3, height, width]; a moving picture has one dimension more
+            return url
     except Exception:  # torchvision raises RuntimeError for all kinds of broken files
+        pass
+    still = io.BytesIO()
+    try:
+        finished.open_upright(content).save(still, "PNG", compress_level=1)
+    except ValueError:
         raise Refused(400, f"the picture cannot be decoded: the {kind} is broken or cut off.") from None
+    return "data:image/png;base64," + base64.b64encode(still.getvalue()).decode()
 
 
 def answer_errors(app: FastAPI) -> None:

@@ -8,9 +8,11 @@ import sys
 import urllib.request
 
 import finished_model
+import numpy as np
 import openai
 import pytest
 from PIL import Image
+from transformers.image_utils import load_image_as_tensor
 
 from helpers import finished, predict, serve
 from helpers.dev.check_served import served
@@ -62,6 +64,22 @@ def test_the_boxes_are_those_of_predict_with_and_without_prompt_and_other_option
             assert answer == line["text"]
         found += len(line["boxes"])
     assert found  # or nothing was compared
+
+
+@pytest.mark.parametrize("kind", ["moving GIF", "moving WebP", "MPO of a phone", "CMYK", "16 bit", "palette"])
+def test_pictures_of_rarer_kinds_are_read(kind):
+    still = finished.open_upright(finished_model.scene(0)).resize((96, 128))
+    two = {"save_all": True, "append_images": [still.rotate(90)]}
+    grey = Image.fromarray(np.asarray(still.convert("L")).astype("uint16") * 256)
+    picture, name, more = {"moving GIF": (still, "GIF", two), "moving WebP": (still, "WEBP", two),
+                           "MPO of a phone": (still, "MPO", two), "CMYK": (still.convert("CMYK"), "JPEG", {}),
+                           "16 bit": (grey, "PNG", {}), "palette": (still.convert("P"), "PNG", {})}[kind]
+    file = io.BytesIO()
+    picture.save(file, name, **more)
+    seen = load_image_as_tensor(serve.check_picture(data_url(file.getvalue())))
+    assert seen.shape == (3, 128, 96)
+    same = np.asarray(finished.open_upright(file.getvalue())).transpose(2, 0, 1)
+    assert np.abs(seen.numpy().astype(int) - same).mean() < 3  # of 255
 
 
 def test_a_streamed_answer_is_the_same(address):
