@@ -4,6 +4,10 @@ RECIPE ?= r4-joint
 RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint
 SCALE ?= auto
 GPUS ?=
+MODEL ?=
+PORT ?=
+INPUT ?=
+OUTPUT ?=
 ARGS ?=
 PYTEST_ARGS ?=
 
@@ -18,8 +22,8 @@ PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
 ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types sync lab run recipes rerun table compare export prompts collators notebooks \
-	tiny-base kill-test fuzz test-newest env lock clean
+.PHONY: help setup demo app serve predict export test lint types sync lab run recipes rerun table compare prompts \
+	collators notebooks tiny-base kill-test fuzz test-newest env lock clean
 
 help: ## show the targets and what they take
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +45,17 @@ $(STAMP): pyproject.toml requirements.lock
 demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
 	mkdir -p runs/demo
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r4-joint -p scale tiny -p output_root runs/demo $(ARGS)
+
+app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newest where left out) PORT=7860
+	$(BIN)/python -m helpers.app $(MODEL) --port $(or $(PORT),7860) $(ARGS)
+
+serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/...-merged PORT=8000
+	$(BIN)/python -m helpers.serve $(MODEL) --port $(or $(PORT),8000) $(ARGS)
+
+predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
+	$(BIN)/python -m helpers.many $(if $(INPUT),$(INPUT),$(error INPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
+		$(if $(OUTPUT),$(OUTPUT),$(error OUTPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
+		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: lint types ## run all tests (PYTEST_ARGS='-k boxes')
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(PYTEST_ARGS)

@@ -159,3 +159,20 @@ def test_a_group_is_free_again_when_its_lock_is_closed(tmp_path):
     os.close(lock)
     assert take(["0", "1"], tmp_path, pause=0.01)[0] == "0"
     os.close(other)
+
+
+def test_using_a_model_passes_on_what_is_named_and_asks_for_what_is_missing(checkout):
+    python = checkout / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$*" >> log\n')
+    for words, command in {
+        ("app",): "-m helpers.app --port 7860",
+        ("app", "MODEL=runs/x-merged", "PORT=1234"): "-m helpers.app runs/x-merged --port 1234",
+        ("serve", "MODEL=runs/x-merged"): "-m helpers.serve runs/x-merged --port 8000",
+        ("predict", "INPUT=photos", "OUTPUT=boxes", "MODEL=runs/x-merged", "ARGS=--coco"):
+            "-m helpers.many photos boxes --model runs/x-merged --coco",
+    }.items():
+        done = make(checkout, *words)
+        assert done.returncode == 0, done.stderr
+        assert (checkout / "log").read_text().splitlines()[-1] == command
+    assert "INPUT= is missing" in make(checkout, "predict", "OUTPUT=boxes").stderr
+    assert "OUTPUT= is missing" in make(checkout, "predict", "INPUT=photos").stderr

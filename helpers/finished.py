@@ -1,0 +1,119 @@
+"""A finished model, to use: found in runs/, checked against what it was made with, opened; a picture read as shown."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from helpers import parity
+from helpers.files import read_json
+from helpers.parameters import ParameterError
+
+RUNS = Path(__file__).parents[1] / "runs"
+MAX_NEW_TOKENS = 128  # the pipeline's default: room for five boxes
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS and its like: reading them starts programs
+MAX_RATIO = 200  # the processor takes no picture whose long side is more times its short one
+
+
+def newest(runs: Path = RUNS) -> Path:
+    """The merged model that was made last, in `runs` or `runs/demo`. Raises ParameterError where there is none."""
+    found = [*runs.glob(f"*-merged/{parity.FILE}"), *runs.glob(f"demo/*-merged/{parity.FILE}")]
+    if not found:
+        raise ParameterError(f"{runs} holds no merged model yet: run `make demo` first, or name one with MODEL=folder.")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def check(model: str | Path) -> dict[str, Any]:
+    """What is in the folder's parity.json, after a look at everything that can be wrong without loading weights.
+
+    Raises ParameterError, one sentence: no folder, an adapter, no weights, unreadable, made with another pixel budget,
+    tokenizer or format than its own processor has now, or weights that are not those that were saved.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ParameterError(f"MODEL={model} is no folder; name a merged model, such as runs/…-r4-joint-merged, or run "
+                             "`make demo` and name none.")
+    if (folder / "adapter_config.json").exists():
+        raise ParameterError(f"MODEL={model} holds an adapter, which needs its base beside it; name the merged model "
+                             f"of that run, {_merged_of(folder.resolve().parent)}.")
+    if (folder / "manifest.json").exists():
+        raise ParameterError(f"MODEL={model} is the folder of a run, and no model; name its merged model, "
+                             f"{_merged_of(folder)}.")
+    for name, there in {"config.json": (folder / "config.json").exists(), parity.FILE: (folder / parity.FILE).exists(),
+                        "*.safetensors": any(folder.glob("*.safetensors"))}.items():
+        if not there:
+            raise ParameterError(f"MODEL={model} has no {name}: it is no whole model of this project's; name a merged "
+                                 "one, such as runs/…-r4-joint-merged.")
+    try:
+        from transformers import Qwen2VLProcessor
+
+        made_with = read_json(folder / parity.FILE)
+        read_json(folder / "config.json")
+        parity.check(folder, parity.record(Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]))
+    except parity.ParityError as error:
+        raise ParameterError(f"MODEL={model} is refused: {error}") from None
+    except (OSError, ValueError, KeyError) as error:  # no right to read, a broken disk, half a file
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ParameterError(f"MODEL={model} cannot be read ({why}); check its files and rights, or copy it again.") \
+            from None
+    return made_with
+
+
+def _merged_of(run: Path) -> str:
+    """Where the merged model of a run's folder is, or is to be expected."""
+    merged = run.with_name(f"{run.name.replace('-stage2', '')}-merged")
+    return str(merged) if merged.is_dir() else "runs/…-merged"
+
+
+def load(model: str | Path) -> tuple[Any, Any, str]:
+    """(model in bf16, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
+
+    A 4-bit export loads the same way: its config.json says how it is held.
+    """
+    made_with = check(model)
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+    from helpers.model import attention, device_map, patches_as_product
+
+    patches_as_product()
+    folder = Path(model).expanduser()
+    loaded = Qwen2VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, use_safetensors=True, attn_implementation=attention(training=False),
+        device_map=device_map())
+    return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
+
+
+def open_upright(source: str | Path | bytes) -> Image.Image:
+    """A picture, from a path or its file's bytes, as its EXIF tag shows it, in RGB.
+
+    Raises ValueError that says why it cannot be used.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as picture:
+            upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I;16"):  # convert would show all that is lighter than 1 % as white
+            upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+        upright = upright.convert("RGB")
+    except Exception as error:  # Pillow's readers raise many kinds
+        why = "its content is no picture" if isinstance(error, Image.UnidentifiedImageError) else \
+            f"{type(error).__name__}: {error}"
+        raise ValueError(f"not a picture that can be read ({why})") from None
+    if max(upright.size) > MAX_RATIO * min(upright.size):
+        raise ValueError(f"{upright.width} x {upright.height} pixels: no side may be more than {MAX_RATIO} times the "
+                         "other")
+    return upright
+
+
+def as_row(image_id: str, picture: Image.Image) -> dict[str, Any]:
+    """A row of the schema whose boxes nobody knows, as `predict.generate_lines` takes it."""
+    return {"image_id": image_id, "image": picture, "objects": {"bbox": [], "category_name": []}}
+
+
+def to_pixels(box: list[float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """[x0, y0, x1, y1] in 0-1 as whole pixels of a picture of `size` (width, height), one pixel wide at least."""
+    x0, y0, x1, y1 = (round(edge * side) for edge, side in zip(box, (*size, *size), strict=True))
+    x0, y0 = min(x0, size[0] - 1), min(y0, size[1] - 1)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)

@@ -1,0 +1,123 @@
+"""A finished model is found, checked and opened, or refused in one sentence."""
+
+import io
+import json
+import os
+
+import finished_model
+import pytest
+from PIL import Image
+
+from helpers import finished
+from helpers.files import read_json, write_json
+from helpers.parameters import ParameterError
+
+
+@pytest.fixture
+def model(tmp_path):
+    return finished_model.make(tmp_path / "runs" / "x-merged")
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(ParameterError) as refused:
+        call(*arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_newest_merged_model_is_found_in_runs_and_in_the_demo(tmp_path, model):
+    runs = tmp_path / "runs"
+    assert finished.newest(runs) == model
+    demo = finished_model.make(runs / "demo" / "y-merged")
+    os.utime(model / "parity.json", (1, 1))
+    assert finished.newest(runs) == demo
+    (runs / "z-merged").mkdir()  # a merge that was killed has no parity.json
+    assert finished.newest(runs) == demo
+
+
+def test_without_any_the_sentence_names_the_command(tmp_path):
+    assert "run `make demo` first" in refusal(finished.newest, tmp_path)
+
+
+def test_a_good_model_passes_and_loads(model):
+    assert finished.check(model)["prompt"] == finished_model.PROMPT
+    loaded, processor, prompt = finished.load(model)
+    assert str(loaded.dtype) == "torch.bfloat16" and not loaded.training and prompt == finished_model.PROMPT
+    assert processor.image_processor.size["longest_edge"] == finished_model.BUDGET["max_pixels"]
+
+
+def test_a_folder_that_is_none_an_adapter_or_half_a_model_is_refused(tmp_path, model):
+    assert "is no folder" in refusal(finished.check, tmp_path / "nothing")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refusal(finished.check, adapter)
+    run = tmp_path / "runs" / "x"  # the run that `model` was merged from
+    (run / "adapter").mkdir(parents=True)
+    for file in ("manifest.json", "adapter/adapter_config.json"):
+        (run / file).write_text("{}")
+        assert str(model) in refusal(finished.check, (run / file).parent)
+    for name in ("parity.json", "config.json", "model.safetensors"):
+        (model / name).rename(tmp_path / "away")
+        assert f"has no {name.replace('model', '*')}" in refusal(finished.check, model)
+        (tmp_path / "away").rename(model / name)
+
+
+def test_another_pixel_budget_than_it_was_made_with_is_refused(model):
+    config = read_json(model / "processor_config.json")
+    config["image_processor"]["size"]["longest_edge"] *= 2
+    write_json(model / "processor_config.json", config)
+    said = refusal(finished.check, model)
+    was = finished_model.BUDGET["max_pixels"]
+    assert f"max_pixels={was}" in said and str(2 * was) in said
+
+
+def test_other_weights_than_were_saved_are_refused(model):
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    assert "are not those that were saved there" in refusal(finished.check, model)
+
+
+@pytest.mark.parametrize("name", ["parity.json", "config.json", "tokenizer.json"])
+def test_half_a_file_is_refused(model, name):
+    (model / name).write_text((model / name).read_text()[:40])
+    assert "cannot be read" in refusal(finished.check, model)
+
+
+def test_a_folder_without_the_right_to_read_is_refused(model, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(finished, "read_json", denied)
+    assert "cannot be read" in refusal(finished.check, model) and "Permission denied" in refusal(finished.check, model)
+
+
+def test_a_parity_file_that_lacks_the_prompt_is_refused(model):
+    write_json(model / "parity.json", {"weights": json.loads((model / "parity.json").read_text())["weights"]})
+    assert "cannot be read" in refusal(finished.check, model)
+
+
+def test_a_picture_is_opened_as_exif_shows_it():
+    upright = finished.open_upright(finished_model.scene(0))
+    assert finished.open_upright(finished_model.turned(finished_model.scene(0))).size == upright.size
+    assert upright.mode == "RGB"
+
+
+@pytest.mark.parametrize("content, said", [(b"hello", "no picture"), (finished_model.scene(0)[:999], "OSError")])
+def test_what_is_no_picture_says_why(content, said):
+    with pytest.raises(ValueError, match=said):
+        finished.open_upright(content)
+
+
+def test_a_strip_is_refused():
+    file = io.BytesIO()
+    Image.new("RGB", (1005, 5)).save(file, "PNG")
+    with pytest.raises(ValueError, match="1005 x 5 pixels"):
+        finished.open_upright(file.getvalue())
+
+
+def test_boxes_in_pixels_are_never_empty():
+    assert finished.to_pixels([0.1, 0.2, 0.5, 1.0], (200, 100)) == (20, 20, 100, 100)
+    assert finished.to_pixels([0.5, 0.5, 0.501, 0.501], (10, 10)) == (5, 5, 6, 6)
+    assert finished.to_pixels([0.999, 0.999, 1.0, 1.0], (10, 10)) == (9, 9, 10, 10)
