@@ -162,12 +162,12 @@ def test_without_a_gpu_there_is_no_memory_to_save():
 
 def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):
     arguments = ["--tiny", "--folder", str(tmp_path), "--report", str(tmp_path / "report.json"), "--workers", "0",
-                 "--only", "cached vision, r1", "--batches", "2", "--new-tokens", "2", "--steps", "1"]
+                 "--only", "cached vision, r1", "--batches", "2", "--new-tokens", "2", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["bench_7b", *arguments])
     assert bench_7b.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["name"] for row in report["train"]] == ["stock", "stock, r1", "cached vision, r1",
-                                                        "stock trainer, bf16 base"]  # fmt: skip
+    assert [row["name"] for row in report["train"]] == [
+        "stock", "stock, r1", "cached vision, r1", "stock trainer, bf16 base"]
     for row in report["train"]:
         assert "failed" not in row, row["failed"]
         assert 0 < row["mfu"] < 1 and row["pictures_per_s"] > 0
@@ -176,7 +176,7 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert [(row["precision"], row["batch"]) for row in report["answer"]] == [
         ("nf4", 1), ("nf4", 2), ("bf16", 1), ("bf16", 2)]
     assert len(report["curves"]) == 3 and len({losses[0] for losses in report["curves"].values()}) <= 2
-    assert "no checkpointing" in {row["what"] for row in report["left_out"]}
+    assert "no checkpointing, r1" in {row["what"] for row in report["left_out"]}
     assert "limit" in capsys.readouterr().out
     stock, cached = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
     assert bench_report.times_stock(report, cached) == cached["pictures_per_s"] / stock["pictures_per_s"]

@@ -53,7 +53,7 @@ class Variant:
     recipe: str = "r4-joint"
     kind: str = "ours"  # a key of KINDS
     micro_batch: int = 2
-    checkpointing: bool = True
+    checkpointing: bool | None = True  # None: where memory needs it, as the pipeline chooses
     cast: bool = False  # let PEFT turn LoRA's input into fp32 before autocast turns it back
     dropout: float = 0.05  # LoRA's
     cached: bool = False  # the frozen vision tower's features computed beforehand
@@ -186,17 +186,19 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
     tuned = get_peft_model(base, LoraConfig(
         r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
         task_type="CAUSAL_LM"))  # fmt: skip
+    collator, checkpointing = collate.Collator(processor, PROMPT), variant.checkpointing
+    if checkpointing is None:
+        checkpointing = not model.fits_whole(tuned, collator([rows[i] for i in range(variant.micro_batch)]))
     arguments = SFTConfig(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=variant.micro_batch,
         gradient_accumulation_steps=accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=0.05, max_grad_norm=1.0, bf16=True, gradient_checkpointing=variant.checkpointing, max_length=None,
+        warmup_steps=0.05, max_grad_norm=1.0, bf16=True, gradient_checkpointing=checkpointing, max_length=None,
         remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none", seed=0,
         dataloader_num_workers=workers, use_cpu=not torch.cuda.is_available(), disable_tqdm=True)  # fmt: skip
     enough = [i % len(rows) for i in range(steps * accumulation * variant.micro_batch)]  # one epoch
     if variant.kind == "stock":
         chats = as_chats(rows.select(enough))
         return SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
-    collator = collate.Collator(processor, PROMPT)
     if variant.cached:
         collator = features.SeenCollator(collator, tuned.get_base_model(), rows, Path(folder) / "seen",
                                          variant.micro_batch, workers)  # fmt: skip
@@ -266,7 +268,8 @@ def _timed(variant: Variant, sft: SFTTrainer, base, rank: int, rate: float, pict
     seconds = sum(split.values())
     peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
     return {"pictures_per_s": pictures / seconds, "tokens_per_s": pictures * tokens / seconds, "peak_gib": peak,
-            "mfu": pictures * flops / seconds / rate, "split_s": split, "micro_batches": len(clock.batches),
+            "mfu": pictures * flops / seconds / rate, "split_s": split,
+            "checkpointing": sft.args.gradient_checkpointing, "micro_batches": len(clock.batches),
             "losses": [log["loss"] for log in sft.state.log_history if "loss" in log],
             "wall_s": time.perf_counter() - start}  # fmt: skip
 
