@@ -5,6 +5,7 @@ measured by marks on the device: CUDA events on a GPU, the clock on a CPU. Media
 first step.
 """
 
+import copy
 import gc
 import statistics
 import tempfile
@@ -181,11 +182,15 @@ def as_chats(rows: Dataset) -> Dataset:
 
 def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, folder: str, *, rank: int, steps: int,
           accumulation: int, workers: int, learning_rate: float = 2e-5) -> SFTTrainer:
-    """The variant's trainer on fresh adapters, the same ones for every variant of a recipe."""
+    """The variant's trainer: on fresh adapters, alike for all variants, or on a copy where a whole tower trains."""
     set_seed(0)
-    tuned = get_peft_model(base, LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
-        task_type="CAUSAL_LM"))  # fmt: skip
+    if variant.stage.trains == "full":  # on a copy, whose weights may change
+        tuned = copy.deepcopy(base)
+        tuned.model.visual.float().requires_grad_(True)
+    else:
+        tuned = get_peft_model(base, LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
+            task_type="CAUSAL_LM"))  # fmt: skip
     collator, checkpointing = collate.Collator(processor, PROMPT), variant.checkpointing
     if checkpointing is None:
         checkpointing = not model.fits_whole(tuned, collator([rows[i] for i in range(variant.micro_batch)]))
@@ -200,7 +205,7 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
         chats = as_chats(rows.select(enough))
         return SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
     if variant.cached:
-        collator = features.SeenCollator(collator, tuned.get_base_model(), rows, Path(folder) / "seen",
+        collator = features.SeenCollator(collator, tuned, rows, Path(folder) / "seen",
                                          variant.micro_batch, workers)  # fmt: skip
         rows = collator.rows
     sft = KINDS[variant.kind](tuned, args=arguments, train_dataset=rows.select(enough), processing_class=processor,
@@ -214,6 +219,8 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
 
 def release(sft: SFTTrainer) -> None:
     """Take the adapters and everything the trainer did to the base off again."""
+    if not isinstance(sft.model, PeftModel):  # a copy: nothing was done to the base
+        return
     base = sft.model.unload()
     base.__dict__.pop("forward", None)  # TRL's and accelerate's wrappers
     base.__dict__.pop("peft_config", None)
@@ -278,7 +285,7 @@ def needed(variant: Variant, sft: SFTTrainer, rank: int, batches: int = 2) -> tu
     """Needed operations and tokens a picture, means over the first `batches` batches of the trainer's data."""
     count, flops, tokens = 0, 0.0, 0.0
     with torch.device("meta"):
-        plain = Qwen2VLForConditionalGeneration(sft.model.get_base_model().config)  # before PEFT: its layers by name
+        plain = Qwen2VLForConditionalGeneration(sft.model.config)  # before PEFT: its layers by name
     for number in range(batches):
         first = number * variant.micro_batch
         batch = sft.data_collator([sft.train_dataset[i % len(sft.train_dataset)]
