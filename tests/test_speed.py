@@ -183,6 +183,12 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert f"| {cached['pictures_per_s']:.2f} |" in bench_report.summary(report)
 
 
+def test_the_readme_says_what_the_report_says(repo):
+    report = bench_report.read()
+    found = bench_report.BLOCK.search((repo / "README.md").read_text())
+    assert found and bench_report.summary(report) in found[0], "python -m helpers.dev.bench_report --write"
+
+
 def test_a_benchmark_out_of_time_names_what_it_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_7b", "--tiny", "--folder", str(tmp_path), "--report",
                                       str(tmp_path / "report.json"), "--minutes", "0"])  # fmt: skip
