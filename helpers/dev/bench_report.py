@@ -89,7 +89,7 @@ def summary(report: dict | None) -> str:
     table = [["", "pictures/s", "× stock", "peak GiB", "MFU"]]
     for recipe in dict.fromkeys(row["recipe"] for row in report["train"]):
         good = [row for row in report["train"] if row["recipe"] == recipe and "failed" not in row]
-        ours = [row for row in good if row["kind"] == "ours"]
+        ours = [row for row in good if row["kind"] == "ours" and row["dropout"]]  # without it is another training
         rows = [row for row in good if row["kind"] == "stock"][:1] + [best for best in [max(
             ours, key=lambda row: row["pictures_per_s"], default=None)] if best]  # fmt: skip
         for row in rows:
