@@ -43,10 +43,10 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from transformers import Qwen2VLProcessor
+from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import budget, data, grammar, messages, model, predict, sizes
-from helpers.dev import bench_report, bench_steps, random_7b
+from helpers.dev import bench_clock, bench_report, bench_steps, random_7b
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
 from helpers.plots import speed as draw
@@ -74,9 +74,9 @@ print(f"{runs.machine()}, {torch.get_num_threads()} thread(s); {len(rows['train'
 # product in bf16. **MFU** is the share of it that a step reaches.
 
 # %%
-rate = bench_steps.matmul_rate(1024, 10)
+rate = bench_clock.matmul_rate(1024, 10)
 with torch.device("meta"):  # 7B by its published configuration: shapes, no memory
-    seven = bench_steps.Qwen2VLForConditionalGeneration(random_7b.config(random_7b.PUBLISHED))
+    seven = Qwen2VLForConditionalGeneration(random_7b.config(random_7b.PUBLISHED))
 needs = {}
 for name, vlm, grid, tokens, rank in (("tiny, 100 image tokens", base["bf16"], (1, 20, 20), 160, tiny["lora_rank"]),
                                       ("7B, 1280 image tokens", seven, (1, 64, 80), 1345, SCALES["7b"]["lora_rank"])):

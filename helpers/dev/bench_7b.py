@@ -22,7 +22,7 @@ import torch
 from transformers import Qwen2VLProcessor
 
 from helpers import data, model, predict, runs
-from helpers.dev import bench_report, bench_steps
+from helpers.dev import bench_clock, bench_report, bench_steps
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
 from helpers.dev.random_7b import PUBLISHED, write_json, write_model, write_pictures
@@ -194,7 +194,7 @@ def main() -> int:
     runs.quiet_libraries()
     report = Report(options)
     folder, processor, rows = prepare(options)
-    rate = bench_steps.matmul_rate(*((1024, 5) if options.tiny else (8192, 20)))
+    rate = bench_clock.matmul_rate(*((1024, 5) if options.tiny else (8192, 20)))
     report.content |= {"matmul_flops_per_s": rate, "prepared_s": round(time.monotonic() - report.began)}
     for precision, variants in (("nf4", NF4), ("bf16", BF16)):
         if not report.time_for(f"the base in {precision}", 40):

@@ -99,8 +99,8 @@ def summary(report: dict | None) -> str:
                           f"{peak:.1f}" if peak else "–", f"{row['mfu']:.0%}"])  # fmt: skip
         if rows:
             limit = rows[-1]["pictures_per_s"] / rows[-1]["mfu"]
-            times = f"{limit / rows[0]['pictures_per_s']:.2f}" if rows[0]["kind"] == "stock" else "–"
-            table.append([f"{recipe}, limit: what is needed, at the rate of a matrix product", f"{limit:.2f}", times,
+            ratio = f"{limit / rows[0]['pictures_per_s']:.2f}" if rows[0]["kind"] == "stock" else "–"
+            table.append([f"{recipe}, limit: what is needed, at the rate of a matrix product", f"{limit:.2f}", ratio,
                           "–", "100%"])  # fmt: skip
     head = f"`{report['command'].strip()}` ({machine}, {report['pictures_per_update']} random pictures an update):"
     return "\n\n".join([head, markdown(table), answering_table(report), curves_text(report)])
