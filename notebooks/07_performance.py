@@ -222,15 +222,15 @@ answers = pd.DataFrame(answers).set_index("")
 answers.round(2)
 
 # %%
-inputs = processor(images=[row["image"].convert("RGB") for row in asked[:8]], text=["<|image_pad|>"] * 8,
-                   padding=True, return_tensors="pt")  # fmt: skip
+some = [row["image"].convert("RGB") for row in asked[:8]]
+inputs = processor.image_processor(some, return_tensors="pt")
 start = time.perf_counter()
 with torch.inference_mode():
     predict.look(base["bf16"], inputs["pixel_values"], inputs["image_grid_thw"])
-looking = (time.perf_counter() - start) / 8
+looking = (time.perf_counter() - start) / len(some)
 form, forced, tokens = grammar.Grammar(processor.tokenizer, names, max_new_tokens=128), 0, 0
 for row in asked:
-    answer, choices = form.answer(), None
+    answer = form.answer()
     choices = next(answer)
     target = messages.target_text(row["objects"]) + messages.END_OF_TURN
     for token in processor.tokenizer.encode(target, add_special_tokens=False):
