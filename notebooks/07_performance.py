@@ -102,7 +102,7 @@ def measured(*variants, held="nf4"):
     """`bench_steps.measure` for each variant, 16 pictures an update; one that fails stops the notebook."""
     found = []
     for variant in variants:
-        accumulation = 16 // variant.micro_batch if variant.micro_batch > 4 else 2
+        accumulation = 2 if variant.micro_batch < 8 else 1
         row = bench_steps.measure(variant, base[held], processor, rows["train"], rank=tiny["lora_rank"], rate=rate,
                                   pictures=16, steps=steps, accumulation=accumulation)
         assert "failed" not in row, row["failed"]
@@ -253,13 +253,13 @@ answers of a batch do not stand at the same place.""")
 # layers grow in proportion, and attention, which grows with the square.
 
 # %%
-few, factors = 8, (1, 4)
+few, factors = 4, (1, 4)
 counts = [few * factor for factor in factors]
 seconds = []
 for count in counts:
-    variant = replace(whole, name=f"{count}", micro_batch=8)
+    variant = replace(whole, name=f"{count}", micro_batch=few)
     row = bench_steps.measure(variant, base["nf4"], processor, rows["train"], rank=tiny["lora_rank"], rate=rate,
-                              pictures=count, steps=2, accumulation=count // 8)
+                              pictures=count, steps=2, accumulation=count // few)
     seconds.append(sum(row["split_s"].values()))
 budgets, by_size = (25, 50, 100, 200), []
 for most in budgets:

@@ -35,6 +35,7 @@ SMALL = {
                                "prompt_pictures": 2},
     "05_debug_dtype_issue": {"pictures": 3, "steps": 5},
     "06_quantization_and_trainable_params": {"ranks": "2", "steps": 3, "pictures": 4},
+    "07_performance": {"train_pictures": 8, "pictures": 2, "batch_size": 2, "steps": 2},
 }
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
