@@ -32,10 +32,12 @@ parameters.given(globals(), known)
 parameters.check({name: globals()[name] for name in known}, known)
 
 # %%
+import os
+
+os.environ["TQDM_DISABLE"] = "1"  # a bar a variant would be many
 from helpers import runs
 
 runs.quiet_libraries()
-import os
 import time
 from dataclasses import replace
 
@@ -54,7 +56,7 @@ from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE
 
 # %%
-tiny, os.environ["TQDM_DISABLE"] = SCALES["tiny"], "1"
+tiny = SCALES["tiny"]
 pixels = {name: tiny[name] for name in ("min_pixels", "max_pixels")}
 raw = data.load_raw("embedded", limit={"train": train_pictures, "selection": 1, "val": pictures})
 rows = data.prepare(data.clean(raw, data.audit(raw)), **pixels)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers import PrinterCallback, Qwen2VLForConditionalGeneration, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers import collate, features, model, sizes, trainer
@@ -100,7 +100,9 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
     enough = [i % len(rows) for i in range(steps * accumulation * variant.micro_batch)]  # one epoch
     if variant.kind == "stock":
         chats = as_chats(rows.select(enough))
-        return SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
+        sft = SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
+        sft.remove_callback(PrinterCallback)
+        return sft
     made: collate.Collator | features.SeenCollator = collator
     if variant.cached:
         made = features.SeenCollator(collator, tuned, rows, Path(folder) / "seen", variant.micro_batch, workers)
