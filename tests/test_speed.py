@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from small_training import NF4, build, small_processor, squares
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers.vision_utils import get_vision_cu_seqlens
 
 from helpers import budget, collate, features, model, sizes, trainer
 from helpers.dev import bench_7b, bench_report
@@ -158,6 +160,34 @@ def test_the_longest_batch(rows):
 
 def test_without_a_gpu_there_is_no_memory_to_save():
     assert model.fits_whole(None, {})
+
+
+@pytest.mark.parametrize(("taken", "fits"), [(10, True), (23, False), (None, False)])
+def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor, rows, monkeypatch, capsys):
+    """A stand-in for a GPU of 24 GiB, where a step takes `taken` GiB; None: it runs out of memory."""
+    tuned = adapted(load(dtype=torch.float32))
+    gib = 2**30
+    for name, value in {"is_available": True, "device_count": 1, "reset_peak_memory_stats": None, "empty_cache": None,
+                        "max_memory_allocated": (taken or 0) * gib, "get_per_process_memory_fraction": 1.0,
+                        "get_device_properties": SimpleNamespace(total_memory=24 * gib)}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if taken is None:
+        def out_of_memory(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(tuned, "forward", out_of_memory)
+    assert model.fits_whole(tuned.eval(), collate.Collator(processor, "Where?")([rows[0], rows[1]])) == fits
+    assert not gradients(tuned) and not tuned.training
+    said = capsys.readouterr().out
+    assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
+
+
+def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
+    batch, vlm = collate.Collator(processor, "Where?")([rows[0], rows[1]]), load(attn_implementation="sdpa")
+    given = batch | {"image_cu_seqlens": get_vision_cu_seqlens(batch["image_grid_thw"])}
+    assert torch.equal(vlm(**batch).logits, vlm(**given).logits)
+    with pytest.raises(RuntimeError):  # they are looked at
+        vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] + 1})
 
 
 def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):

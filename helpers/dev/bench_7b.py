@@ -3,7 +3,8 @@
 Builds the published 7B architecture with random weights and pictures of 1280 image tokens, loads it once in NF4 and
 once in bf16, and measures the variants below in one process (`bench_steps.measure`); then answers; then whether stock
 and ours lose alike from the same start. The report is written after each, so that running out of `--minutes` loses
-nothing. `--tiny` does the same with the tiny base on any machine.
+nothing, and a second call with the same report goes on with what the first left out. `--tiny` does the same with the
+tiny base on any machine.
 
 Stock is TRL's SFTTrainer with its own collator: NF4, LoRA of rank 64, batches of 2, gradient checkpointing, as many
 workers as ours. Rates are for 16 pictures and one update of the weights.
@@ -38,7 +39,8 @@ OPEN = Variant("no checkpointing", checkpointing=False)
 R1 = {"recipe": "r1-llm-only"}
 NF4 = [  # the strongest first
     STOCK,
-    Variant("ours, checkpointing by memory", checkpointing=None),
+    Variant("ours, as the pipeline trains", micro_batch=SCALES["7b"]["batch_size"], checkpointing=None),
+    OPEN,
     replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
     NOW,
     Variant("LoRA's input stays in bf16", kind="as-trl"),
@@ -48,24 +50,22 @@ NF4 = [  # the strongest first
     replace(OPEN, name="no checkpointing, r1", **R1),
     replace(OPEN, name="cached vision, r1", cached=True, **R1),
     replace(OPEN, name="cached vision, micro-batch 4, r1", cached=True, micro_batch=4, **R1),
+    Variant("cached vision, checkpointing, micro-batch 8, r1", cached=True, micro_batch=8, **R1),
 ]
 BF16 = [
-    replace(OPEN, name="bf16 base, no checkpointing"),
-    replace(OPEN, name="bf16 base, no checkpointing, micro-batch 4", micro_batch=4),
-    replace(OPEN, name="bf16 base, cached vision, micro-batch 4, r1", cached=True, micro_batch=4, **R1),
     Variant("bf16 base, checkpointing, micro-batch 8", micro_batch=8),
+    replace(OPEN, name="bf16 base, no checkpointing"),
+    replace(OPEN, name="bf16 base, cached vision, r1", cached=True, **R1),
+    Variant("bf16 base, checkpointing, micro-batch 8, compiled layers", micro_batch=8, compiled=True),
     replace(STOCK, name="stock trainer, bf16 base"),
 ]
-LAST = {  # after the answers: less likely to be worth it, slow to begin, or changing classes for good
+LAST = {  # after the answers: less likely to be worth it, or changing classes for good
     "nf4": [
         replace(NOW, name="logits of every token", kind="all-logits"),
         replace(OPEN, name="no dropout", dropout=0.0),
         Variant("checkpointing, micro-batch 16", micro_batch=16),
     ],
-    "bf16": [
-        replace(OPEN, name="bf16 base, Liger kernels", liger=True),
-        replace(OPEN, name="bf16 base, compiled layers", compiled=True),
-    ],
+    "bf16": [Variant("bf16 base, checkpointing, micro-batch 8, Liger kernels", micro_batch=8, liger=True)],
 }  # fmt: skip
 
 
@@ -100,6 +100,14 @@ class Report:
             "pictures_per_update": SCALES["7b"]["batch_size"] * SCALES["7b"]["accumulation"],
             "train": [], "answer": [], "curves": {}, "left_out": [],
         }  # fmt: skip
+        if self.path.is_file():
+            before = json.loads(self.path.read_text())
+            if before["device"] == self.content["device"] and before["model"] == self.content["model"]:
+                self.content |= {kind: before[kind] for kind in ("train", "answer", "curves")}
+
+    def has(self, kind: str, **values) -> bool:
+        """Whether a row with these values was measured, here or by an earlier call."""
+        return any(all(row.get(name) == value for name, value in values.items()) for row in self.content[kind])
 
     def add(self, kind: str, row: dict) -> None:
         if isinstance(self.content[kind], dict):
@@ -138,6 +146,8 @@ def prepare(options: argparse.Namespace):
 def train(options: argparse.Namespace, report: Report, variants: list[Variant], base, processor, rows) -> None:
     """Those of `variants` that `--only` and the time let through."""
     for variant in variants:
+        if report.has("train", name=variant.name):
+            continue
         wanted = not options.only or variant.kind == "stock" or any(word in variant.name for word in options.only)
         if not wanted or (variant.liger and not find_spec("liger_kernel")):
             report.add("left_out", {"what": variant.name, "why": "not asked for" if not wanted else "not installed"})
@@ -153,11 +163,15 @@ def train(options: argparse.Namespace, report: Report, variants: list[Variant], 
 
 def answer(options: argparse.Namespace, report: Report, precision: str, base, processor, rows) -> None:
     """Seconds to answer `VAL` pictures one by one and in batches, by the pipeline's way, scaled from fewer."""
+    if all(report.has("answer", precision=precision, batch=batch) for batch in [1, *options.batches]):
+        return
     base.set_attn_implementation(model.attention(training=False))
     generation = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
     pictures = list(rows["val"]) * (1 + max(options.batches) // len(rows["val"]))
     predict.generate_lines(base, processor, pictures[:1], PROMPT, generation)  # the first call is not timed
     for batch in [1, *options.batches]:
+        if report.has("answer", precision=precision, batch=batch):
+            continue
         if not report.time_for(f"answers in {precision}, {batch} at once", 20):
             continue
         row, seconds = {"precision": precision, "batch": batch, "new_tokens": options.new_tokens}, []
@@ -182,7 +196,7 @@ def curves(options: argparse.Namespace, report: Report, base, processor, rows) -
     for name, variant in (("TRL's trainer", replace(STOCK, kind="trl", **both)),
                           ("ours, as published", replace(NOW, **both)),
                           ("ours, fast", replace(OPEN, **both))):  # fmt: skip
-        if report.time_for(f"losses: {name}", 2 * options.steps):
+        if name not in report.content["curves"] and report.time_for(f"losses: {name}", 2 * options.steps):
             row = bench_steps.measure(variant, base, processor, rows["train"], rank=options.rank, rate=1.0, pictures=2,
                                       steps=options.steps, accumulation=1, workers=options.workers,
                                       learning_rate=2e-4)  # fmt: skip
