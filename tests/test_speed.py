@@ -162,6 +162,21 @@ def test_without_a_gpu_there_is_no_memory_to_save():
     assert model.fits_whole(None, {})
 
 
+def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
+    """One update of 4 pictures, at once and in two micro-batches: tokens count alike, wherever they stand."""
+    found = []
+    for size in (4, 2):
+        sft = build("r4-joint", tmp_path / str(size), processor, rows, gradient_accumulation_steps=4 // size, max_steps=1)
+        sft._train_batch_size = size
+        for layer in sft.model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        sft.train()
+        found.append(next(log for log in sft.state.log_history if "grad_norm" in log))
+    for name in ("loss", "grad_norm"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=5e-3), name
+
+
 @pytest.mark.parametrize(("taken", "fits"), [(10, True), (23, False), (None, False)])
 def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor, rows, monkeypatch, capsys):
     """A stand-in for a GPU of 24 GiB, where a step takes `taken` GiB; None: it runs out of memory."""
