@@ -23,7 +23,7 @@ ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo app serve predict export test lint types sync lab run recipes rerun table compare prompts \
-	collators notebooks tiny-base kill-test fuzz test-newest env lock clean
+	collators bench notebooks tiny-base kill-test fuzz test-newest env lock clean
 
 help: ## show the targets and what they take
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,12 @@ prompts: $(STAMP) ## ask several prompts without training, in NF4 and bf16 (ARGS
 
 collators: $(STAMP) ## train on the answer alone and on all text, 3 seeds each, and compare: an hour on a CPU
 	$(BIN)/python -m helpers.dev.collators $(ARGS)
+
+bench: sync ## measure speed against stock TRL, tiny and, where there is a GPU, 7B with random weights (40 GB of disk)
+	@mkdir -p runs/bench
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python -m helpers.dev.bench_7b --folder runs/bench --report notebooks/performance_7b.json $(ARGS); fi
+	$(PAPERMILL) notebooks/07_performance.ipynb runs/bench/07_performance.ipynb --cwd notebooks
 
 notebooks: sync ## run every notebook, refresh its committed outputs and thumbnail (ARGS=notebooks/x.ipynb for one)
 	$(BIN)/python -m helpers.dev.execute $(ARGS)

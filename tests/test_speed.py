@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from small_training import NF4, build, small_processor, squares
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers.vision_utils import get_vision_cu_seqlens
 
 from helpers import budget, collate, features, model, sizes, trainer
 from helpers.dev import bench_7b, bench_report
@@ -160,14 +162,58 @@ def test_without_a_gpu_there_is_no_memory_to_save():
     assert model.fits_whole(None, {})
 
 
+def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
+    """One update of 4 pictures, at once and in two micro-batches: tokens count alike, wherever they stand."""
+    found = []
+    for size in (4, 2):
+        sft = build("r4-joint", tmp_path / str(size), processor, rows, gradient_accumulation_steps=4 // size, max_steps=1)
+        sft._train_batch_size = size
+        for layer in sft.model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        sft.train()
+        found.append(next(log for log in sft.state.log_history if "grad_norm" in log))
+    for name in ("loss", "grad_norm"):
+        assert found[1][name] == pytest.approx(found[0][name], rel=5e-3), name
+
+
+@pytest.mark.parametrize(("taken", "fits"), [(10, True), (23, False), (None, False)])
+def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor, rows, monkeypatch, capsys):
+    """A stand-in for a GPU of 24 GiB, where a step takes `taken` GiB; None: it runs out of memory."""
+    tuned = adapted(load(dtype=torch.float32))
+    gib = 2**30
+    for name, value in {"is_available": True, "is_bf16_supported": True, "device_count": 1, "empty_cache": None,
+                        "reset_peak_memory_stats": None, "max_memory_allocated": (taken or 0) * gib,
+                        "get_per_process_memory_fraction": 1.0,
+                        "get_device_properties": SimpleNamespace(total_memory=24 * gib)}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if taken is None:
+        def out_of_memory(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(tuned, "forward", out_of_memory)
+    assert model.fits_whole(tuned.eval(), collate.Collator(processor, "Where?")([rows[0], rows[1]])) == fits
+    assert not gradients(tuned) and not tuned.training
+    said = capsys.readouterr().out
+    assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
+
+
+def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
+    batch, vlm = collate.Collator(processor, "Where?")([rows[0], rows[1]]), load(attn_implementation="sdpa")
+    given = batch | {"image_cu_seqlens": get_vision_cu_seqlens(batch["image_grid_thw"])}
+    assert torch.equal(vlm(**batch).logits, vlm(**given).logits)
+    with pytest.raises(RuntimeError):  # they are looked at
+        vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] * 2})
+
+
 def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):
     arguments = ["--tiny", "--folder", str(tmp_path), "--report", str(tmp_path / "report.json"), "--workers", "0",
-                 "--only", "cached vision, r1", "--batches", "2", "--new-tokens", "2", "--steps", "1"]
+                 "--only", "cached vision, r1", "--batches", "2", "--new-tokens", "2", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["bench_7b", *arguments])
     assert bench_7b.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["name"] for row in report["train"]] == ["stock", "stock, r1", "cached vision, r1",
-                                                        "stock trainer, bf16 base"]  # fmt: skip
+    assert [row["name"] for row in report["train"]] == [
+        "stock", "stock, r1", "cached vision, r1", "stock trainer, bf16 base"]
     for row in report["train"]:
         assert "failed" not in row, row["failed"]
         assert 0 < row["mfu"] < 1 and row["pictures_per_s"] > 0
@@ -176,11 +222,17 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert [(row["precision"], row["batch"]) for row in report["answer"]] == [
         ("nf4", 1), ("nf4", 2), ("bf16", 1), ("bf16", 2)]
     assert len(report["curves"]) == 3 and len({losses[0] for losses in report["curves"].values()}) <= 2
-    assert "no checkpointing" in {row["what"] for row in report["left_out"]}
+    assert "no checkpointing, r1" in {row["what"] for row in report["left_out"]}
     assert "limit" in capsys.readouterr().out
     stock, cached = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
     assert bench_report.times_stock(report, cached) == cached["pictures_per_s"] / stock["pictures_per_s"]
     assert f"| {cached['pictures_per_s']:.2f} |" in bench_report.summary(report)
+
+
+def test_the_readme_says_what_the_report_says(repo):
+    report = bench_report.read()
+    found = bench_report.BLOCK.search((repo / "README.md").read_text())
+    assert found and bench_report.summary(report) in found[0], "python -m helpers.dev.bench_report --write"
 
 
 def test_a_benchmark_out_of_time_names_what_it_left_out(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 Builds the published 7B architecture with random weights and pictures of 1280 image tokens, loads it once in NF4 and
 once in bf16, and measures the variants below in one process (`bench_steps.measure`); then answers; then whether stock
 and ours lose alike from the same start. The report is written after each, so that running out of `--minutes` loses
-nothing. `--tiny` does the same with the tiny base on any machine.
+nothing, and a second call with the same report goes on with what the first left out. `--tiny` does the same with the
+tiny base on any machine.
 
 Stock is TRL's SFTTrainer with its own collator: NF4, LoRA of rank 64, batches of 2, gradient checkpointing, as many
 workers as ours. Rates are for 16 pictures and one update of the weights.
@@ -22,7 +23,7 @@ import torch
 from transformers import Qwen2VLProcessor
 
 from helpers import data, model, predict, runs
-from helpers.dev import bench_report, bench_steps
+from helpers.dev import bench_clock, bench_report, bench_steps
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
 from helpers.dev.random_7b import PUBLISHED, write_json, write_model, write_pictures
@@ -36,32 +37,36 @@ STOCK = Variant("stock", kind="stock", cast=True)
 NOW = Variant("our trainer, nothing else changed", kind="as-trl", cast=True)
 OPEN = Variant("no checkpointing", checkpointing=False)
 R1 = {"recipe": "r1-llm-only"}
-NF4 = [
+NF4 = [  # the strongest first
     STOCK,
+    Variant("ours, as the pipeline trains", micro_batch=SCALES["7b"]["batch_size"], checkpointing=None),
+    OPEN,
+    replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
     NOW,
     Variant("LoRA's input stays in bf16", kind="as-trl"),
     Variant("vision lengths stay on the CPU"),
-    OPEN,
-    replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
     Variant("checkpointing, micro-batch 8", micro_batch=8),
-    Variant("checkpointing, micro-batch 16", micro_batch=16),
     replace(STOCK, name="stock, r1", **R1),
     replace(OPEN, name="no checkpointing, r1", **R1),
     replace(OPEN, name="cached vision, r1", cached=True, **R1),
     replace(OPEN, name="cached vision, micro-batch 4, r1", cached=True, micro_batch=4, **R1),
-    replace(NOW, name="logits of every token", kind="all-logits"),
-    replace(OPEN, name="no dropout", dropout=0.0),
+    Variant("cached vision, checkpointing, micro-batch 8, r1", cached=True, micro_batch=8, **R1),
 ]
 BF16 = [
-    replace(STOCK, name="stock trainer, bf16 base"),
-    replace(OPEN, name="bf16 base, no checkpointing"),
-    replace(OPEN, name="bf16 base, no checkpointing, micro-batch 4", micro_batch=4),
     Variant("bf16 base, checkpointing, micro-batch 8", micro_batch=8),
+    replace(OPEN, name="bf16 base, no checkpointing"),
+    replace(OPEN, name="bf16 base, cached vision, r1", cached=True, **R1),
+    Variant("bf16 base, checkpointing, micro-batch 8, compiled layers", micro_batch=8, compiled=True),
+    replace(STOCK, name="stock trainer, bf16 base"),
 ]
-LAST = [  # on the bf16 base: they change classes, or take long to begin
-    replace(OPEN, name="bf16 base, compiled layers", compiled=True),
-    replace(OPEN, name="bf16 base, Liger kernels", liger=True),
-]
+LAST = {  # after the answers: less likely to be worth it, or changing classes for good
+    "nf4": [
+        replace(NOW, name="logits of every token", kind="all-logits"),
+        replace(OPEN, name="no dropout", dropout=0.0),
+        Variant("checkpointing, micro-batch 16", micro_batch=16),
+    ],
+    "bf16": [Variant("bf16 base, checkpointing, micro-batch 8, Liger kernels", micro_batch=8, liger=True)],
+}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -95,6 +100,14 @@ class Report:
             "pictures_per_update": SCALES["7b"]["batch_size"] * SCALES["7b"]["accumulation"],
             "train": [], "answer": [], "curves": {}, "left_out": [],
         }  # fmt: skip
+        if self.path.is_file():
+            before = json.loads(self.path.read_text())
+            if before["device"] == self.content["device"] and before["model"] == self.content["model"]:
+                self.content |= {kind: before[kind] for kind in ("train", "answer", "curves")}
+
+    def has(self, kind: str, **values) -> bool:
+        """Whether a row with these values was measured, here or by an earlier call."""
+        return any(all(row.get(name) == value for name, value in values.items()) for row in self.content[kind])
 
     def add(self, kind: str, row: dict) -> None:
         if isinstance(self.content[kind], dict):
@@ -133,23 +146,32 @@ def prepare(options: argparse.Namespace):
 def train(options: argparse.Namespace, report: Report, variants: list[Variant], base, processor, rows) -> None:
     """Those of `variants` that `--only` and the time let through."""
     for variant in variants:
+        if report.has("train", name=variant.name):
+            continue
         wanted = not options.only or variant.kind == "stock" or any(word in variant.name for word in options.only)
         if not wanted or (variant.liger and not find_spec("liger_kernel")):
             report.add("left_out", {"what": variant.name, "why": "not asked for" if not wanted else "not installed"})
-        elif report.time_for(variant.name, 90 if variant.compiled else 15):
-            report.add("train", bench_steps.measure(
-                variant, base, processor, rows["train"], rank=options.rank, workers=options.workers,
-                accumulation=2 if variant.micro_batch < 8 else 1, rate=report.content["matmul_flops_per_s"],
-                pictures=report.content["pictures_per_update"]))  # fmt: skip
+            continue
+        if not report.time_for(variant.name, 90 if variant.compiled else 15):
+            continue
+        steps, accumulation = (3, 2) if variant.micro_batch < 8 else (2, 1)
+        report.add("train", bench_steps.measure(
+            variant, base, processor, rows["train"], rank=options.rank, steps=steps, accumulation=accumulation,
+            workers=options.workers, rate=report.content["matmul_flops_per_s"],
+            pictures=report.content["pictures_per_update"]))  # fmt: skip
 
 
 def answer(options: argparse.Namespace, report: Report, precision: str, base, processor, rows) -> None:
     """Seconds to answer `VAL` pictures one by one and in batches, by the pipeline's way, scaled from fewer."""
+    if all(report.has("answer", precision=precision, batch=batch) for batch in [1, *options.batches]):
+        return
     base.set_attn_implementation(model.attention(training=False))
     generation = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
     pictures = list(rows["val"]) * (1 + max(options.batches) // len(rows["val"]))
     predict.generate_lines(base, processor, pictures[:1], PROMPT, generation)  # the first call is not timed
     for batch in [1, *options.batches]:
+        if report.has("answer", precision=precision, batch=batch):
+            continue
         if not report.time_for(f"answers in {precision}, {batch} at once", 20):
             continue
         row, seconds = {"precision": precision, "batch": batch, "new_tokens": options.new_tokens}, []
@@ -166,17 +188,17 @@ def answer(options: argparse.Namespace, report: Report, precision: str, base, pr
 
 
 def curves(options: argparse.Namespace, report: Report, base, processor, rows) -> None:
-    """Losses of `--steps` steps of 4 pictures from one start in one order, without dropout, for three trainers.
+    """Losses of `--steps` steps of 2 pictures from one start in one order, without dropout, for three trainers.
 
     All see the same labels: those of TRL's own collator hold a line break more, behind the end of the answer.
     """
     both = {"dropout": 0.0}
-    for name, variant, accumulation in (
-        ("TRL's trainer", replace(STOCK, kind="trl", **both), 2), ("ours, as published", replace(NOW, **both), 2),
-        ("ours, fast", replace(OPEN, micro_batch=4, **both), 1)):  # fmt: skip
-        if report.time_for(f"losses: {name}", 3 * options.steps):
-            row = bench_steps.measure(variant, base, processor, rows["train"], rank=options.rank, rate=1.0, pictures=4,
-                                      steps=options.steps, accumulation=accumulation, workers=options.workers,
+    for name, variant in (("TRL's trainer", replace(STOCK, kind="trl", **both)),
+                          ("ours, as published", replace(NOW, **both)),
+                          ("ours, fast", replace(OPEN, **both))):  # fmt: skip
+        if name not in report.content["curves"] and report.time_for(f"losses: {name}", 2 * options.steps):
+            row = bench_steps.measure(variant, base, processor, rows["train"], rank=options.rank, rate=1.0, pictures=2,
+                                      steps=options.steps, accumulation=1, workers=options.workers,
                                       learning_rate=2e-4)  # fmt: skip
             report.add("curves", {name: row.get("losses", row.get("failed"))})
 
@@ -186,9 +208,9 @@ def main() -> int:
     runs.quiet_libraries()
     report = Report(options)
     folder, processor, rows = prepare(options)
-    rate = bench_steps.matmul_rate(*((1024, 5) if options.tiny else (8192, 20)))
+    rate = bench_clock.matmul_rate(*((1024, 5) if options.tiny else (8192, 20)))
     report.content |= {"matmul_flops_per_s": rate, "prepared_s": round(time.monotonic() - report.began)}
-    for precision, variants, last in (("nf4", NF4, []), ("bf16", BF16, LAST)):
+    for precision, variants in (("nf4", NF4), ("bf16", BF16)):
         if not report.time_for(f"the base in {precision}", 40):
             continue
         base = load(folder, precision).requires_grad_(False)
@@ -198,7 +220,7 @@ def main() -> int:
             curves(options, report, base, processor, rows)
         answer(options, report, precision, base, processor, rows)
         base.set_attn_implementation(model.attention())
-        train(options, report, last, base, processor, rows)
+        train(options, report, LAST[precision], base, processor, rows)
         del base
         model.free_memory()
     print(bench_report.table(report.content))

@@ -89,7 +89,7 @@ def summary(report: dict | None) -> str:
     table = [["", "pictures/s", "× stock", "peak GiB", "MFU"]]
     for recipe in dict.fromkeys(row["recipe"] for row in report["train"]):
         good = [row for row in report["train"] if row["recipe"] == recipe and "failed" not in row]
-        ours = [row for row in good if row["kind"] == "ours"]
+        ours = [row for row in good if row["kind"] == "ours" and row["dropout"]]  # without it is another training
         rows = [row for row in good if row["kind"] == "stock"][:1] + [best for best in [max(
             ours, key=lambda row: row["pictures_per_s"], default=None)] if best]  # fmt: skip
         for row in rows:
@@ -99,8 +99,8 @@ def summary(report: dict | None) -> str:
                           f"{peak:.1f}" if peak else "–", f"{row['mfu']:.0%}"])  # fmt: skip
         if rows:
             limit = rows[-1]["pictures_per_s"] / rows[-1]["mfu"]
-            times = f"{limit / rows[0]['pictures_per_s']:.2f}" if rows[0]["kind"] == "stock" else "–"
-            table.append([f"{recipe}, limit: what is needed, at the rate of a matrix product", f"{limit:.2f}", times,
+            ratio = f"{limit / rows[0]['pictures_per_s']:.2f}" if rows[0]["kind"] == "stock" else "–"
+            table.append([f"{recipe}, limit: what is needed, at the rate of a matrix product", f"{limit:.2f}", ratio,
                           "–", "100%"])  # fmt: skip
     head = f"`{report['command'].strip()}` ({machine}, {report['pictures_per_update']} random pictures an update):"
     return "\n\n".join([head, markdown(table), answering_table(report), curves_text(report)])

@@ -1,31 +1,29 @@
 """A training step taken apart: stock TRL and the pipeline's trainer in variants, on one model, in one process.
 
 Each variant attaches fresh adapters to the same frozen base, trains a few steps through its trainer's own loop, and is
-measured by marks on the device: CUDA events on a GPU, the clock on a CPU. Medians over the micro-batches after the
-first step.
+measured by `bench_clock`: medians over the micro-batches after the first step.
 """
 
+import copy
 import gc
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Qwen2VLForConditionalGeneration, Trainer, TrainerCallback, set_seed
+from transformers import PrinterCallback, Qwen2VLForConditionalGeneration, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers import collate, features, model, sizes, trainer
+from helpers.dev.bench_clock import StepClock
 from helpers.messages import target_text
 from helpers.recipes import RECIPES, Stage
 
 PROMPT = "Detect the bounding box of the nutrition table."
 GIB = 2**30
-PARTS = ("vision", "language", "head and loss", "optimiser", "waiting for data", "everything else")
 
 
 class AsTRL(trainer.BoxTrainer):
@@ -53,7 +51,7 @@ class Variant:
     recipe: str = "r4-joint"
     kind: str = "ours"  # a key of KINDS
     micro_batch: int = 2
-    checkpointing: bool = True
+    checkpointing: bool | None = True  # None: where memory needs it, as the pipeline chooses
     cast: bool = False  # let PEFT turn LoRA's input into fp32 before autocast turns it back
     dropout: float = 0.05  # LoRA's
     cached: bool = False  # the frozen vision tower's features computed beforehand
@@ -63,106 +61,6 @@ class Variant:
     @property
     def stage(self) -> Stage:
         return RECIPES[self.recipe][-1]
-
-
-def mark() -> torch.cuda.Event | float:
-    """This moment on the device."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-    """Seconds from one mark to another; on a GPU both must have been reached."""
-    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
-
-
-def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
-    """Floating point operations a second of a square bf16 matrix product here, the median of `repeats`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    one @ other
-    marks = [mark()]
-    for _ in range(repeats):
-        one @ other
-        marks.append(mark())
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 2 * size**3 / statistics.median(between(a, b) for a, b in zip(marks, marks[1:], strict=False))
-
-
-class StepClock(TrainerCallback):
-    """Marks where a trainer's micro-batches pass from part to part, and where its steps end."""
-
-    def __init__(self, sft: Trainer):
-        self.batches: list[dict] = []  # one a micro-batch: {place: mark}
-        self.ends: list = []  # one a step
-        self.handles, tuned = [], sft.model
-        base = tuned.get_base_model() if isinstance(tuned, PeftModel) else tuned
-        for name, module in (("vision", base.model.visual), ("language", base.model.language_model)):
-            self.handles += [module.register_forward_pre_hook(self._entering(name), with_kwargs=True),
-                             module.register_forward_hook(self._leaving(name))]  # fmt: skip
-        step = sft.training_step
-
-        def training_step(*args, **kwargs):
-            self.batches.append({"start": mark()})
-            loss = step(*args, **kwargs)
-            self.batches[-1]["end"] = mark()
-            return loss
-
-        sft.training_step = training_step
-        sft.add_callback(self)
-
-    def _note(self, place: str) -> Callable:
-        return lambda *_: self.batches[-1].setdefault(place, mark()) and None
-
-    def _entering(self, name: str) -> Callable:
-        def hook(module, args, kwargs):
-            self._note(f"{name} in")()
-            embedded = kwargs.get("inputs_embeds")
-            if embedded is not None and embedded.requires_grad:
-                embedded.register_hook(self._note(f"gradient of {name} in"))
-
-        return hook
-
-    def _leaving(self, name: str) -> Callable:
-        def hook(module, args, output):
-            self._note(f"{name} out")()
-            if name == "language":
-                output[0].register_hook(self._note(f"gradient of {name} out"))
-
-        return hook
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.ends.append(mark())
-
-    def split(self, accumulation: int, micro_batch: int, pictures: int) -> dict[str, float]:
-        """Seconds by part of `PARTS` for `pictures` pictures and one update, from the steps after the first."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        for handle in self.handles:
-            handle.remove()
-        parts = [self._parts(batch) for batch in self.batches[accumulation:]]
-        found = {part: statistics.median(one[part] for one in parts) * pictures / micro_batch for part in parts[0]}
-        last = self.batches[accumulation - 1 :: accumulation]
-        first = self.batches[accumulation::accumulation]
-        updates = [between(batch["end"], end) for batch, end in zip(last[1:], self.ends[1:], strict=True)]
-        found["optimiser"] = statistics.median(updates)
-        waits = [between(a, b["start"]) for a, b in zip(self.ends, first, strict=False)]
-        found["waiting for data"] = statistics.median(waits) * pictures / micro_batch / accumulation
-        return {part: found[part] for part in PARTS}
-
-    def _parts(self, batch: dict) -> dict[str, float]:
-        down = batch.get("gradient of language in", batch["end"])
-        vision = between(batch["vision in"], batch["vision out"]) if "vision in" in batch else 0.0
-        vision += between(down, batch["end"]) if "gradient of language in" in batch else 0.0
-        language = between(batch["language in"], batch["language out"])
-        language += between(batch["gradient of language out"], down)
-        head = between(batch["language out"], batch["gradient of language out"])
-        rest = between(batch["start"], batch["end"]) - vision - language - head
-        return {"vision": vision, "language": language, "head and loss": head, "everything else": rest}
 
 
 def as_chats(rows: Dataset) -> Dataset:
@@ -181,28 +79,36 @@ def as_chats(rows: Dataset) -> Dataset:
 
 def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, folder: str, *, rank: int, steps: int,
           accumulation: int, workers: int, learning_rate: float = 2e-5) -> SFTTrainer:
-    """The variant's trainer on fresh adapters, the same ones for every variant of a recipe."""
+    """The variant's trainer: on fresh adapters, alike for all variants, or on a copy where a whole tower trains."""
     set_seed(0)
-    tuned = get_peft_model(base, LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
-        task_type="CAUSAL_LM"))  # fmt: skip
+    if variant.stage.trains == "full":  # on a copy, whose weights may change
+        tuned = copy.deepcopy(base)
+        tuned.model.visual.float().requires_grad_(True)
+    else:
+        tuned = get_peft_model(base, LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
+            task_type="CAUSAL_LM"))  # fmt: skip
+    collator, checkpointing = collate.Collator(processor, PROMPT), variant.checkpointing
+    if checkpointing is None:
+        checkpointing = not model.fits_whole(tuned, collator([rows[i] for i in range(variant.micro_batch)]))
     arguments = SFTConfig(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=variant.micro_batch,
         gradient_accumulation_steps=accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=0.05, max_grad_norm=1.0, bf16=True, gradient_checkpointing=variant.checkpointing, max_length=None,
+        warmup_steps=0.05, max_grad_norm=1.0, bf16=True, gradient_checkpointing=checkpointing, max_length=None,
         remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none", seed=0,
         dataloader_num_workers=workers, use_cpu=not torch.cuda.is_available(), disable_tqdm=True)  # fmt: skip
     enough = [i % len(rows) for i in range(steps * accumulation * variant.micro_batch)]  # one epoch
     if variant.kind == "stock":
         chats = as_chats(rows.select(enough))
-        return SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
-    collator = collate.Collator(processor, PROMPT)
+        sft = SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
+        sft.remove_callback(PrinterCallback)
+        return sft
+    made: collate.Collator | features.SeenCollator = collator
     if variant.cached:
-        collator = features.SeenCollator(collator, tuned.get_base_model(), rows, Path(folder) / "seen",
-                                         variant.micro_batch, workers)  # fmt: skip
-        rows = collator.rows
+        made = features.SeenCollator(collator, tuned, rows, Path(folder) / "seen", variant.micro_batch, workers)
+        rows = made.rows
     sft = KINDS[variant.kind](tuned, args=arguments, train_dataset=rows.select(enough), processing_class=processor,
-                              data_collator=collator)  # fmt: skip
+                              data_collator=made)  # fmt: skip
     if variant.kind != "trl":
         model.trainable_to_fp32(tuned)
     if not variant.cast:
@@ -212,6 +118,8 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
 
 def release(sft: SFTTrainer) -> None:
     """Take the adapters and everything the trainer did to the base off again."""
+    if not isinstance(sft.model, PeftModel):  # a copy: nothing was done to the base
+        return
     base = sft.model.unload()
     base.__dict__.pop("forward", None)  # TRL's and accelerate's wrappers
     base.__dict__.pop("peft_config", None)
@@ -229,8 +137,8 @@ def measure(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, *
             learning_rate: float = 2e-5) -> dict:
     """One row of the report: how fast the variant trains `pictures` pictures with one update, and on what.
 
-    `rate` is `matmul_rate`'s, `rows` a `Dataset` of the project's schema. A variant that fails (no memory) gives
-    `{"failed": why}` beside its values.
+    `rate` is `bench_clock.matmul_rate`'s, `rows` a `Dataset` of the project's schema. A variant that fails (no memory)
+    gives `{"failed": why}` beside its values.
     """
     row = {**vars(variant), "precision": "nf4" if model.nf4_layers(base) else "bf16"}
     sft, why = None, None
@@ -266,7 +174,8 @@ def _timed(variant: Variant, sft: SFTTrainer, base, rank: int, rate: float, pict
     seconds = sum(split.values())
     peak = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
     return {"pictures_per_s": pictures / seconds, "tokens_per_s": pictures * tokens / seconds, "peak_gib": peak,
-            "mfu": pictures * flops / seconds / rate, "split_s": split, "micro_batches": len(clock.batches),
+            "mfu": pictures * flops / seconds / rate, "split_s": split,
+            "checkpointing": sft.args.gradient_checkpointing, "micro_batches": len(clock.batches),
             "losses": [log["loss"] for log in sft.state.log_history if "loss" in log],
             "wall_s": time.perf_counter() - start}  # fmt: skip
 
@@ -275,7 +184,7 @@ def needed(variant: Variant, sft: SFTTrainer, rank: int, batches: int = 2) -> tu
     """Needed operations and tokens a picture, means over the first `batches` batches of the trainer's data."""
     count, flops, tokens = 0, 0.0, 0.0
     with torch.device("meta"):
-        plain = Qwen2VLForConditionalGeneration(sft.model.get_base_model().config)  # before PEFT: its layers by name
+        plain = Qwen2VLForConditionalGeneration(sft.model.config)  # before PEFT: its layers by name
     for number in range(batches):
         first = number * variant.micro_batch
         batch = sft.data_collator([sft.train_dataset[i % len(sft.train_dataset)]

@@ -4,8 +4,9 @@ python -m helpers.dev.bench_train [--recipe r1-llm-only] [--steps 24] [--rounds 
 
 Both train the same stage of a recipe at the tiny scale's own values on the same pictures. The bare loop has its batches
 collated beforehand and does forward, backward, clipping and AdamW, nothing else: what it is faster by is what the
-trainer spends on decoding, the processor, logging and itself. The first two steps are not counted. CPU time is this
-process's own: it says more where others use the machine.
+trainer spends on decoding, the processor, logging and itself. Where the vision tower does not train (r1, r3's second
+stage), the trainer has it look once, before the first step, and the bare loop has it look in every step. The first two
+steps are not counted. CPU time is this process's own: it says more where others use the machine.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -21,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Qwen2VLProcessor, TrainerCallback
 from trl import SFTConfig
 
-from helpers import collate, data, model, runs, trainer
+from helpers import collate, data, features, model, runs, trainer
 from helpers.dev.bench_predict import PROMPT, load
 from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE
@@ -64,9 +66,14 @@ def with_trainer(stage, rows, processor, collator, steps: int) -> tuple[float, f
             output_dir=folder, max_steps=steps, per_device_train_batch_size=TINY["batch_size"], learning_rate=1e-4,
             bf16=True, gradient_checkpointing=False, max_length=None, remove_unused_columns=False, logging_steps=1,
             save_strategy="no", report_to="none", dataloader_num_workers=4 if gpu else 0, use_cpu=not gpu)
-        sft = trainer.BoxTrainer(tuned(stage), args=settings, data_collator=collator, train_dataset=rows,
+        vlm = tuned(stage)
+        if features.worth_keeping(stage, False, TINY["epochs"]):
+            collator = features.SeenCollator(collator, vlm, rows, Path(folder) / "seen", TINY["batch_size"])
+            rows = collator.rows
+        sft = trainer.BoxTrainer(vlm, args=settings, data_collator=collator, train_dataset=rows,
                                  processing_class=processor, callbacks=[clock])
         model.trainable_to_fp32(sft.model)
+        model.keep_input_dtype(sft.model)
         sft.train()
     return clock.rates()
 
