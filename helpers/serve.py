@@ -132,7 +132,7 @@ def check_picture(url: str) -> str:
     from transformers.image_utils import load_image_as_tensor
 
     try:
-        seen = load_image_as_tensor(url)  # [3, height, width] bytes; a moving picture, or 16 bits, the model cannot take
+        seen = load_image_as_tensor(url)  # [3, height, width] bytes, unless it moves or has 16 bits
         if seen.ndim == 3 and seen.element_size() == 1:
             return url
     except Exception:  # torchvision raises RuntimeError for all kinds of broken files
