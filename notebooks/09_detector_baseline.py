@@ -172,7 +172,8 @@ Markdown(f"Training for {epochs} epochs on {trained['pictures']} pictures took {
 #
 # A detector gives a box for *every* query, with a score; most are worth nothing. A mean IoU that could pick the best of
 # twenty guesses would flatter it, so a threshold decides what counts as an answer. It is chosen on `selection`, by F1,
-# and used on `val`. AP alone takes all boxes, ranked by their scores: that is what it is for.
+# and used on `val`; a picture whose boxes all stay below it counts as IoU 0. AP alone takes all boxes, ranked by their
+# scores: that is what it is for.
 
 # %%
 guesses = {name: detector.predict(rtdetr, processor, rows[name]) for name in ("selection", "val")}
