@@ -103,7 +103,7 @@ def _picture_and_text(messages: Any) -> tuple[str, str]:
 
 
 def check_picture(url: str) -> str:
-    """The data URL of a whole picture, as the reader of the model's input takes it; of a moving one, its first frame.
+    """The data URL of a whole picture, as the model's input takes it: of a moving one its first frame, 16 bits as 8.
 
     Raises Refused for anything else.
     """
@@ -132,7 +132,8 @@ def check_picture(url: str) -> str:
     from transformers.image_utils import load_image_as_tensor
 
     try:
-        if load_image_as_tensor(url).ndim == 3:  # [3, height, width]; a moving picture has one dimension more
+        seen = load_image_as_tensor(url)  # [3, height, width] bytes, unless it moves or has 16 bits
+        if seen.ndim == 3 and seen.element_size() == 1:
             return url
     except Exception:  # torchvision raises RuntimeError for all kinds of broken files
         pass

@@ -1,5 +1,6 @@
 """The page: its function, the running app through its API, and in headless Chromium where there is one."""
 
+import base64
 import contextlib
 import io
 import json
@@ -143,8 +144,13 @@ def test_in_a_browser_a_click_on_an_example_draws_its_box(address, tmp_path):
         browser.js("document.querySelector('.gallery-item').click()")
         assert "<|box_start|>" in browser.wait("document.querySelector('textarea')?.value")
         browser.wait("[...document.querySelectorAll('.legend-item')].some(item => item.innerText.includes('%'))")
-        import base64
 
-        shot = Image.open(io.BytesIO(base64.b64decode(browser.call("Page.captureScreenshot")["data"])))
-        red = sum(r > 200 and g < 60 and b < 60 for r, g, b in shot.convert("RGB").getdata())
-        assert red > 100  # the frame of the box
+        def red() -> int:
+            """Pixels of the box's frame on a picture of the page."""
+            shot = Image.open(io.BytesIO(base64.b64decode(browser.call("Page.captureScreenshot")["data"])))
+            return sum(r > 200 and g < 60 and b < 60 for r, g, b in shot.convert("RGB").get_flattened_data())
+
+        end = time.monotonic() + 60
+        while red() <= 100:  # the picture comes after the words
+            assert time.monotonic() < end
+            time.sleep(0.5)
