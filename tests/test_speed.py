@@ -166,7 +166,8 @@ def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
     """One update of 4 pictures, at once and in two micro-batches: tokens count alike, wherever they stand."""
     found = []
     for size in (4, 2):
-        sft = build("r4-joint", tmp_path / str(size), processor, rows, gradient_accumulation_steps=4 // size, max_steps=1)
+        sft = build("r4-joint", tmp_path / str(size), processor, rows, max_steps=1,
+                    gradient_accumulation_steps=4 // size)  # fmt: skip
         sft._train_batch_size = size
         for layer in sft.model.modules():
             if isinstance(layer, torch.nn.Dropout):
