@@ -296,9 +296,9 @@ for scale, photo_sizes in (("tiny", own), ("7b", photos)):
     limits_of = [SCALES[scale][name] for name in ("min_pixels", "max_pixels")]
     lengths = budget.image_tokens(photo_sizes, *limits_of) + text
     waste[scale] = {n: budget.padding_share(lengths, rng.permutation(len(lengths)), n) for n in (2, 4, 8)}
-most = max(waste["tiny"][8], waste["7b"][2])
+most = max(waste[scale][SCALES[scale]["batch_size"]] for scale in waste)
 display(pd.DataFrame(waste).rename_axis("batches of").style.format("{:.1%}"))
-Markdown(f"""With the batches that are trained, of 8 at tiny and of 2 at 7B, at most **{most:.1%}** is padding:
+Markdown(f"""In the batches that are trained at most **{most:.1%}** is padding:
 {'below 15 %, so nothing is packed' if most < 0.15 else 'above 15 %: packing would pay'}.""")
 
 # %% [markdown]
