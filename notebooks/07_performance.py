@@ -48,6 +48,7 @@ from IPython.display import Markdown, display
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import budget, data, grammar, messages, model, predict, sizes
+from helpers.boxes import CATEGORIES
 from helpers.dev import bench_clock, bench_report, bench_steps, random_7b
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
@@ -200,7 +201,7 @@ pictures a second, {quickest['name']} the fastest with {quickest['pictures_per_s
 # asking the model: the grammar says how many of an answer's tokens they are.
 
 # %%
-limits, asked = {"max_new_tokens": 40, "do_sample": False}, list(rows["val"])
+limits, asked = {"max_new_tokens": 64, "do_sample": False}, list(rows["val"])
 
 
 def answered(vlm, at_once, names=None):
@@ -213,7 +214,7 @@ def answered(vlm, at_once, names=None):
 
 base["bf16"].set_attn_implementation(model.attention(training=False))
 predict.generate_lines(base["bf16"], processor, asked[:1], PROMPT, limits)  # not timed
-answers, names = [], ["nutrition-table"]
+answers, names = [], CATEGORIES
 for way, given in (("free", None), ("form given", names)):
     alone, one = answered(base["bf16"], 1, given)
     together, many = answered(base["bf16"], batch_size, given)
