@@ -225,9 +225,10 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert len(report["curves"]) == 3 and len({losses[0] for losses in report["curves"].values()}) <= 2
     assert "no checkpointing, r1" in {row["what"] for row in report["left_out"]}
     assert "limit" in capsys.readouterr().out
-    stock, cached, _ = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
+    stock, cached, other = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
     assert bench_report.times_stock(report, cached) == cached["pictures_per_s"] / stock["pictures_per_s"]
-    assert f"{1.0:.2f}" in bench_report.summary(report)
+    fastest = max(cached["pictures_per_s"], other["pictures_per_s"])
+    assert f"| {fastest:.2f} | {fastest / stock['pictures_per_s']:.2f} |" in bench_report.summary(report)
     assert bench_7b.main() == 0  # goes on: nothing is measured again
     again = json.loads((tmp_path / "report.json").read_text())
     assert all(again[kind] == report[kind] for kind in ("train", "answer", "curves"))
