@@ -48,6 +48,7 @@ from IPython.display import Markdown, display
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import budget, data, grammar, messages, model, predict, sizes
+from helpers.boxes import CATEGORIES
 from helpers.dev import bench_clock, bench_report, bench_steps, random_7b
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
@@ -200,7 +201,7 @@ pictures a second, {quickest['name']} the fastest with {quickest['pictures_per_s
 # asking the model: the grammar says how many of an answer's tokens they are.
 
 # %%
-limits, asked = {"max_new_tokens": 40, "do_sample": False}, list(rows["val"])
+limits, asked = {"max_new_tokens": 64, "do_sample": False}, list(rows["val"])
 
 
 def answered(vlm, at_once, names=None):
@@ -213,7 +214,7 @@ def answered(vlm, at_once, names=None):
 
 base["bf16"].set_attn_implementation(model.attention(training=False))
 predict.generate_lines(base["bf16"], processor, asked[:1], PROMPT, limits)  # not timed
-answers, names = [], ["nutrition-table"]
+answers, names = [], CATEGORIES
 for way, given in (("free", None), ("form given", names)):
     alone, one = answered(base["bf16"], 1, given)
     together, many = answered(base["bf16"], batch_size, given)
@@ -296,9 +297,9 @@ for scale, photo_sizes in (("tiny", own), ("7b", photos)):
     limits_of = [SCALES[scale][name] for name in ("min_pixels", "max_pixels")]
     lengths = budget.image_tokens(photo_sizes, *limits_of) + text
     waste[scale] = {n: budget.padding_share(lengths, rng.permutation(len(lengths)), n) for n in (2, 4, 8)}
-most = max(waste["tiny"][8], waste["7b"][2])
+most = max(waste[scale][SCALES[scale]["batch_size"]] for scale in waste)
 display(pd.DataFrame(waste).rename_axis("batches of").style.format("{:.1%}"))
-Markdown(f"""With the batches that are trained, of 8 at tiny and of 2 at 7B, at most **{most:.1%}** is padding:
+Markdown(f"""In the batches that are trained at most **{most:.1%}** is padding:
 {'below 15 %, so nothing is packed' if most < 0.15 else 'above 15 %: packing would pay'}.""")
 
 # %% [markdown]

@@ -166,7 +166,8 @@ def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
     """One update of 4 pictures, at once and in two micro-batches: tokens count alike, wherever they stand."""
     found = []
     for size in (4, 2):
-        sft = build("r4-joint", tmp_path / str(size), processor, rows, gradient_accumulation_steps=4 // size, max_steps=1)
+        sft = build("r4-joint", tmp_path / str(size), processor, rows, max_steps=1,
+                    gradient_accumulation_steps=4 // size)  # fmt: skip
         sft._train_batch_size = size
         for layer in sft.model.modules():
             if isinstance(layer, torch.nn.Dropout):
@@ -213,7 +214,7 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert bench_7b.main() == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in report["train"]] == [
-        "stock", "stock, r1", "cached vision, r1", "stock trainer, bf16 base"]
+        "stock", "stock, r1", "cached vision, r1", "bf16 base, cached vision, r1", "stock trainer, bf16 base"]
     for row in report["train"]:
         assert "failed" not in row, row["failed"]
         assert 0 < row["mfu"] < 1 and row["pictures_per_s"] > 0
@@ -224,9 +225,13 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert len(report["curves"]) == 3 and len({losses[0] for losses in report["curves"].values()}) <= 2
     assert "no checkpointing, r1" in {row["what"] for row in report["left_out"]}
     assert "limit" in capsys.readouterr().out
-    stock, cached = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
+    stock, cached, other = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
     assert bench_report.times_stock(report, cached) == cached["pictures_per_s"] / stock["pictures_per_s"]
-    assert f"| {cached['pictures_per_s']:.2f} |" in bench_report.summary(report)
+    fastest = max(cached["pictures_per_s"], other["pictures_per_s"])
+    assert f"| {fastest:.2f} | {fastest / stock['pictures_per_s']:.2f} |" in bench_report.summary(report)
+    assert bench_7b.main() == 0  # goes on: nothing is measured again
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert all(again[kind] == report[kind] for kind in ("train", "answer", "curves"))
 
 
 def test_the_readme_says_what_the_report_says(repo):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from IPython.display import Image as Shown
+from matplotlib.ticker import NullLocator
 
 from helpers.plots.figure import COLOURS, LINES, charts, finish
 
@@ -46,6 +47,9 @@ def growth(lines: Mapping[str, tuple[str, Sequence[float], Mapping[str, Sequence
                       label="in proportion" if i == 0 else None)
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds", title=title)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="both", labelsize=8)
         axes.legend(fontsize=8, frameon=False)
     return finish(figure, path)
