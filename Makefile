@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml requirements.lock
 
 demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
 	mkdir -p runs/demo
-	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r4-joint -p scale tiny -p output_root runs/demo $(ARGS)
+	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo $(ARGS)
 
 app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newest where left out) PORT=7860
 	$(BIN)/python -m helpers.app $(MODEL) --port $(or $(PORT),7860) $(ARGS)

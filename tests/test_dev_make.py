@@ -93,7 +93,7 @@ def test_more_jobs_than_groups_wait_for_a_free_one(checkout):
 def test_demo_pins_the_tiny_scale_and_keeps_its_outputs_in_runs(checkout):
     assert make(checkout, "demo").returncode == 0
     start = (checkout / "log").read_text().splitlines()[0]
-    assert "pipeline.ipynb runs/demo/demo.ipynb -p recipe r4-joint -p scale tiny -p output_root runs/demo" in start
+    assert "pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo" in start
 
 
 def test_compare_asks_for_both_runs(checkout):
