@@ -224,6 +224,7 @@ if scale == "tiny":
         f"{evaluate.with_interval(longer['summary']['f1'])}. Minus the training above, on the same pictures: "
         f"{evaluate.with_interval(gain)} mean IoU. "
         + ("" if same else "It was trained on other rows than those here. ")
+        + (f"How it went: {story['note']}. " if "note" in story else "")
         + f"Again: `papermill 09_detector_baseline.ipynb out.ipynb -p epochs {story['epochs']} -p learning_rate "
         f"{story['learning_rate']:g} -p augment {story['augment']} -p keep detector`."))
 
