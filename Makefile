@@ -22,7 +22,7 @@ PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
 ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app serve predict export test lint types sync lab run recipes rerun table compare prompts \
+.PHONY: help setup demo app serve predict test lint types sync lab run recipes rerun table compare export prompts \
 	collators bench notebooks tiny-base kill-test fuzz test-newest env lock clean
 
 help: ## show the targets and what they take

@@ -86,7 +86,7 @@ def test_the_card_says_how_to_ask_and_what_the_run_has_measured(exported, merged
         assert ("4-bit" in card.data.tags) == (copy == "nf4")
         assert evaluate.with_interval(summary["mean_iou"]) in card.text and "papermill x" in card.text
         assert "{{" not in card.text and "learning rate 2e-05" in card.text and "`abc123`" in card.text
-        assert "12544 to 78400 pixels" in card.text
+        assert "12544 to 112896 pixels" in card.text
     results = ModelCard.load(exported / "bf16/README.md").data.eval_results
     assert {one.metric_type: one.metric_value for one in results}["iou"] == round(summary["mean_iou"]["value"], 4)
     code = re.search(r"```python\n(.*?)```", (exported / "bf16/README.md").read_text(), re.S)[1]

@@ -136,7 +136,7 @@ def test_a_manifest_is_whole_or_the_old_one_when_the_disk_is_full(tmp_path, monk
 
     write_json(tmp_path / "manifest.json", {"old": 1})
 
-    def full(path, text):
+    def full(path, text, **_):
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 

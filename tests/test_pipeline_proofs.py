@@ -37,8 +37,9 @@ def test_bf16_weights_in_the_vision_recipe():
 
 def test_an_end_token_outside_the_labels():
     stops(r"no <\|im_end\|> in its labels",
-          ("collator = collate.Collator(",
-           'processor.chat_template = processor.chat_template.replace("<|im_end|>", "")\ncollator = collate.Collator('))
+          ("collator = collate.Collator(processor, run.prompt, run.loss_scope)",
+           'processor.chat_template = processor.chat_template.replace("<|im_end|>", "")\n'
+           "collator = collate.Collator(processor, run.prompt, run.loss_scope)"))
 
 
 def test_adapter_keys_that_find_no_place():
