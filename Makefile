@@ -97,7 +97,7 @@ export: $(STAMP) ## bf16 and 4-bit copies of a merged model, each with its model
 prompts: $(STAMP) ## ask several prompts without training, in NF4 and bf16 (ARGS='--scale 7b')
 	$(BIN)/python -m helpers.dev.prompts $(ARGS)
 
-collators: $(STAMP) ## train on the answer alone and on all text, 3 seeds each, and compare: an hour on a CPU
+collators: $(STAMP) ## train on the answer alone and on all text, 3 seeds each, and compare: half an hour on a CPU
 	$(BIN)/python -m helpers.dev.collators $(ARGS)
 
 bench: sync ## measure speed against stock TRL, tiny and, where there is a GPU, 7B with random weights (40 GB of disk)
