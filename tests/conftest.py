@@ -74,3 +74,19 @@ def own_environment() -> Iterator[None]:
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path that a test writes to lies in its own temporary folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """The tiny base's processor for pictures of 16 image tokens."""
+    from small_training import small_processor
+
+    return small_processor()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """16 rows of the project's schema: white squares on black, a box each."""
+    from small_training import squares
+
+    return squares()

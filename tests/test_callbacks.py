@@ -11,22 +11,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_training import StopAt, build, small_processor, squares
+from small_training import StopAt, build
 
 from helpers import checkpoints, trainer
 from helpers.callbacks import IoUDuringTraining
 
 ASK = {"every": 2, "batch_size": 2, "max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return squares()
 
 
 def watched(folder, processor, rows, recipe="r4-joint", **options):

@@ -12,21 +12,11 @@ import torch
 from datasets import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from small_training import StopAt, build, small_processor, squares
+from small_training import StopAt, build
 from transformers import TrainerCallback, TrainerState
 
 from helpers import checkpoints, collate, data, parameters, runs, trainer, trainlog
 from helpers.files import read_json
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return squares()
 
 
 @pytest.fixture(scope="module")

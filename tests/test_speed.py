@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, build, small_processor, squares
+from small_training import NF4, build
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
 from transformers.vision_utils import get_vision_cu_seqlens
@@ -18,16 +18,6 @@ from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
 R1, R4 = RECIPES["r1-llm-only"][0], RECIPES["r4-joint"][0]
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return squares()
 
 
 def load(nf4=False, **options):

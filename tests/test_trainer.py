@@ -6,20 +6,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_training import StopAt, build, small_processor, squares
+from small_training import StopAt, build
 from transformers import TrainerCallback
 
 from helpers import checkpoints, runs, trainer
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return small_processor()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return squares()
 
 
 class WeightsAtStart(TrainerCallback):
