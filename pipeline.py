@@ -368,7 +368,6 @@ def train(stage_run, base_path):
             sft, few, run.prompt, every=run.eval_steps, batch_size=run.predict_batch_size,
             keep_best=run.keep == "best", max_new_tokens=run.max_new_tokens))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
-    model.keep_input_dtype(tuned)
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
         sft.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 from transformers.models.qwen2_vl import modeling_qwen2_vl
@@ -166,16 +165,6 @@ def trainable_to_fp32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def keep_input_dtype(model: nn.Module) -> None:
-    """Let LoRA's input stay in bf16: PEFT casts it to the adapter's fp32, and autocast casts it back for the product.
-
-    The result is the same to the last bit under autocast; without autocast the dtypes would not fit each other.
-    """
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
 
 
 def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:

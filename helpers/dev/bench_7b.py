@@ -33,8 +33,8 @@ from helpers.settings import TINY_BASE
 SIZES = [(1120, 896), (896, 1120), (1372, 728), (812, 1232)]  # 1280, 1280, 1274, 1276 image tokens
 VAL = 123  # pictures of the real val: what answering is scaled to
 
-STOCK = Variant("stock", kind="stock", cast=True)
-NOW = Variant("our trainer, nothing else changed", kind="as-trl", cast=True)
+STOCK = Variant("stock", kind="stock")
+NOW = Variant("our trainer, nothing else changed", kind="as-trl")
 OPEN = Variant("no checkpointing", checkpointing=False)
 R1 = {"recipe": "r1-llm-only"}
 NF4 = [  # the strongest first
@@ -43,7 +43,6 @@ NF4 = [  # the strongest first
     OPEN,
     replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
     NOW,
-    Variant("LoRA's input stays in bf16", kind="as-trl"),
     Variant("vision lengths stay on the CPU"),
     Variant("checkpointing, micro-batch 8", micro_batch=8),
     replace(STOCK, name="stock, r1", **R1),

@@ -52,7 +52,6 @@ class Variant:
     kind: str = "ours"  # a key of KINDS
     micro_batch: int = 2
     checkpointing: bool | None = True  # None: where memory needs it, as the pipeline chooses
-    cast: bool = False  # let PEFT turn LoRA's input into fp32 before autocast turns it back
     dropout: float = 0.05  # LoRA's
     cached: bool = False  # the frozen vision tower's features computed beforehand
     compiled: bool = False
@@ -111,8 +110,6 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
                               data_collator=made)  # fmt: skip
     if variant.kind != "trl":
         model.trainable_to_fp32(tuned)
-    if not variant.cast:
-        model.keep_input_dtype(tuned)
     return sft
 
 

@@ -73,7 +73,6 @@ def with_trainer(stage, rows, processor, collator, steps: int) -> tuple[float, f
         sft = trainer.BoxTrainer(vlm, args=settings, data_collator=collator, train_dataset=rows,
                                  processing_class=processor, callbacks=[clock])
         model.trainable_to_fp32(sft.model)
-        model.keep_input_dtype(sft.model)
         sft.train()
     return clock.rates()
 
