@@ -1,7 +1,8 @@
 """What a frozen vision tower sees of the training pictures, computed once instead of in every epoch.
 
 For stages whose tower does not train (r1, r3's second) and pictures that stay as they are (no augmentation). The
-numbers are those of a training step, bf16 under autocast, as many pictures at a time: the same to the last bit.
+numbers are those of a training step, with autocast where the tower is held in bf16, as many pictures at a time: the
+same to the last bit.
 """
 
 import os
@@ -31,13 +32,13 @@ class SeenCollator:
 
     Args:
         collator: makes tokens and labels, without augmentation (ValueError with).
-        vlm: a Qwen2-VL whose vision tower is frozen and held in bf16.
+        vlm: a Qwen2-VL whose vision tower is frozen, held in bf16 or fp32.
         rows: what will be asked for, by `image_id`. `self.rows` are the same ones, their pictures left undecoded.
-        file: where the features go as long as this process runs: bf16, hidden size x image tokens of each picture
+        file: where the features go as long as this process runs: hidden size x image tokens of each picture
             (9 MB at 7B and 1280 tokens). It has no name any more once it is whole: no kill leaves it behind.
         batch_size: of a training step. A matrix product rounds otherwise for a single picture than for several.
 
-    Calling it with N rows returns what `Collator` returns, with `image_features` (bf16 [image tokens, hidden]) in the
+    Calling it with N rows returns what `Collator` returns, with `image_features` ([image tokens, hidden]) in the
     place of `pixel_values`: `BoxTrainer` hands them to the model.
     """
 
@@ -60,10 +61,10 @@ class SeenCollator:
                     self.ready[image_id] = {name: batch[name][number][real].clone() for name in PADDING}
                     self.ready[image_id]["image_grid_thw"] = batch["image_grid_thw"][number]
                     self.places[image_id] = slice(end, end := end + len(tokens))
-                    out.write(tokens.cpu().view(torch.int16).numpy().tobytes())
+                    out.write(tokens.cpu().view(torch.uint8).numpy().tobytes())
                 bar.update(len(seen))
         bar.close()
-        self.features = torch.from_file(str(file), size=end * width, dtype=torch.bfloat16).view(end, width)
+        self.features = torch.from_file(str(file), size=end * width, dtype=tokens.dtype).view(end, width)
         file.unlink()
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
@@ -77,6 +78,6 @@ class SeenCollator:
 
 @torch.no_grad()
 def see(vlm: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the tower makes of N pictures in a training step: N tensors, bf16 [image tokens, hidden]."""
-    with torch.autocast(vlm.device.type, torch.bfloat16):
+    """What the tower makes of N pictures in a training step: N tensors [image tokens, hidden]."""
+    with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.dtype == torch.bfloat16):
         return vlm.get_image_features(pixel_values.to(vlm.device), grids.to(vlm.device)).pooler_output

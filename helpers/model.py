@@ -67,6 +67,16 @@ def attention(training: bool = True) -> str:
     return "flash_attention_2" if new_enough and is_flash_attn_2_available() else "sdpa"
 
 
+def number_type() -> torch.dtype:
+    """What the model computes in: bfloat16, or float32 on a CPU that has no instructions for bfloat16.
+
+    Such a CPU (AVX2 alone: many laptops, AMD before Zen 4) works bfloat16 out in software. The tiny base's weights are
+    bfloat16 numbers in both.
+    """
+    fast = torch.cuda.is_available() or any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def patches_as_product() -> None:
     """Let Qwen2-VL's patch embedding be the matrix product that it is: a convolution whose stride is its kernel.
 

@@ -49,7 +49,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import budget, data, grammar, messages, model, predict, sizes
 from helpers.boxes import CATEGORIES
-from helpers.dev import bench_clock, bench_report, bench_steps, random_7b
+from helpers.dev import bench_clock, bench_growth, bench_report, bench_steps, random_7b
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
 from helpers.plots import speed as draw
@@ -62,10 +62,11 @@ pixels = {name: tiny[name] for name in ("min_pixels", "max_pixels")}
 raw = data.load_raw("embedded", limit={"train": train_pictures, "selection": 1, "val": pictures})
 rows = data.prepare(data.clean(raw, data.audit(raw)), **pixels)
 processor = Qwen2VLProcessor.from_pretrained(TINY_BASE, **pixels)
-base = {held: load(str(TINY_BASE), held).requires_grad_(False) for held in ("nf4", "bf16")}
+dtype = model.number_type()  # bf16; fp32 on a CPU that has no instructions for it
+base = {held: load(str(TINY_BASE), held, dtype=dtype).requires_grad_(False) for held in ("nf4", "bf16")}
 for vlm in base.values():
     vlm.set_attn_implementation(model.attention())  # the one that trains faster here
-print(f"{runs.machine()}, {torch.get_num_threads()} thread(s); {len(rows['train'])} pictures to train on, "
+print(f"{runs.machine()}, {torch.get_num_threads()} thread(s), {dtype}; {len(rows['train'])} pictures to train on, "
       f"{len(rows['val'])} to answer")
 
 # %% [markdown]
@@ -74,7 +75,7 @@ print(f"{runs.machine()}, {torch.get_num_threads()} thread(s); {len(rows['train'
 # Two numbers make a limit: how many operations a step *needs*, and how many a second this machine does at its best.
 # Needed are the forward pass, the gradients that have to pass through, and the gradients of what trains. A frozen
 # weight has no gradient, and an activation that is worked out twice was needed once. The best is a large square matrix
-# product in bf16. **MFU** is the share of it that a step reaches.
+# product, in bf16 where the machine has it, as the model. **MFU** is the share of it that a step reaches.
 
 # %%
 rate = bench_clock.matmul_rate(1024, 10)
@@ -251,32 +252,35 @@ answers of a batch do not stand at the same place.""")
 # %% [markdown]
 # ## 6 · How it grows
 #
-# Twice, four times the pictures: the same time a picture, so a straight line. Larger pictures: more patches, whose
-# layers grow in proportion, and attention, which grows with the square.
+# Four, sixteen times the pictures: the same time a picture, so a straight line. Two processes share the pictures and
+# the cores, and add their gradients up. Larger pictures: more patches, whose layers grow in proportion, and attention,
+# which grows with the square. Pictures and processes are timed whole, from the first micro-batch to the update and from
+# the first question to the last answer.
 
 # %%
-few, factors = 4, (1, 4)
-counts = [few * factor for factor in factors]
-seconds = []
-for count in counts:
-    variant = replace(whole, name=f"{count}", micro_batch=few)
-    row = bench_steps.measure(variant, base["nf4"], processor, rows["train"], rank=tiny["lora_rank"], rate=rate,
-                              pictures=count, steps=2, accumulation=count // few)
-    seconds.append(sum(row["split_s"].values()))
+found = pd.DataFrame(bench_growth.measure((4, 16, 64), (1, 2)))
 budgets, by_size = (25, 50, 100, 200), []
 for most in budgets:
     at = Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=most * 784, max_pixels=most * 784)
     by_size += [bench_steps.measure(replace(whole, name=str(most)), base["nf4"], at, rows["train"], rate=rate,
                                     rank=tiny["lora_rank"], pictures=16, steps=2, accumulation=2)]
 parts = {part: [row["split_s"][part] for row in by_size] for part in ("vision", "language")}
-display(draw.growth({"pictures": ("pictures an update", counts, {"a step": seconds}),
-                     "size of a picture": ("image tokens", budgets, parts)}))
+lines, counts = {}, found["pictures"].unique().tolist()
+for work, label in (("training", "pictures an update"), ("answering", "pictures answered")):
+    took = {f"{n} process{'es' * (n > 1)}": list(rows_of[work]) for n, rows_of in found.groupby("processes")}
+    lines[work] = (label, counts, took)
+display(draw.growth(lines | {"size of a picture": ("image tokens", budgets, parts)}))
+by_count = found.pivot(index="pictures", columns="processes")
+grown = by_count.iloc[-1] / by_count.iloc[0]
+shared = by_count.iloc[-1]
 slope = {part: np.polyfit(np.log(budgets), np.log(values), 1)[0] for part, values in parts.items()}
-Markdown(f"""{factors[-1]} times the pictures take {seconds[-1] / seconds[0]:.1f} times as long. From {budgets[0]} to
-{budgets[-1]} image tokens the vision tower's time grows by the power {slope['vision']:.2f}, the language model's by
-{slope['language']:.2f} (1 is in proportion; the text's tokens stay the same, so the language model begins below).
-Several processes share the pictures out and add their gradients up; on one machine with two cores they share the cores
-too, so nothing is measured here.""")
+Markdown(f"""{counts[-1] // counts[0]} times the pictures take {grown['training', 1]:.1f} times as long to train on and
+{grown['answering', 1]:.1f} times to answer; with two processes {grown['training', 2]:.1f} and
+{grown['answering', 2]:.1f} times. From {budgets[0]} to {budgets[-1]} image tokens the vision tower's time grows by the
+power {slope['vision']:.2f}, the language model's by {slope['language']:.2f} (1 is in proportion; the text's tokens stay
+the same, so the language model begins below). Two processes on the same cores train
+{shared['training', 1] / shared['training', 2]:.2f} × as many pictures a second as one, and answer
+{shared['answering', 1] / shared['answering', 2]:.2f} ×: with the cores given, processes have no more to share.""")
 
 # %% [markdown]
 # ## 7 · Padding

@@ -46,10 +46,10 @@ NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
                          bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["model.visual", "lm_head"])
 
 
-def build(recipe, folder, processor, rows, nf4=False, **options):
+def build(recipe, folder, processor, rows, nf4=False, dtype=torch.bfloat16, **options):
     stage = RECIPES[recipe][0]
     set_seed(0)
-    vlm = load_tiny(quantization_config=NF4 if nf4 else None)
+    vlm = load_tiny(quantization_config=NF4 if nf4 else None, dtype=dtype)
     if stage.trains == "full":
         vlm.model.visual.float().requires_grad_(True)
     else:
@@ -57,9 +57,9 @@ def build(recipe, folder, processor, rows, nf4=False, **options):
     options = {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, "gradient_checkpointing": False,
                "report_to": "none"} | options
     made_with = parity.record(processor, "Where?")
-    arguments = SFTConfig(output_dir=str(folder), per_device_train_batch_size=4, bf16=True, max_length=None,
-                          remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
-                          use_cpu=True, seed=0, **options)
+    arguments = SFTConfig(output_dir=str(folder), per_device_train_batch_size=4, bf16=dtype == torch.bfloat16,
+                          max_length=None, remove_unused_columns=False, logging_steps=1,
+                          logging_nan_inf_filter=False, use_cpu=True, seed=0, **options)
     sft = trainer.BoxTrainer(vlm, args=arguments, train_dataset=rows, processing_class=processor,
                              data_collator=collate.Collator(processor, "Where?"), callbacks=[trainer.LossLog(folder)],
                              made_with=made_with, base=parity.base_of(TINY_BASE))

@@ -203,6 +203,17 @@ def test_attention_is_flash_where_it_is_installed_and_the_gpu_has_it(monkeypatch
     assert model.attention() == chosen
 
 
+@pytest.mark.parametrize(("gpus", "has", "chosen"), [
+    (0, {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32), (0, {"avx2": True}, torch.float32),
+    (0, {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16), (0, {"bf16": True}, torch.bfloat16),
+    (1, {"avx2": True}, torch.bfloat16),
+])  # fmt: skip
+def test_bf16_is_computed_in_where_the_machine_has_it(monkeypatch, gpus, has, chosen):
+    show_gpus(monkeypatch, gpus)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert model.number_type() == chosen
+
+
 def test_one_model_over_gpus_and_one_process_a_gpu_are_never_mixed(monkeypatch):
     spread = with_lora(base(), R1.lora_targets)
     spread.base_model.model.hf_device_map = {"model.visual": 0, "model.language_model": 1, "lm_head": "cpu"}

@@ -31,7 +31,7 @@ def test_trainable_weights_in_bf16():
 
 def test_bf16_weights_in_the_vision_recipe():
     stops("trains in torch.bfloat16", ("model.trainable_to_fp32(tuned)", "pass"),
-          ("base.model.visual.float().requires_grad_(True)", "base.model.visual.requires_grad_(True)"),
+          ("base.model.visual.float().requires_grad_(True)", "base.model.visual.bfloat16().requires_grad_(True)"),
           recipe="r2-vision-only")
 
 

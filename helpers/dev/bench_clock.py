@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
+from helpers import model
+
 PARTS = ("vision", "language", "head and loss", "optimiser", "waiting for data", "everything else")
 
 
@@ -29,9 +31,9 @@ def between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> f
 
 
 def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
-    """Floating point operations a second of a square bf16 matrix product here, the median of `repeats`."""
+    """Operations a second of a square matrix product in the model's own dtype here, the median of `repeats`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    one, other = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    one, other = (torch.randn(size, size, device=device, dtype=model.number_type()) for _ in range(2))
     one @ other
     marks = [mark()]
     for _ in range(repeats):

@@ -29,13 +29,15 @@ from helpers.settings import TINY_BASE
 PROMPT = "Detect the bounding box of the nutrition table."
 
 
-def load(path: str, precision: str, revision: str | None = None) -> Qwen2VLForConditionalGeneration:
-    """The model in `fp32`, `bf16` or `nf4` (the vision tower in bf16)."""
+def load(path: str, precision: str, revision: str | None = None, dtype: torch.dtype | None = None
+         ) -> Qwen2VLForConditionalGeneration:
+    """The model in `fp32`, `bf16` or `nf4` (the vision tower in bf16); what is not NF4 in `dtype` where it is given."""
+    dtype = dtype or (torch.float32 if precision == "fp32" else torch.bfloat16)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head"])
+                             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
     model.patches_as_product()
     return Qwen2VLForConditionalGeneration.from_pretrained(
-        path, revision=revision, dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        path, revision=revision, dtype=dtype,
         attn_implementation=model.attention(training=False),
         device_map=model.device_map(), quantization_config=nf4 if precision == "nf4" else None).eval()
 

@@ -93,10 +93,12 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
     arguments = SFTConfig(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=variant.micro_batch,
         gradient_accumulation_steps=accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=0.05, max_grad_norm=1.0, bf16=True, gradient_checkpointing=checkpointing, max_length=None,
-        remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none", seed=0,
-        dataloader_num_workers=workers, use_cpu=not torch.cuda.is_available(), disable_tqdm=True)  # fmt: skip
-    enough = [i % len(rows) for i in range(steps * accumulation * variant.micro_batch)]  # one epoch
+        warmup_steps=0.05, max_grad_norm=1.0, bf16=base.dtype == torch.bfloat16,
+        gradient_checkpointing=checkpointing, max_length=None, remove_unused_columns=False, logging_steps=1,
+        save_strategy="no", report_to="none", seed=0, dataloader_num_workers=workers,
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True)  # fmt: skip
+    enough = [i % len(rows)
+              for i in range(steps * accumulation * variant.micro_batch * arguments.world_size)]  # one epoch
     if variant.kind == "stock":
         chats = as_chats(rows.select(enough))
         sft = SFTTrainer(tuned, args=arguments, train_dataset=chats, processing_class=processor)
