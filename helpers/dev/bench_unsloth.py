@@ -44,6 +44,7 @@ def measure(folder: Path, recipe: str, micro_batch: int, dropout: float, workers
     """Seconds by part for 16 pictures and one update, tokens a picture, losses, peak memory, 4-bit layers by tower."""
     import unsloth  # isort: skip  # before the libraries that it patches
     import torch
+    from bitsandbytes.nn import Linear4bit
     from trl import SFTConfig, SFTTrainer
     from unsloth.trainer import UnslothVisionDataCollator
 
@@ -73,7 +74,7 @@ def measure(folder: Path, recipe: str, micro_batch: int, dropout: float, workers
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         sft.train()
-    linear4bit = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
+    linear4bit = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
     return {
         "split_s": clock.split(ACCUMULATION, micro_batch, 16), "tokens": tokens, "micro_batches": len(clock.batches),
