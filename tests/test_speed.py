@@ -13,7 +13,7 @@ from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
 from transformers.vision_utils import get_vision_cu_seqlens
 
 from helpers import budget, collate, features, model, sizes, trainer
-from helpers.dev import bench_7b, bench_report
+from helpers.dev import bench_7b, bench_report, bench_unsloth
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -222,6 +222,36 @@ def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatc
     assert bench_7b.main() == 0  # goes on: nothing is measured again
     again = json.loads((tmp_path / "report.json").read_text())
     assert all(again[kind] == report[kind] for kind in ("train", "answer", "curves"))
+
+
+def test_unsloth_stands_beside_stock_and_ours(tmp_path, monkeypatch):
+    """Rows that a run in Unsloth's environment would add, its times made up."""
+    report, path = bench_report.read(), tmp_path / "report.json"
+    stock = next(row for row in report["train"] if row["name"] == "stock")
+    path.write_text(json.dumps(report))
+    seconds = {"Unsloth, micro-batch 2": 4.0, "Unsloth, micro-batch 8": 2.0, "Unsloth, micro-batch 8, no dropout": 1.0}
+
+    def in_own_process(name, options):
+        if name not in seconds:
+            return {"failed": "no memory"}
+        parts = ("vision", "language", "head and loss", "optimiser", "everything else")
+        return {"split_s": dict.fromkeys(parts, seconds[name]), "tokens": 1344.0, "peak_gib": 9.0, "losses": [12.3]}
+
+    monkeypatch.setattr(bench_unsloth, "in_own_process", in_own_process)
+    monkeypatch.setattr(bench_unsloth, "version", lambda package: "1")
+    monkeypatch.setattr(sys, "argv", ["bench_unsloth", "--report", str(path)])
+    assert bench_unsloth.main() == 0 and bench_unsloth.main() == 0  # the second replaces the rows of the first
+    report = json.loads(path.read_text())
+    rows = {row["name"]: row for row in report["train"] if row["kind"] == "unsloth"}
+    assert list(rows) == list(bench_unsloth.VARIANTS) and len(rows) == 8
+    fast = rows["Unsloth, micro-batch 8, no dropout"]
+    assert fast["pictures_per_s"] == 16 / 5 and fast["tokens_per_s"] == 16 / 5 * 1344
+    assert fast["mfu"] / stock["mfu"] == pytest.approx(fast["pictures_per_s"] / stock["pictures_per_s"])
+    told = [line for line in bench_report.summary(report).splitlines() if "Unsloth" in line]
+    assert [line.split(" | ")[:2] for line in told] == [
+        ["| r4-joint, Unsloth, micro-batch 8", "1.60"], ["| r4-joint, Unsloth, micro-batch 8, no dropout", "3.20"]]
+    table = bench_report.training_table(report)
+    assert table.count("Unsloth") == 8 and table.count("no memory") == 5
 
 
 def test_the_readme_says_what_the_report_says(repo):

@@ -86,7 +86,7 @@ def curves_text(report: dict) -> str:
 
 
 def summary(report: dict | None) -> str:
-    """What the README says: stock, ours and the limit for r4 and r1, and answering; or that it has not run."""
+    """What the README says: stock, ours, Unsloth and the limit for r4 and r1, and answering; or that it has not run."""
     if report is None:
         return NOT_RUN
     machine = f"{report['device']}, {report['model']}, torch {report['torch']}, commit {report['commit'] or '?'}"
@@ -100,6 +100,11 @@ def summary(report: dict | None) -> str:
             if fit:
                 best = max(fit, key=lambda row: row["pictures_per_s"])
                 named[f"ours, {where}: {best['name'].removesuffix(', r1')}"] = best
+        for dropout in (True, False):  # Unsloth's own kernels need none
+            theirs = [row for row in good if row["kind"] == "unsloth" and bool(row["dropout"]) == dropout]
+            if theirs:
+                best = max(theirs, key=lambda row: row["pictures_per_s"])
+                named[best["name"].removesuffix(", r1")] = best
         rows = list(named.values())
         for name, row in named.items():
             times, peak = times_stock(report, row), row["peak_gib"]
