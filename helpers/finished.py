@@ -4,10 +4,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from helpers import parity
+from helpers.data.pictures import as_rgb
 from helpers.files import read_json
 from helpers.parameters import ParameterError
 
@@ -94,9 +94,7 @@ def open_upright(source: str | Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as picture:
             upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I;16"):  # convert would show all that is lighter than 1 % as white
-            upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-        upright = upright.convert("RGB")
+        upright = as_rgb(upright)
     except Exception as error:  # Pillow's readers raise many kinds
         why = "its content is no picture" if isinstance(error, Image.UnidentifiedImageError) else \
             f"{type(error).__name__}: {error}"
