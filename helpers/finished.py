@@ -1,5 +1,6 @@
 """A finished model, to use: found in runs/, checked against what it was made with, opened; a picture read as shown."""
 
+import argparse
 import io
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,15 @@ def newest(runs: Path = RUNS) -> Path:
     if not found:
         raise ParameterError(f"{runs} holds no merged model yet: run `make demo` first, or name one with MODEL=folder.")
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def parse(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
+    """`model` (None: the newest is meant), `host` and `port` of a program that opens a finished model at a port."""
+    parser = argparse.ArgumentParser(prog=f"python -m helpers.{program}", description=description)
+    parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
+    parser.add_argument("--port", type=int, default=port)
+    return parser.parse_args(given)
 
 
 def check(model: str | Path) -> dict[str, Any]:
