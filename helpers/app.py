@@ -3,7 +3,6 @@
     python -m helpers.app runs/qwen2vl-nutrition-detection-r4-joint-merged --port 7860
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -80,11 +79,7 @@ def build_page(model: str | Path) -> gr.Blocks:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m helpers.app", description="A page to try a finished model.")
-    parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=int, default=7860)
-    chosen = parser.parse_args(arguments)
+    chosen = finished.parse("app", "A page to try a finished model.", 7860, arguments)
     runs.quiet_libraries()
     try:
         page = build_page(chosen.model or finished.newest())

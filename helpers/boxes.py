@@ -84,18 +84,6 @@ def xyxy_unit_to_xyxy_1000(boxes: ArrayLike) -> np.ndarray:
     return np.rint(array * 1000).astype(np.int64)
 
 
-def xyxy_1000_to_xyxy_unit(boxes: ArrayLike) -> np.ndarray:
-    """Thousandths to 0-1. [N, 4] -> [N, 4]."""
-    return _as_corners(boxes) / 1000
-
-
-def xywh_px_to_xyxy_px(boxes: ArrayLike) -> np.ndarray:
-    """COCO's [x0, y0, width, height] to corners, in pixels. [N, 4] -> [N, 4]; a negative size is an error."""
-    array = _as_boxes(boxes)
-    _check_sizes(array)
-    return np.concatenate([array[:, :2], array[:, :2] + array[:, 2:]], axis=1)
-
-
 def xyxy_px_to_xywh_px(boxes: ArrayLike) -> np.ndarray:
     """Corners to COCO's [x0, y0, width, height], in pixels. [N, 4] -> [N, 4]."""
     array = _as_corners(boxes)

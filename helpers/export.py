@@ -14,18 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers import data, evaluate, merge, model, parity, predict, runs
+from helpers import data, evaluate, finished, merge, model, parity, predict, runs
 from helpers.card import model_card
 from helpers.files import read_json, write_json, write_text
 from helpers.hub import PushError, check_push, push
+from helpers.parameters import ParameterError
 
 COPIES = ("bf16", "nf4")
 COMPARED = "compared.json"  # what `compare` measured, in the export's folder: the cards take it up
 NF4_SHARE = 0.8  # of the bf16 size: the most that an NF4 copy takes (the tiny one's; at 7B .39 by arithmetic)
-
-
-class ExportError(ValueError):
-    """One sentence: the folder or name, what was found, what is expected."""
 
 
 def export(source: str | Path, output: str | Path | None = None, run: str | Path | None = None) -> Path:
@@ -34,9 +31,10 @@ def export(source: str | Path, output: str | Path | None = None, run: str | Path
     Both load with `from_pretrained` alone. `output`: the model's own name with `-export` behind it where None. `run`:
     the folder whose manifest.json and metrics.json the cards are written from; the one beside the model where None.
     An output that holds an earlier export of the same weights keeps it, and gets its cards anew.
-    Raises ExportError, also for a full disk, which leaves nothing half written.
+    Raises ParameterError, also for a full disk, which leaves nothing half written.
     """
-    source = check_model(Path(source))
+    source = Path(source).expanduser()
+    check_model(source)
     run = run_of(source, run)
     output = Path(output) if output else source.with_name(f"{source.name.removesuffix('-merged')}-export")
     if not _exported(source, output):
@@ -53,69 +51,51 @@ def export(source: str | Path, output: str | Path | None = None, run: str | Path
             raise
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face of its own in each library
             free = shutil.disk_usage(output.parent).free / 2**30
-            raise ExportError(f"{output} cannot be written ({error}; {free:.2f} GiB were free); nothing is kept of it, "
-                              "choose another OUTPUT or make room.") from error
+            raise ParameterError(f"{output} cannot be written ({error}; {free:.2f} GiB were free); nothing is kept of "
+                                 "it, choose another OUTPUT or make room.") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
     write_cards(output, run)
     return output
 
 
-def check_model(folder: Path) -> Path:
-    """`folder`, where it holds a whole, unquantised Qwen2-VL and its parity.json; ExportError that says what it is."""
-    merged = folder.with_name(f"{folder.name}-merged")
-    better = f"; its merged model is {merged}" if merged.is_dir() else "; expected a merged model, runs/…-merged"
-    if not folder.is_dir():
-        raise ExportError(f"{folder} is not there; expected a merged model's folder, such as runs/…-merged.")
-    if (folder / "adapter_config.json").is_file():
-        merged = folder.parent.with_name(f"{folder.parent.name}-merged")
-        better = f"; the merged model is {merged}" if merged.is_dir() else "; merge it first (a run does)"
-        raise ExportError(f"{folder} is an adapter, of no use without its base{better}.")
-    if (folder / "manifest.json").is_file():
-        raise ExportError(f"{folder} is a run's folder and no model{better}.")
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "qwen2_vl" or not list(folder.glob("*.safetensors")):
-        raise ExportError(f"{folder} is not a Qwen2-VL model's folder (config.json, *.safetensors); expected a merged "
-                          "model, runs/…-merged.")
-    if "quantization_config" in config:
-        raise ExportError(f"{folder} is quantised already; expected the merged model in bf16 that it was made from.")
-    try:
-        parity.check(folder, {})
-        for path in folder.glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                held = {file.get_slice(name).get_dtype() for name in file.keys()}
-            if held != {"BF16"}:
-                raise ExportError(f"{path} holds {', '.join(sorted(held))}; expected BF16, as a merge writes it.")
-    except (parity.ParityError, SafetensorError, OSError) as error:
-        raise ExportError(f"{folder} cannot be read: {error}" if not isinstance(error, parity.ParityError)
-                          else str(error)) from error
-    return folder
+def check_model(folder: Path) -> None:
+    """Raise ParameterError unless `folder` holds a finished model in bf16, as a merge writes it."""
+    finished.check(folder)
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise ParameterError(f"MODEL={folder} is quantised already; expected the merged model in bf16 that it was made "
+                             "from.")
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            held = {file.get_slice(name).get_dtype() for name in file.keys()}
+        if held != {"BF16"}:
+            raise ParameterError(f"{path} holds {', '.join(sorted(held))}; expected BF16, as a merge writes it.")
 
 
 def run_of(source: Path, run: str | Path | None = None) -> Path:
-    """The run that made the model in `source`, with manifest.json and metrics.json; ExportError where there is none."""
+    """The run that made the model in `source`, with manifest.json and metrics.json; ParameterError if there is none."""
     name = source.name.removesuffix("-merged")
     places = [Path(run)] if run else [source.with_name(name), source.with_name(f"{name}-stage2"), source.parent]
     for place in places:
         if (place / "manifest.json").is_file() and (place / "metrics.json").is_file():
             return place
-    raise ExportError(f"{places[0]} has no manifest.json and metrics.json, and the model card is written from them; "
-                      "name the run's folder with RUN=.")
+    raise ParameterError(f"{places[0]} has no manifest.json and metrics.json, and the model card is written from them; "
+                         "name the run's folder with RUN=.")
 
 
 def _exported(source: Path, output: Path) -> bool:
-    """Whether `output` holds an earlier export of these weights; ExportError where it holds anything else."""
+    """Whether `output` holds an earlier export of these weights; ParameterError where it holds anything else."""
     if not output.is_dir() or not any(output.iterdir()):
         if output.exists() and not output.is_dir():
-            raise ExportError(f"{output} is a file; expected a new folder for OUTPUT.")
+            raise ParameterError(f"{output} is a file; expected a new folder for OUTPUT.")
         return False
     try:
         parity.check(output / "bf16", {"weights": parity.weights_hash(source)})
         parity.check(output / "nf4", {})
     except parity.ParityError:
         found = next(iter(sorted(output.iterdir()))).name
-        raise ExportError(f"{output} holds something else than an export of {source} (such as {found}); choose "
-                          "another OUTPUT, or remove it.") from None
+        raise ParameterError(f"{output} holds something else than an export of {source} (such as {found}); choose "
+                                "another OUTPUT, or remove it.") from None
     return True
 
 
@@ -124,8 +104,8 @@ def _check_room(source: Path, output: Path) -> None:
     need = (1 + NF4_SHARE) * sum(path.stat().st_size for path in source.iterdir()) / 2**30
     free = shutil.disk_usage(place).free / 2**30
     if free < need:
-        raise ExportError(f"{output} needs about {need:.2f} GiB, and its disk has {free:.2f} free; choose another "
-                          "OUTPUT.")
+        raise ParameterError(f"{output} needs about {need:.2f} GiB, and its disk has {free:.2f} free; choose another "
+                                "OUTPUT.")
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -235,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(*(f"{output / copy}: loads with from_pretrained; its card is README.md" for copy in COPIES), sep="\n")
         if given.push:
             print(*push({given.push: output / "bf16", f"{given.push}-nf4": output / "nf4"}), sep="\n")
-    except (ExportError, PushError, data.DataError) as error:
+    except (ParameterError, PushError, data.DataError) as error:
         sys.exit(str(error))
 
 

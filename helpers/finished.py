@@ -1,13 +1,14 @@
 """A finished model, to use: found in runs/, checked against what it was made with, opened; a picture read as shown."""
 
+import argparse
 import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 from helpers import parity
+from helpers.data.pictures import as_rgb
 from helpers.files import read_json
 from helpers.parameters import ParameterError
 
@@ -23,6 +24,15 @@ def newest(runs: Path = RUNS) -> Path:
     if not found:
         raise ParameterError(f"{runs} holds no merged model yet: run `make demo` first, or name one with MODEL=folder.")
     return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def parse(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
+    """`model` (None: the newest is meant), `host` and `port` of a program that opens a finished model at a port."""
+    parser = argparse.ArgumentParser(prog=f"python -m helpers.{program}", description=description)
+    parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
+    parser.add_argument("--port", type=int, default=port)
+    return parser.parse_args(given)
 
 
 def check(model: str | Path) -> dict[str, Any]:
@@ -94,9 +104,7 @@ def open_upright(source: str | Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as picture:
             upright = ImageOps.exif_transpose(picture)
-        if upright.mode.startswith("I;16"):  # convert would show all that is lighter than 1 % as white
-            upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-        upright = upright.convert("RGB")
+        upright = as_rgb(upright)
     except Exception as error:  # Pillow's readers raise many kinds
         why = "its content is no picture" if isinstance(error, Image.UnidentifiedImageError) else \
             f"{type(error).__name__}: {error}"

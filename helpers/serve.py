@@ -7,7 +7,6 @@ takes any prompt. Here a request is one picture as a data URL, with the model's 
 greedy; anything else gets a 4xx with one sentence, and the server goes on.
 """
 
-import argparse
 import asyncio
 import base64
 import binascii
@@ -199,11 +198,7 @@ def build_app(model: str | Path) -> FastAPI:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m helpers.serve", description="An OpenAI-compatible server.")
-    parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
-    parser.add_argument("--port", type=int, default=8000)
-    chosen = parser.parse_args(arguments)
+    chosen = finished.parse("serve", "An OpenAI-compatible server.", 8000, arguments)
     runs.quiet_libraries()
     try:
         model = chosen.model or finished.newest()

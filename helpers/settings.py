@@ -17,6 +17,13 @@ PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
 
 
+def run_folder(run: str, holds: str, runs: str | Path = "runs") -> Path | None:
+    """The folder of a run, given by name or folder, that holds this file; None where there is none."""
+    places = [Path(run).expanduser(), Path(runs) / run, Path(runs) / f"{PROJECT}-{run}"]
+    places += [Path(runs) / f"{PROJECT}-r3-stage2"] if run == "r3-two-stage" else []
+    return next((place for place in places if (place / holds).is_file()), None)
+
+
 @dataclass
 class StageRun:
     """One stage of this run: the recipe's stage, with its folder."""
@@ -39,10 +46,7 @@ class Run:
     @property
     def model_path(self) -> str:
         """What `from_pretrained` takes: a folder or a Hub id."""
-        model_id = self.values["model_id"]
-        if model_id == "embedded":
-            return str(TINY_BASE)
-        return str(Path(model_id).expanduser()) if _local(model_id) else model_id
+        return local_model(self.values["model_id"]) or self.values["model_id"]
 
     @property
     def merged_folder(self) -> Path:
@@ -98,7 +102,8 @@ def settle(namespace: dict) -> Run:
     folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
     values["report_to"] = _report_target(values["report_to"], folder)
     run = Run(values, given, stages, folder)
-    _check_model(values["model_id"], run.model_path, values["model_revision"])
+    if local_model(values["model_id"]) is None:
+        _check_hub(values["model_id"], values["model_revision"])
     return run
 
 
@@ -150,22 +155,24 @@ def _check_output(values: dict) -> None:
                              f"scale={values['scale']} needs about {need}; choose another disk.")
 
 
-def _local(model_id: str) -> bool:
-    return model_id == "embedded" or model_id.startswith((".", "/", "~")) or Path(model_id).is_dir()
+def local_model(model_id: str) -> str | None:
+    """The folder of a model on this machine, None for a Hub id; ParameterError where a folder holds no model."""
+    folder = TINY_BASE if model_id == "embedded" else Path(model_id).expanduser()
+    if model_id != "embedded" and not model_id.startswith((".", "/", "~")) and not folder.is_dir():
+        return None
+    if not (folder / "config.json").is_file():
+        raise ParameterError(f"model_id={model_id!r} is not a model's folder: it has no config.json.")
+    return str(folder)
 
 
-def _check_model(model_id: str, path: str, revision: str | None) -> None:
-    """Raise ParameterError unless the model's config.json is there: a cheap test of the folder or of Hub access."""
-    if _local(model_id):
-        if not (Path(path) / "config.json").is_file():
-            raise ParameterError(f"model_id={model_id!r} is not a model's folder: it has no config.json.")
-        return
+def _check_hub(model_id: str, revision: str | None) -> None:
+    """Raise ParameterError unless the Hub gives the model's config.json: a cheap test of access."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError
 
     asked = f"model_id={model_id!r} at revision {revision or 'main'}"
     try:
-        hf_hub_download(path, "config.json", revision=revision)
+        hf_hub_download(model_id, "config.json", revision=revision)
     except GatedRepoError:
         raise ParameterError(f"{asked} is gated: accept its terms on its page of the Hub, and give a token with access "
                              "(HF_TOKEN, or `hf auth login`).") from None

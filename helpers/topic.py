@@ -10,7 +10,7 @@ from helpers.boxes import area, yxyx_unit_to_xyxy_unit
 from helpers.parameters import ParameterError
 from helpers.recipes import SCALES
 from helpers.scenes import render_scene
-from helpers.settings import PROJECT, TINY_BASE
+from helpers.settings import PROJECT, local_model, run_folder
 
 RUNS = Path(__file__).parents[1] / "runs"
 MAKE_ONE = "make run RECIPE=r1-llm-only SCALE=tiny"
@@ -27,14 +27,7 @@ def model_path(scale: str, model_id: str | None = None) -> str:
         if not torch.cuda.is_available():
             raise ParameterError("scale='7b' needs a GPU, and this machine shows none; take scale='tiny'.")
     model_id = model_id or SCALES[scale]["model_id"]
-    if model_id == "embedded":
-        return str(TINY_BASE)
-    folder = Path(model_id).expanduser()
-    if model_id.startswith((".", "/", "~")) or folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ParameterError(f"model_id={model_id!r} is not a model's folder: it has no config.json.")
-        return str(folder)
-    return model_id
+    return local_model(model_id) or model_id
 
 
 def adapter_run(run: str, runs: Path = RUNS) -> tuple[Path, str, str]:
@@ -42,8 +35,7 @@ def adapter_run(run: str, runs: Path = RUNS) -> tuple[Path, str, str]:
 
     Raises ParameterError that names the runs there are, and the command that makes one.
     """
-    places = [Path(run).expanduser(), runs / run, runs / f"{PROJECT}-{run}"]
-    folder = next((place for place in places if (place / "adapter" / "adapter_config.json").is_file()), None)
+    folder = run_folder(run, "adapter/adapter_config.json", runs)
     if folder is None:
         found = sorted(path.parents[1].name.removeprefix(f"{PROJECT}-") for path in runs.glob("*/adapter/*_config.json")
                        if path.name == "adapter_config.json")  # fmt: skip

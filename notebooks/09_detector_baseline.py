@@ -102,7 +102,7 @@ else:
     rtdetr, processor = detector.small(names, side)
 changed = Augment(seed) if augment else None
 collator = detector.Collator(processor, names, changed)
-two = [rows["train"][i] for i in range(2)]
+two = [rows["train"][i] for i in range(min(2, len(rows["train"])))]
 batch = collator(two)
 display(draw.as_seen(two, batch))
 label, row = batch["labels"][0], two[0]
@@ -140,6 +140,7 @@ Markdown(f"The detector has {weights['detector'] / 1e6:.1f} million weights, all
 
 # %%
 scratch = Path(keep or tempfile.mkdtemp())
+batch_size = min(batch_size, len(rows["train"]))
 arguments = TrainingArguments(
     output_dir=str(scratch / "training"),
     num_train_epochs=epochs,
@@ -153,7 +154,7 @@ arguments = TrainingArguments(
     dataloader_drop_last=True,  # batch norm of a few left over is noise
     dataloader_num_workers=4 if torch.cuda.is_available() else 0,
     use_cpu=not torch.cuda.is_available(),
-    logging_steps=5,
+    logging_steps=min(5, epochs * (len(rows["train"]) // batch_size)),
     save_strategy="no",
     report_to="none",
     seed=seed,

@@ -14,6 +14,7 @@ from helpers import data, evaluate, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.checks import RULES
+from helpers.data.pictures import picture_facts
 from helpers.data.planted import plant_each
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
 from helpers.dev import bench_pictures
@@ -330,6 +331,36 @@ def test_prepare_gives_the_size_that_the_processor_would_choose_and_keeps_the_re
     assert undecoded[0] == undecoded[1]  # small enough: the same bytes
     before = np.asarray(raw["train"][0]["image"].resize((width, height), Image.Resampling.BICUBIC), int)
     assert np.abs(before - np.asarray(ready["train"][0]["image"], int)).mean() < 2
+
+
+def grey(kind: str, mode: str, size: tuple[int, int]) -> bytes:
+    """Light grey (3/4 of the range) in the left half, black in the right, on its side for EXIF."""
+    light = {"uint8": 192, "uint16": 192 * 256, "int32": 192, "float32": 0.75}[mode]
+    pixels = np.zeros(size[::-1], mode)
+    pixels[:, : size[0] // 2] = light
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **({"exif": exif} if kind == "PNG" else {}))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(800, 400), (56, 28)])  # made smaller, and small enough
+def test_a_grey_picture_of_16_bits_is_the_one_of_8_bits(size):
+    raw = splits(val=[row(n, image=picture(grey("PNG", mode, size)), width=size[0], height=size[1])
+                      for n, mode in ((1, "uint8"), (2, "uint16"))])
+    eight, sixteen = (np.asarray(one["image"].convert("RGB"), int) for one in data.prepare(raw, 1, 56 * 56)["val"])
+    assert np.array_equal(eight, sixteen) and eight[:, -4:].mean() > 180 and eight[:, :4].mean() < 10  # turned by EXIF
+    thumbs = [picture_facts(picture(grey("PNG", mode, size)))["thumb"] for mode in ("uint8", "uint16")]
+    assert thumbs[0] == thumbs[1]  # what the audit knows a picture by
+
+
+@pytest.mark.parametrize("mode, said", [("int32", "32-bit"), ("float32", "floating point")])
+def test_a_picture_of_numbers_without_a_range_is_named_and_dropped(mode, said):
+    raw = splits(val=[row(1), row(2, image=picture(grey("TIFF", mode, (64, 48))))])
+    assert found(raw) == {"unreadable-picture": ["0000000000002_1"]}
+    assert f"{said} numbers of no known range" in audit(raw).faults[0].found
+    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1"]
 
 
 def test_prepare_names_a_picture_that_cannot_be_read_and_goes_on(capsys):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import data, evaluate, export, hub, model, parity, predict
 from helpers.card import model_card
-from helpers.export import ExportError
+from helpers.parameters import ParameterError
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
 
@@ -126,41 +126,44 @@ def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(expor
 
 def test_what_is_no_merged_model_is_refused_in_one_sentence(merged, tmp_path):
     def refused(words: str, source: Path, **more) -> None:
-        with pytest.raises(ExportError, match=words) as said:
+        with pytest.raises(ParameterError, match=words) as said:
             export.export(source, tmp_path / "out", **more)
         assert "\n" not in str(said.value) and not (tmp_path / "out").exists()
 
-    refused("nowhere is not there", tmp_path / "nowhere")
+    refused("nowhere is no folder", tmp_path / "nowhere")
     adapter = tmp_path / "a-run" / "adapter"
     adapter.mkdir(parents=True)
-    refused("adapter is not a Qwen2-VL model's folder", adapter)
+    refused("adapter has no config.json: it is no whole model", adapter)
     (adapter / "adapter_config.json").write_text("{}")
-    refused("is an adapter, of no use without its base; merge it first", adapter)
+    refused("holds an adapter, which needs its base beside it; .*runs/…-merged", adapter)
     (tmp_path / "a-run-merged").mkdir()
-    refused("the merged model is .*a-run-merged", adapter)
-    refused("tables-r4-joint is a run's folder and no model; its merged model is .*-merged",
+    refused("name the merged model of that run, .*a-run-merged", adapter)
+    refused("tables-r4-joint is the folder of a run, and no model; name its merged model, .*tables-r4-joint-merged",
             merged.with_name("tables-r4-joint"))
     other = tmp_path / "other-merged"
     shutil.copytree(merged, other)
     refused("other has no manifest.json and metrics.json.*RUN=", other)
     refused("a-run has no manifest.json", other, run=tmp_path / "a-run")
-    (other / "model.safetensors").write_bytes((merged / "model.safetensors").read_bytes()[:-1] + b"x")
+    config = (other / "config.json").read_text()
+    (other / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": {}}))
+    refused("is quantised already", other)
+    (other / "config.json").write_text(config)
+    save_file({"weight": torch.zeros(1)}, other / "model.safetensors")
     refused("are not those that were saved there", other)
+    parity.write(other, json.loads((other / "parity.json").read_text()))
+    refused("holds F32; expected BF16", other)
     (other / "parity.json").unlink()
     refused("has no parity.json", other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
-    refused("is quantised already", other)
 
 
 def test_a_folder_with_something_else_in_it_stays_as_it_is(merged, exported, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"holds something else than an export of .* \(such as mine.txt\)"):
+    with pytest.raises(ParameterError, match=r"holds something else than an export of .* \(such as mine.txt\)"):
         export.export(merged, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(ExportError, match="mine.txt is a file"):
+    with pytest.raises(ParameterError, match="mine.txt is a file"):
         export.export(merged, tmp_path / "mine.txt")
-    with pytest.raises(ExportError, match="holds something else"):
+    with pytest.raises(ParameterError, match="holds something else"):
         export.export(merged, merged)
     (tmp_path / "empty").mkdir()
     assert export.export(merged, tmp_path / "empty") == tmp_path / "empty"
@@ -170,7 +173,7 @@ def test_a_folder_with_something_else_in_it_stays_as_it_is(merged, exported, tmp
 def test_a_full_disk_is_said_before_and_during_and_leaves_nothing(merged, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**20))
-    with pytest.raises(ExportError, match="needs about 0.02 GiB, and its disk has 0.00 free"):
+    with pytest.raises(ParameterError, match="needs about 0.02 GiB, and its disk has 0.00 free"):
         export.export(merged, tmp_path / "out")
     monkeypatch.undo()
 
@@ -178,7 +181,7 @@ def test_a_full_disk_is_said_before_and_during_and_leaves_nothing(merged, tmp_pa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Qwen2VLForConditionalGeneration, "save_pretrained", full)
-    with pytest.raises(ExportError, match="out cannot be written .*No space left on device.*nothing is kept"):
+    with pytest.raises(ParameterError, match="out cannot be written .*No space left on device.*nothing is kept"):
         export.export(merged, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,11 @@ from helpers.files import read_json
 
 @pytest.fixture(scope="module")
 def undisturbed(processor, rows, tmp_path_factory):
-    """The weights and losses of a run to which nothing happened."""
+    """The weights, losses and folder of a run to which nothing happened."""
     folder = tmp_path_factory.mktemp("whole")
     sft = build("r1-llm-only", folder, processor, rows)
     sft.train()
-    return {name: weight.detach().clone() for name, weight in sft._trainable().items()}, losses(folder)
+    return {name: weight.detach().clone() for name, weight in sft._trainable().items()}, losses(folder), folder
 
 
 class At(TrainerCallback):
@@ -43,13 +44,20 @@ def losses(folder):
     return [(line["step"], line["loss"]) for line in trainer.read_log(folder / "log.jsonl")]
 
 
+def from_3(undisturbed, folder):
+    """The checkpoint of step 3, copied into `folder`: what happens later need not wait for the same three steps."""
+    shutil.copytree(undisturbed[2] / "checkpoint-3", folder / "checkpoint-3")
+    shutil.copy(undisturbed[2] / "log.jsonl", folder)
+    return str(folder / "checkpoint-3")
+
+
 def goes_on(folder, processor, rows, undisturbed, at):
     """The same run again continues from checkpoint `at` and ends as if nothing had happened."""
     checkpoint = checkpoints.last_checkpoint(folder)
     assert checkpoint.endswith(f"checkpoint-{at}")
     again = build("r1-llm-only", folder, processor, rows)
     again.train(resume_from_checkpoint=checkpoint)
-    weights, curve = undisturbed
+    weights, curve, _ = undisturbed
     assert all(torch.equal(weight, weights[name]) for name, weight in again._trainable().items())
     assert losses(folder) == curve
 
@@ -115,7 +123,7 @@ def test_a_full_disk_ends_in_words_and_the_last_checkpoint_stays(file, error, tm
     monkeypatch.setattr(torch, "save", full_at_6(torch.save))
     monkeypatch.setattr(TrainerState, "save_to_json", full_at_6(TrainerState.save_to_json))
     with pytest.raises(OSError, match=r"checkpoint-6 cannot be written .*same command goes on from checkpoint-3\."):
-        sft.train()
+        sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
     monkeypatch.undo()
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
     goes_on(tmp_path, processor, rows, undisturbed, at=3)
@@ -184,23 +192,23 @@ def all_finite(checkpoint):
     return all(weight.isfinite().all() for weight in load_file(Path(checkpoint) / trainer.WEIGHTS).values())
 
 
-def test_a_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(tmp_path, processor, rows):
+def test_a_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(tmp_path, processor, rows, undisturbed):
     sft = build("r1-llm-only", tmp_path, processor, rows)
     sft.add_callback(At(4, lambda: next(iter(sft._trainable().values())).data.fill_(float("nan"))))
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 of 8; checkpoint-3 is the last good checkpoint"
                                                  r".*Lower learning_rate \(now 0.001\)"):
-        sft.train()
+        sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
     assert all_finite(tmp_path / "checkpoint-3")
 
 
-def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path, processor, rows):
+def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path, processor, rows, undisturbed):
     """The loss of that step is still a number: the next would not be, and a checkpoint may come between."""
     sft = build("r1-llm-only", tmp_path, processor, rows)
     weight = list(sft._trainable().values())[-1]
     sft.add_callback(At(5, lambda: weight.register_hook(lambda gradient: gradient * float("inf"))))
     with pytest.raises(FloatingPointError, match="the size of the gradient is (nan|inf) at step 6 of 8; checkpoint-3"):
-        sft.train()
+        sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
     assert checkpoints.last_checkpoint(tmp_path).endswith("checkpoint-3") and all_finite(tmp_path / "checkpoint-3")
 
 
@@ -230,7 +238,7 @@ def test_out_of_memory_in_training_says_what_to_change_with_this_runs_numbers(tm
     sft = build("r1-llm-only", tmp_path, processor, rows)
     sft.add_callback(At(4, too_much))
     with pytest.raises(torch.OutOfMemoryError) as error:
-        sft.train()
+        sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
     for words in ("at step 5", "batch_size=2 and accumulation=2 (now 4 and 1)", "gradient_checkpointing=True",
                   "max_pixels below 12544"):
         assert words in str(error.value)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets import List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
@@ -109,11 +110,23 @@ def open_picture(image: dict[str, Any]) -> PILImage.Image:
     return PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
 
 
+def as_rgb(picture: PILImage.Image) -> PILImage.Image:
+    """A picture in RGB, of 16 bits the upper 8; ValueError where nobody can say which values are black and white."""
+    if picture.mode.startswith("I;16"):  # convert would show all that is lighter than 1 % as white
+        eight = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        eight.info = picture.info  # EXIF
+        picture = eight
+    elif picture.mode in ("I", "F"):
+        numbers = "32-bit" if picture.mode == "I" else "floating point"
+        raise ValueError(f"its pixels are {numbers} numbers of no known range; expected 8 or 16 bits, save it anew")
+    return picture.convert("RGB")
+
+
 def draft_resize(picture: PILImage.Image, size: tuple[int, int]) -> PILImage.Image:
     """An opened picture as RGB of `size` (as stored); a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough."""
     drafted = picture.draft("RGB", size)
     box = drafted[1] if drafted else None  # the part that is picture: a drafted side is rounded up
-    return picture.convert("RGB").resize(size, PILImage.Resampling.BICUBIC, box=box)
+    return as_rgb(picture).resize(size, PILImage.Resampling.BICUBIC, box=box)
 
 
 def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:

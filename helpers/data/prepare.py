@@ -8,9 +8,10 @@ from typing import Any
 
 import datasets
 from datasets import Image
+from PIL import Image as PILImage
 from PIL import ImageOps
 
-from helpers.data.pictures import draft_resize, open_picture
+from helpers.data.pictures import as_rgb, draft_resize, open_picture
 from helpers.data.schema import fingerprint, workers
 
 BATCH = 16  # rows a process holds at once
@@ -20,8 +21,9 @@ def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: 
     """Rows whose picture is the one that the processor would make of it, as a JPEG (quality 95); written once, cached.
 
     A picture over `max_pixels` is turned by its EXIF tag and resized as Qwen2-VL's processor does (sides a multiple of
-    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes. All lie
-    in the cache then: a file that changes or goes away later does not reach a run that has begun.
+    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes (16 bits
+    a value become 8). All lie in the cache then: a file that changes or goes away later does not reach a run that has
+    begun.
     Boxes are in 0-1 and stay; `width` and `height` stay those of the original. A picture that cannot be read is left
     out and named: `clean` has already dropped them.
     """
@@ -68,9 +70,15 @@ def _shrink(image: dict[str, Any], min_pixels: int, max_pixels: int, factor: int
         width, height = picture.size
         if width * height <= max_pixels:
             picture.load()
+            if picture.mode.startswith("I;16"):
+                return _as_file(ImageOps.exif_transpose(as_rgb(picture)), "PNG")
             return {"bytes": image["bytes"] or Path(image["path"]).read_bytes(), "path": None}
         new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)
         small = ImageOps.exif_transpose(draft_resize(picture, (new_width, new_height)))
+    return _as_file(small, "JPEG", quality=95, subsampling=0)
+
+
+def _as_file(picture: PILImage.Image, kind: str, **options: int) -> dict[str, Any]:
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=95, subsampling=0)
+    picture.save(file, kind, **options)
     return {"bytes": file.getvalue(), "path": None}

@@ -10,7 +10,7 @@ from helpers.evaluate.intervals import RESAMPLES, paired_bootstrap
 from helpers.evaluate.scoring import score
 from helpers.evaluate.seeds import group_seeds, summary_over_seeds
 from helpers.files import write_text
-from helpers.settings import PROJECT, is_main
+from helpers.settings import PROJECT, is_main, run_folder
 
 FILES = {
     "fine-tuned": "predictions.jsonl",
@@ -217,10 +217,8 @@ def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
 def load_score(name: str, runs_dir: str | Path = "runs") -> tuple[str, dict]:
     """A run's score by name or folder: `("r4-joint", score)`; "name:base" takes another score than the run's own."""
     run, _, which = name.partition(":")
-    folder = Path(run) if (Path(run) / "metrics.json").exists() else Path(runs_dir) / f"{PREFIX}{run}"
-    if not (folder / "metrics.json").exists() and run == "r3-two-stage":
-        folder = Path(runs_dir) / f"{PREFIX}r3-stage2"
-    if not (folder / "metrics.json").exists():
+    folder = run_folder(run, "metrics.json", runs_dir)
+    if folder is None:
         found = ", ".join(known["run"] for known in find_runs(runs_dir)) or "none yet"
         raise FileNotFoundError(f"no scored run {run!r} in {runs_dir}; the runs there: {found}")
     scores = _read_json(folder / "metrics.json")["scores"]

@@ -8,7 +8,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 
 from helpers.data import RULES, Audit, Fault, raw_truth
-from helpers.data.pictures import open_picture
+from helpers.data.pictures import as_rgb, open_picture
 from helpers.plots.figure import finish, new_figure
 from helpers.plots.photos import PREDICTION, draw_boxes
 
@@ -51,7 +51,7 @@ def _raw_picture(raw: datasets.DatasetDict, fault: Fault) -> tuple[Image | None,
     row = raw[fault.split].select([fault.index]).cast_column("image", datasets.Image(decode=False))
     boxes = np.array(raw_truth(row)[0]["objects"]["bbox"]).reshape(-1, 4)[:, [1, 0, 3, 2]]
     try:
-        picture = ImageOps.exif_transpose(open_picture(row[0]["image"]).convert("RGB"))
+        picture = ImageOps.exif_transpose(as_rgb(open_picture(row[0]["image"])))
     except Exception:  # Pillow's readers raise many kinds; the audit has named this picture
         return None, boxes
     return picture, boxes[np.isfinite(boxes).all(axis=1)].clip(-0.05, 1.05)
