@@ -192,7 +192,7 @@ nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=model.number_type(),
+    bnb_4bit_compute_dtype=model.compute_dtype(),
     llm_int8_skip_modules=["model.visual", "lm_head"],
 )
 
@@ -205,7 +205,7 @@ def load_base(precision, path=run.model_path):
         path,
         revision=run.model_revision if path == run.model_path else None,
         quantization_config=nf4 if precision == "nf4" else None,
-        dtype=model.number_type(),  # bf16, where the machine has it
+        dtype=model.compute_dtype(),  # bf16, where the machine has it
         use_safetensors=True,  # never a pickle
         attn_implementation=model.attention(),
         device_map=model.device_map(),
@@ -329,7 +329,7 @@ def sft_config(stage_run, checkpointing):
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         max_grad_norm=1.0,
-        bf16=model.number_type() == torch.bfloat16,
+        bf16=model.compute_dtype() == torch.bfloat16,
         gradient_checkpointing=checkpointing,
         max_length=None,  # TRL's default of 1024 would cut image tokens
         remove_unused_columns=False,

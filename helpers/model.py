@@ -67,7 +67,7 @@ def attention(training: bool = True) -> str:
     return "flash_attention_2" if new_enough and is_flash_attn_2_available() else "sdpa"
 
 
-def number_type() -> torch.dtype:
+def compute_dtype() -> torch.dtype:
     """What the model computes in: bfloat16, or float32 on a CPU that has no instructions for bfloat16.
 
     Such a CPU (AVX2 alone: many laptops, AMD before Zen 4) works bfloat16 out in software. The tiny base's weights are

@@ -62,7 +62,7 @@ pixels = {name: tiny[name] for name in ("min_pixels", "max_pixels")}
 raw = data.load_raw("embedded", limit={"train": train_pictures, "selection": 1, "val": pictures})
 rows = data.prepare(data.clean(raw, data.audit(raw)), **pixels)
 processor = Qwen2VLProcessor.from_pretrained(TINY_BASE, **pixels)
-dtype = model.number_type()  # bf16; fp32 on a CPU that has no instructions for it
+dtype = model.compute_dtype()  # bf16; fp32 on a CPU that has no instructions for it
 base = {held: load(str(TINY_BASE), held, dtype=dtype).requires_grad_(False) for held in ("nf4", "bf16")}
 for vlm in base.values():
     vlm.set_attn_implementation(model.attention())  # the one that trains faster here

@@ -211,7 +211,7 @@ def test_attention_is_flash_where_it_is_installed_and_the_gpu_has_it(monkeypatch
 def test_bf16_is_computed_in_where_the_machine_has_it(monkeypatch, gpus, has, chosen):
     show_gpus(monkeypatch, gpus)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert model.number_type() == chosen
+    assert model.compute_dtype() == chosen
 
 
 def test_one_model_over_gpus_and_one_process_a_gpu_are_never_mixed(monkeypatch):

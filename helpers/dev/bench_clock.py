@@ -33,7 +33,7 @@ def between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> f
 def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
     """Operations a second of a square matrix product in the model's own dtype here, the median of `repeats`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    one, other = (torch.randn(size, size, device=device, dtype=model.number_type()) for _ in range(2))
+    one, other = (torch.randn(size, size, device=device, dtype=model.compute_dtype()) for _ in range(2))
     one @ other
     marks = [mark()]
     for _ in range(repeats):

@@ -66,7 +66,7 @@ def in_this_process(pictures: Sequence[int], folder: Path) -> None:
     """Measure what falls to this process; the first one writes `found.json`."""
     runs.quiet_libraries()
     world, budget = int(os.environ["WORLD_SIZE"]), {name: TINY[name] for name in ("min_pixels", "max_pixels")}
-    base = load(str(TINY_BASE), "nf4", dtype=model.number_type()).requires_grad_(False)
+    base = load(str(TINY_BASE), "nf4", dtype=model.compute_dtype()).requires_grad_(False)
     processor, found = Qwen2VLProcessor.from_pretrained(TINY_BASE, **budget), []
     with runs.main_first():
         raw = data.load_raw("embedded", limit={"train": 16, "selection": 1, "val": 16})

@@ -50,7 +50,7 @@ class Clock(TrainerCallback):
 
 def tuned(stage) -> torch.nn.Module:
     """The tiny base as the stage trains it."""
-    base = load(str(TINY_BASE), stage.precision, dtype=model.number_type()).requires_grad_(False)
+    base = load(str(TINY_BASE), stage.precision, dtype=model.compute_dtype()).requires_grad_(False)
     if stage.trains == "full":
         base.model.visual.float().requires_grad_(True)
         return base
@@ -64,7 +64,7 @@ def with_trainer(stage, rows, processor, collator, steps: int) -> tuple[float, f
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=TINY["batch_size"], learning_rate=1e-4,
-            bf16=model.number_type() == torch.bfloat16, gradient_checkpointing=False, max_length=None,
+            bf16=model.compute_dtype() == torch.bfloat16, gradient_checkpointing=False, max_length=None,
             remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none",
             dataloader_num_workers=4 if gpu else 0, use_cpu=not gpu)
         vlm = tuned(stage)
@@ -85,7 +85,7 @@ def bare(stage, batches: list[dict], steps: int) -> tuple[float, float]:
     weights = [weight for weight in vlm.train().parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.0, fused=True)
     for batch in itertools.islice(itertools.cycle(batches), steps):
-        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=model.number_type() == torch.bfloat16):
+        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=model.compute_dtype() == torch.bfloat16):
             loss = vlm(**{name: tensor.to(vlm.device) for name, tensor in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
