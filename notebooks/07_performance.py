@@ -280,7 +280,7 @@ Markdown(f"""{counts[-1] // counts[0]} times the pictures take {grown['training'
 power {slope['vision']:.2f}, the language model's by {slope['language']:.2f} (1 is in proportion; the text's tokens stay
 the same, so the language model begins below). Two processes on the same cores train
 {shared['training', 1] / shared['training', 2]:.2f} × as many pictures a second as one, and answer
-{shared['answering', 1] / shared['answering', 2]:.2f} ×: with the cores given, processes have no more to share.""")
+{shared['answering', 1] / shared['answering', 2]:.2f} ×.""")
 
 # %% [markdown]
 # ## 7 · Padding

@@ -2,17 +2,20 @@
 
 import json
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_training import build
+from peft.tuners.lora import LoraLayer
+from small_training import NF4, build
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_cu_seqlens
 
-from helpers import budget, collate, features, model, sizes, trainer
+from helpers import budget, collate, features, fused, model, sizes, trainer
 from helpers.dev import bench_7b, bench_report, bench_unsloth
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
@@ -77,6 +80,72 @@ def test_a_step_in_fp32_is_the_step_under_bf16_autocast_to_its_rounding(recipe, 
         found.append((loss.item(), torch.cat([grad.flatten() for grad in gradients(sft.model).values()])))
     (whole, fine), (half, coarse) = found
     assert half == pytest.approx(whole, rel=5e-3) and (fine - coarse).norm() < 0.1 * fine.norm()
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_lora_added_in_place_is_pefts_own(nf4, processor, rows):
+    """Loss and gradients of a step in fp32, without dropout: as far apart as fp32 rounds."""
+    batch, found = collate.Collator(processor, "Where?")([rows[i] for i in range(4)]), []
+    in_fp32 = BitsAndBytesConfig(**NF4.to_diff_dict() | {"bnb_4bit_compute_dtype": torch.float32})
+    tuned = adapted(load(quantization_config=in_fp32 if nf4 else None, dtype=torch.float32)).train()
+    for change in (lambda vlm: None, fused.fuse_lora):
+        change(tuned)
+        tuned.zero_grad()
+        loss = tuned(**batch).loss
+        loss.backward()
+        found.append((loss.item(), {name: gradient.clone() for name, gradient in gradients(tuned).items()}))
+    (plain, slow), (short, fast) = found
+    assert short == pytest.approx(plain, rel=1e-5) and slow.keys() == fast.keys() and len(slow) > 50
+    for name, gradient in slow.items():
+        assert (fast[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_lora_in_place_with_dropout_against_autograds_own_way(p):
+    base, scale = torch.nn.Linear(12, 20).double().requires_grad_(False), 2.0
+    x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 12), (4, 12), (20, 4)))
+    torch.manual_seed(0)
+    out = fused.LoraProduct.apply(x, a, b, base, scale, p)
+    torch.manual_seed(0)
+    mask = torch.native_dropout(torch.ones(15, 12, dtype=torch.float64), p, True)[0].view(3, 5, 12)
+    expected = base(x) + scale * (x * mask) @ a.T @ b.T
+    assert torch.allclose(out, expected) and (mask == 0).any() == (p > 0)
+    weights = torch.randn_like(out)
+    for ours, plain in zip(torch.autograd.grad(out, (x, a, b), weights),
+                           torch.autograd.grad(expected, (x, a, b), weights), strict=True):
+        assert torch.allclose(ours.double(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_that_is_off_or_merged_takes_pefts_way(processor, rows):
+    batch = collate.Collator(processor, "Where?")([rows[0]])
+    tuned = adapted(load(dtype=torch.float32)).eval()
+    with torch.no_grad():
+        adapter = tuned(**batch).logits
+        fused.fuse_lora(tuned)
+        with tuned.disable_adapter():
+            off = tuned(**batch).logits
+        merged = tuned.merge_and_unload()(**batch).logits
+    assert torch.equal(off, load(dtype=torch.float32)(**batch).logits)
+    assert torch.allclose(merged, adapter, rtol=1e-3, atol=1e-3) and not torch.allclose(off, adapter, atol=1e-2)
+
+
+def test_what_is_compiled_between_matrix_products_is_the_same(monkeypatch, processor, rows):
+    """The graphs as the compiler sees them, run without its code generator; logits within bf16's rounding."""
+    from torch._dynamo.backends.debugging import aot_eager  # no C compiler needed
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=aot_eager))
+    batch, vlm = collate.Collator(processor, "Where?")([rows[0]]), load(dtype=torch.float32).eval()
+    with torch.no_grad():
+        plain = vlm(**batch).logits
+        for name in fused.ROTATIONS:
+            monkeypatch.setattr(modeling_qwen2_vl, name, getattr(modeling_qwen2_vl, name))  # put back at the end
+        fused.compile_between(vlm)
+        assert torch.allclose(vlm(**batch).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_cpu_nothing_is_fused():
+    tuned = adapted(load())
+    assert "PEFT's own" in fused.speed_up(tuned)
+    assert not any("forward" in module.__dict__ for module in tuned.modules() if isinstance(module, LoraLayer))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -36,35 +36,37 @@ VAL = 123  # pictures of the real val: what answering is scaled to
 STOCK = Variant("stock", kind="stock")
 NOW = Variant("our trainer, nothing else changed", kind="as-trl")
 OPEN = Variant("no checkpointing", checkpointing=False)
+EIGHT = Variant("checkpointing, micro-batch 8", micro_batch=8)
+FUSED = replace(EIGHT, name="checkpointing, micro-batch 8, fused", fused=True)
+OURS = Variant("ours, as the pipeline trains", micro_batch=SCALES["7b"]["batch_size"], checkpointing=None, fused=True)
 R1 = {"recipe": "r1-llm-only"}
 NF4 = [  # the strongest first
     STOCK,
-    Variant("ours, as the pipeline trains", micro_batch=SCALES["7b"]["batch_size"], checkpointing=None),
-    OPEN,
-    replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
-    NOW,
-    Variant("vision lengths stay on the CPU"),
-    Variant("checkpointing, micro-batch 8", micro_batch=8),
+    OURS,
     replace(STOCK, name="stock, r1", **R1),
-    replace(OPEN, name="no checkpointing, r1", **R1),
-    replace(OPEN, name="cached vision, r1", cached=True, **R1),
-    replace(OPEN, name="cached vision, micro-batch 4, r1", cached=True, micro_batch=4, **R1),
-    Variant("cached vision, checkpointing, micro-batch 8, r1", cached=True, micro_batch=8, **R1),
-]
+    replace(OURS, name="ours, as the pipeline trains, r1", cached=True, **R1),
+    EIGHT,
+    replace(FUSED, name="no checkpointing, micro-batch 4, fused, no dropout", micro_batch=4, checkpointing=False,
+            dropout=0.0),
+    OPEN,
+    NOW,
+    replace(FUSED, name="checkpointing, micro-batch 8, fused, cached vision, r1", cached=True, **R1),
+]  # fmt: skip
 BF16 = [
-    Variant("bf16 base, checkpointing, micro-batch 8", micro_batch=8),
-    replace(OPEN, name="bf16 base, no checkpointing"),
-    replace(OPEN, name="bf16 base, cached vision, r1", cached=True, **R1),
-    Variant("bf16 base, checkpointing, micro-batch 8, compiled layers", micro_batch=8, compiled=True),
+    replace(FUSED, name="bf16 base, checkpointing, micro-batch 8, fused"),
     replace(STOCK, name="stock trainer, bf16 base"),
 ]
-LAST = {  # after the answers: less likely to be worth it, or changing classes for good
+LAST = {  # after the answers: less likely to be worth it
     "nf4": [
+        replace(EIGHT, name="checkpointing, micro-batch 8, Liger kernels", liger=True),  # changes classes for good
+        Variant("vision lengths stay on the CPU"),
+        replace(FUSED, name="checkpointing, micro-batch 16, fused", micro_batch=16),
         replace(NOW, name="logits of every token", kind="all-logits"),
-        replace(OPEN, name="no dropout", dropout=0.0),
-        Variant("checkpointing, micro-batch 16", micro_batch=16),
+        replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
+        replace(OPEN, name="cached vision, r1", cached=True, **R1),
+        replace(EIGHT, name="checkpointing, micro-batch 8, compiled layers", compiled=True),
     ],
-    "bf16": [Variant("bf16 base, checkpointing, micro-batch 8, Liger kernels", micro_batch=8, liger=True)],
+    "bf16": [],
 }  # fmt: skip
 
 
@@ -151,9 +153,9 @@ def train(options: argparse.Namespace, report: Report, variants: list[Variant], 
         if not wanted or (variant.liger and not find_spec("liger_kernel")):
             report.add("left_out", {"what": variant.name, "why": "not asked for" if not wanted else "not installed"})
             continue
-        if not report.time_for(variant.name, 90 if variant.compiled else 15):
+        if not report.time_for(variant.name, 90 if variant.compiled else 30 if variant.fused else 15):
             continue
-        steps, accumulation = (3, 2) if variant.micro_batch < 8 else (2, 1)
+        steps, accumulation = (3, 2) if variant.micro_batch < 8 else (4, 1)
         report.add("train", bench_steps.measure(
             variant, base, processor, rows["train"], rank=options.rank, steps=steps, accumulation=accumulation,
             workers=options.workers, rate=report.content["matmul_flops_per_s"],
@@ -194,8 +196,8 @@ def curves(options: argparse.Namespace, report: Report, base, processor, rows) -
     both = {"dropout": 0.0}
     for name, variant in (("TRL's trainer", replace(STOCK, kind="trl", **both)),
                           ("ours, as published", replace(NOW, **both)),
-                          ("ours, fast", replace(OPEN, **both))):  # fmt: skip
-        if name not in report.content["curves"] and report.time_for(f"losses: {name}", 2 * options.steps):
+                          ("ours, fused", replace(FUSED, micro_batch=2, **both))):  # fmt: skip
+        if name not in report.content["curves"] and report.time_for(f"losses: {name}", 3 * options.steps):
             row = bench_steps.measure(variant, base, processor, rows["train"], rank=options.rank, rate=1.0, pictures=2,
                                       steps=options.steps, accumulation=1, workers=options.workers,
                                       learning_rate=2e-4)  # fmt: skip

@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers.models.qwen2_vl import modeling_qwen2_vl
 from trl import SFTConfig, SFTTrainer
 
-from helpers import collate, features, model, sizes, trainer
+from helpers import collate, features, fused, model, sizes, trainer
 from helpers.dev.bench_clock import StepClock
 from helpers.messages import target_text
 from helpers.recipes import RECIPES, Stage
@@ -54,6 +55,7 @@ class Variant:
     checkpointing: bool | None = True  # None: where memory needs it, as the pipeline chooses
     dropout: float = 0.05  # LoRA's
     cached: bool = False  # the frozen vision tower's features computed beforehand
+    fused: bool = False  # LoRA added in place, what stands between matrix products compiled (helpers/fused.py)
     compiled: bool = False
     liger: bool = False
 
@@ -87,6 +89,9 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
         tuned = get_peft_model(base, LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=variant.dropout, target_modules=variant.stage.lora_targets,
             task_type="CAUSAL_LM"))  # fmt: skip
+    if variant.fused:
+        fused.fuse_lora(tuned)
+        fused.compile_between(tuned)
     collator, checkpointing = collate.Collator(processor, PROMPT), variant.checkpointing
     if checkpointing is None:
         checkpointing = not model.fits_whole(tuned, collator([rows[i] for i in range(variant.micro_batch)]))
@@ -120,13 +125,18 @@ def release(sft: SFTTrainer) -> None:
     if not isinstance(sft.model, PeftModel):  # a copy: nothing was done to the base
         return
     base = sft.model.unload()
-    base.__dict__.pop("forward", None)  # TRL's and accelerate's wrappers
     base.__dict__.pop("peft_config", None)
+    for module in base.modules():
+        module.__dict__.pop("forward", None)  # TRL's, accelerate's and `fused`'s
+        module._compiled_call_impl = None
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()  # a clock's, where a step failed
     base.gradient_checkpointing_disable()
     base.disable_input_require_grads()
     base.requires_grad_(False)
-    for layer in [*base.model.language_model.layers, *base.model.visual.blocks]:
-        layer._compiled_call_impl = None
+    for name in fused.ROTATIONS:
+        compiled = getattr(modeling_qwen2_vl, name)
+        setattr(modeling_qwen2_vl, name, getattr(compiled, "_torchdynamo_orig_callable", compiled))
     sft.model = sft.model_wrapped = sft.optimizer = sft.callback_handler = None
     model.free_memory()
 
