@@ -112,10 +112,13 @@ def compile_between(vlm: nn.Module) -> None:
 
 
 def speed_up(tuned: nn.Module) -> str:
-    """Both of the above where they pay: on one GPU. Returns what was done, in words."""
+    """Both of the above where they pay, with a model on one GPU; says in words what was done.
+
+    `TORCHDYNAMO_DISABLE=1` in the environment is PyTorch's own switch against compiling.
+    """
     places = {str(place) for place in (getattr(tuned, "hf_device_map", None) or {}).values()}
     if not torch.cuda.is_available() or len(places) > 1:
-        return "LoRA is PEFT's own, nothing is compiled: that pays with a model on one GPU"
+        return "nothing is fused or compiled: that pays with a model on one GPU"
     fuse_lora(tuned)
     if not (has_triton() and (shutil.which("cc") or shutil.which("gcc"))):
         return "LoRA is added in place; nothing is compiled, as Triton or a C compiler is missing"

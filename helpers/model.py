@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
@@ -206,6 +207,23 @@ def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 
     """
     if not torch.cuda.is_available():
         return True
+    took, room = _peak(vlm, batch), _room()
+    fits = took < (1 - reserve) * room
+    takes = f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
+    print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
+          f"gradient checkpointing is {'off' if fits else 'on'}")
+    return fits
+
+
+def _room() -> float:
+    """Bytes that this process may take of the smallest GPU it sees."""
+    allowed = torch.cuda.get_per_process_memory_fraction
+    return min(torch.cuda.get_device_properties(device).total_memory * allowed(device)
+               for device in range(torch.cuda.device_count()))
+
+
+def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    """The most bytes that a training step on `batch` takes of a GPU, gradients and AdamW included; inf: too many."""
     devices, was_training = range(torch.cuda.device_count()), vlm.training
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
@@ -219,14 +237,44 @@ def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 
         took = math.inf
     vlm.train(was_training).zero_grad()
     free_memory()
-    trained = sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
-    allowed = torch.cuda.get_per_process_memory_fraction
-    room = min(torch.cuda.get_device_properties(device).total_memory * allowed(device) for device in devices)
-    fits = took + 12 * trained < (1 - reserve) * room
-    takes = f"takes {(took + 12 * trained) / 2**30:.1f} GiB" if took < math.inf else "does not fit"
-    print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
-          f"gradient checkpointing is {'off' if fits else 'on'}")
-    return fits
+    return took + 12 * sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
+
+
+def layers_that_fit(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> list[nn.Module]:
+    """Layers that can keep their activations where `fits_whole` said that all cannot.
+
+    Of each tower that gradients pass through a few layers are tried, the language model's first; then as many as the
+    memory allows, in the order they run. `KeepActivations` puts it to use. None with several GPUs in one process.
+    """
+    if not torch.cuda.is_available() or torch.cuda.device_count() > 1:
+        return []
+    base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
+    base.activation_checkpointing_enable()
+    took = _peak(vlm, batch)
+    towers = [base.model.language_model.layers, base.model.visual.blocks]
+    left, kept, few = (1 - reserve) * _room() - took, [], 2
+    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
+        for layer in layers[:few]:
+            layer.gradient_checkpointing = False
+        each = (_peak(vlm, batch) - took) / few
+        for layer in layers[:few]:
+            layer.gradient_checkpointing = True
+        count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
+        kept, left = [*kept, *layers[:count]], left - count * each
+    base.activation_checkpointing_disable()
+    print(f"{len(kept)} of {sum(map(len, towers))} layers keep their activations all the same")
+    return kept
+
+
+class KeepActivations(TrainerCallback):
+    """Takes `layers` out of gradient checkpointing when the training begins."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        for layer in self.layers:
+            layer.gradient_checkpointing = False
 
 
 def layer_kinds(names: list[str]) -> dict[str, int]:

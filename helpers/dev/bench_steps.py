@@ -93,8 +93,11 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
         fused.fuse_lora(tuned)
         fused.compile_between(tuned)
     collator, checkpointing = collate.Collator(processor, PROMPT), variant.checkpointing
-    if checkpointing is None:
-        checkpointing = not model.fits_whole(tuned, collator([rows[i] for i in range(variant.micro_batch)]))
+    kept: list[torch.nn.Module] = []
+    if checkpointing is None:  # as the pipeline does
+        first = collator([rows[i] for i in range(variant.micro_batch)])
+        checkpointing = not model.fits_whole(tuned, first)
+        kept = model.layers_that_fit(tuned, first) if checkpointing else []
     arguments = SFTConfig(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=variant.micro_batch,
         gradient_accumulation_steps=accumulation, learning_rate=learning_rate, lr_scheduler_type="cosine",
@@ -115,6 +118,7 @@ def build(variant: Variant, base: torch.nn.Module, processor, rows: Dataset, fol
         rows = made.rows
     sft = KINDS[variant.kind](tuned, args=arguments, train_dataset=rows.select(enough), processing_class=processor,
                               data_collator=made)  # fmt: skip
+    sft.add_callback(model.KeepActivations(kept))
     if variant.kind != "trl":
         model.trainable_to_fp32(tuned)
     return sft
