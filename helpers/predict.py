@@ -12,11 +12,15 @@ import datasets
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from helpers.grammar import Grammar, GrammarConstraint
 from helpers.messages import parse_text, to_messages
 from helpers.progress import progress_bar
+
+# without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str,
@@ -88,8 +92,9 @@ def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generati
     if names is not None:
         grammar = Grammar(processor.tokenizer, names, max_new_tokens=generation["max_new_tokens"])
         generation = generation | {"logits_processor": [GrammarConstraint(grammar, length)]}
-    out = model.generate(**batch, mm_encoder_outputs={"image": seen}, **generation, return_dict_in_generate=True,
-                         output_logits=True)
+    with sdpa_kernel(KERNELS):
+        out = model.generate(**batch, mm_encoder_outputs={"image": seen}, **generation, return_dict_in_generate=True,
+                             output_logits=True)
     scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
     answers = out.sequences[:, length:]
     return [line(row["image_id"], tokens, logs, processor.tokenizer)

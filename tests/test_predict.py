@@ -141,3 +141,15 @@ def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, 
     alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", names=CATEGORIES, max_new_tokens=80, batch_size=1)
     assert all(line["stopped"] and not line["rejected"] for line in together)
     assert [line["text"] for line in together] == [line["text"] for line in alone]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_answers_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows, monkeypatch, attention):
+    seen, real = [], vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda **given: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+                        or real(**given))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    vlm.set_attn_implementation(attention)
+    (line,) = predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 4, "do_sample": False})
+    vlm.set_attn_implementation("sdpa")
+    assert line["new_tokens"] and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
