@@ -5,18 +5,26 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Subset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from helpers.grammar import Grammar, GrammarConstraint
 from helpers.messages import parse_text, to_messages
 from helpers.progress import progress_bar
+
+AT_ONCE = 4  # pictures that the vision tower looks at together
+# without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str,
@@ -31,7 +39,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
 
     Under a launcher each process takes every world-size-th picture, and rank 0 writes the file; all return all lines:
     `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences" (0-1), "rejected", "stopped",
-    "new_tokens"}`. A batch that does not fit into memory is halved.
+    "new_tokens"}`. A batch that does not fit into memory is halved. On a GPU other processes open the coming pictures.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_suffix(".parts")
@@ -46,23 +54,13 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
     own = parts / f"{key}.{rank}.jsonl"
     own.write_text("".join(_as_text(line) for line in _whole_lines(own)))  # drops a line that a kill has cut
+    pieces = DataLoader(Subset(rows, todo), AT_ONCE, collate_fn=partial(prepare, processor=processor, prompt=prompt),
+                        num_workers=0 if model.device.type == "cpu" else 4)
     with own.open("a") as file:
-        while todo:
-            batch, lines = todo[:batch_size], None
-            try:
-                lines = generate_lines(model, processor, [rows[i] for i in batch], prompt, generation, names)
-            except Exception as error:
-                if len(batch) == 1 or not should_reduce_batch_size(error):
-                    raise
-            if lines is None:  # here the error, which holds on to the batch's tensors, is gone
-                clear_device_cache(garbage_collection=True)
-                batch_size = len(batch) // 2
-                print(f"out of memory: going on with batches of {batch_size}")
-                continue
+        for lines in _answers(model, processor, pieces, generation, names, batch_size):
             file.write("".join(_as_text(line) for line in lines))
             file.flush()
-            todo = todo[len(batch):]
-            bar.update(len(batch))
+            bar.update(len(lines))
     bar.close()
     _wait_for_all(world)
     if rank == 0:
@@ -71,32 +69,91 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     return read_jsonl(path)
 
 
-@torch.inference_mode()
+def _answers(model, processor, pieces: Iterable[dict], generation: dict, names: Sequence[str] | None,
+             batch_size: int) -> Iterator[list[dict]]:
+    """The lines of each batch. Each of the `pieces` (`prepare`) is looked at as it comes, and its pictures wait until
+    `batch_size` are together. Where memory runs out, whoever looked or answered goes on with half as many."""
+    coming, waiting = iter(pieces), []
+    piece = next(coming, None)
+    while piece or waiting:
+        unseen, done = piece if len(waiting) < batch_size else None, None
+        together = min(batch_size, len(waiting) + (len(unseen["image_id"]) if unseen else 0))
+        try:
+            if unseen:
+                done = see(model, unseen, min(AT_ONCE, batch_size))
+            else:
+                done = answer(model, processor, waiting[:batch_size], generation, names)
+        except Exception as error:
+            if together == 1 or not should_reduce_batch_size(error):
+                raise
+        if done is None:  # here the error, which holds on to the batch's tensors, is gone
+            clear_device_cache(garbage_collection=True)
+            batch_size = together // 2
+            print(f"out of memory: going on with batches of {batch_size}")
+        elif unseen:
+            waiting += done
+            piece = next(coming, None)
+        else:
+            waiting = waiting[batch_size:]
+            yield done
+
+
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
                    names: Sequence[str] | None = None) -> list[dict]:
-    """One batch, padded on the left: the lines of `predict`, in the order of `rows`.
+    """One batch: the lines of `predict`, in the order of `rows`."""
+    return answer(model, processor, see(model, prepare(rows, processor, prompt)), generation, names)
 
-    Confidences are the model's own, before a constraint.
-    """
+
+def prepare(rows: Sequence[dict], processor, prompt: str) -> dict:
+    """N rows as the processor's batch, padded to T tokens, on the CPU: `input_ids`, `attention_mask`,
+    `mm_token_type_ids` [N, T], `pixel_values` [patches, 1176], `image_grid_thw` [N, 3]; and `image_id`, a list."""
     chats = [to_messages(row, prompt)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
     images = [row["image"].convert("RGB") for row in rows]
-    batch = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    seen = look(model, batch.pop("pixel_values"), batch["image_grid_thw"])
-    batch = batch.to(model.device)
+    batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
+    return {**batch, "image_id": [row["image_id"] for row in rows]}
+
+
+@torch.inference_mode()
+def see(model, batch: dict, at_once: int = AT_ONCE) -> list[dict]:
+    """What `answer` needs of each of N pictures: from `batch` (`prepare`) its own part, without padding, and in the
+    place of pixels `view` [image tokens, hidden], on the model's device."""
+    views = look(model, batch["pixel_values"], batch["image_grid_thw"], at_once).pooler_output
+    real = batch["attention_mask"].bool()
+    return [{"image_id": batch["image_id"][i], "image_grid_thw": batch["image_grid_thw"][i], "view": view,
+             "input_ids": batch["input_ids"][i][real[i]], "mm_token_type_ids": batch["mm_token_type_ids"][i][real[i]]}
+            for i, view in enumerate(views)]
+
+
+@torch.inference_mode()
+def answer(model, processor, seen: Sequence[dict], generation: dict, names: Sequence[str] | None) -> list[dict]:
+    """The lines of pictures that were looked at (`see`), one batch, padded on the left.
+
+    Confidences are the model's own, before a constraint.
+    """
+    def padded(parts: Iterable[torch.Tensor], value: int = 0) -> torch.Tensor:
+        return pad_sequence(list(parts), batch_first=True, padding_value=value, padding_side="left").to(model.device)
+
+    batch = {
+        "input_ids": padded((one["input_ids"] for one in seen), processor.tokenizer.pad_token_id),
+        "attention_mask": padded(torch.ones_like(one["input_ids"]) for one in seen),
+        "mm_token_type_ids": padded(one["mm_token_type_ids"] for one in seen),
+        "image_grid_thw": torch.stack([one["image_grid_thw"] for one in seen]).to(model.device),
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(one["view"] for one in seen))},
+    }
     length = batch["input_ids"].shape[1]
     if names is not None:
         grammar = Grammar(processor.tokenizer, names, max_new_tokens=generation["max_new_tokens"])
         generation = generation | {"logits_processor": [GrammarConstraint(grammar, length)]}
-    out = model.generate(**batch, mm_encoder_outputs={"image": seen}, **generation, return_dict_in_generate=True,
-                         output_logits=True)
+    with sdpa_kernel(KERNELS):
+        out = model.generate(**batch, **generation, return_dict_in_generate=True, output_logits=True)
     scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
     answers = out.sequences[:, length:]
-    return [line(row["image_id"], tokens, logs, processor.tokenizer)
-            for row, tokens, logs in zip(rows, answers.tolist(), scores.tolist(), strict=True)]
+    return [line(one["image_id"], tokens, logs, processor.tokenizer)
+            for one, tokens, logs in zip(seen, answers.tolist(), scores.tolist(), strict=True)]
 
 
-def look(model, pixel_values: torch.Tensor, grids: torch.Tensor, at_once: int = 4) -> BaseModelOutputWithPooling:
+def look(model, pixel_values: torch.Tensor, grids: torch.Tensor, at_once: int = AT_ONCE) -> BaseModelOutputWithPooling:
     """The vision tower's view of a batch, as `model.generate` takes it: `pooler_output` is N tensors [tokens, hidden].
 
     `pixel_values` [patches, 1176] and `grids` [N, 3] are the processor's. The tower works on `at_once` pictures at a

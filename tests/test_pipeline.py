@@ -89,7 +89,7 @@ def test_base_trains_nothing_and_a_second_start_repeats_nothing(monkeypatch):
     run("recipe=base")
     check_scores(f"{PREFIX}base")
     before = read(f"{PREFIX}base/metrics.json")
-    monkeypatch.setattr(predict, "generate_lines", lambda *arguments: pytest.fail("asked again"))
+    monkeypatch.setattr(predict, "answer", lambda *arguments: pytest.fail("asked again"))
     run("recipe=base")
     assert read(f"{PREFIX}base/metrics.json") == before
 

@@ -2,15 +2,18 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import predict
 from helpers.boxes import CATEGORIES
+from helpers.messages import to_messages
 from helpers.scenes import render_scene
 from helpers.settings import TINY_BASE
 
@@ -68,7 +71,7 @@ def test_sizes_are_those_of_the_pictures(rows):
 
 def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
-    real, calls = predict.generate_lines, []
+    real, calls = predict.answer, []
 
     def dies_in_the_second_batch(*arguments):
         calls.append([row["image_id"] for row in arguments[2]])
@@ -76,7 +79,7 @@ def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(predict, "generate_lines", dies_in_the_second_batch)
+    monkeypatch.setattr(predict, "answer", dies_in_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
         ask(vlm, processor, rows, path, batch_size=2)
     assert not path.exists()
@@ -96,23 +99,105 @@ def test_lines_of_other_inputs_are_not_taken_over(vlm, processor, rows, tmp_path
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
 def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys, error):
-    real = predict.generate_lines
+    real = predict.answer
 
     def only_one_fits(*arguments):
         if len(arguments[2]) > 1:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(predict, "generate_lines", only_one_fits)
+    monkeypatch.setattr(predict, "answer", only_one_fits)
     assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)) == 2
     assert "out of memory: going on with batches of 1" in capsys.readouterr().out
+
+
+def test_what_was_looked_at_is_asked_again_and_nothing_is_done_twice(vlm, processor, rows, tmp_path, monkeypatch):
+    whole = ask(vlm, processor, rows, tmp_path / "whole.jsonl")
+    prepared, looked, real, prepare, look = [], [], predict.answer, predict.prepare, predict.look
+
+    def two_fit(*arguments):
+        if len(arguments[2]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return real(*arguments)
+
+    monkeypatch.setattr(predict, "answer", two_fit)
+    monkeypatch.setattr(predict, "prepare", lambda few, **given: prepared.extend(row["image_id"] for row in few)
+                        or prepare(few, **given))
+    monkeypatch.setattr(predict, "look", lambda *given: looked.extend(given[2].tolist()) or look(*given))
+    assert [line["text"] for line in ask(vlm, processor, rows, tmp_path / "halved.jsonl", batch_size=6)] == [
+        line["text"] for line in whole]
+    assert sorted(prepared) == rows["image_id"] and len(looked) == len(rows)
+
+
+@pytest.mark.parametrize(("room", "expected"), [
+    (3, ["looked at 2", "answered 2", "answered 2", "looked at 2", "answered 2"]),  # never 4 at once
+    (5, ["looked at 4", "answered 3", "looked at 2", "answered 3"]),  # not 2 more while 4 wait
+])
+def test_a_look_that_does_not_fit_looks_at_fewer_or_waits(vlm, processor, rows, tmp_path, monkeypatch, capsys, room,
+                                                          expected):
+    events, waiting, answer, look = [], [], predict.answer, predict.look
+
+    def little_room(*given):
+        few = min(given[3], len(given[2]))
+        if few + len(waiting) > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        waiting.extend(given[2])
+        events.append(f"looked at {few}")
+        return look(*given)
+
+    def makes_room(*given):
+        events.append(f"answered {len(given[2])}")
+        del waiting[: len(given[2])]
+        return answer(*given)
+
+    monkeypatch.setattr(predict, "look", little_room)
+    monkeypatch.setattr(predict, "answer", makes_room)
+    lines = ask(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=6, max_new_tokens=4)
+    assert [line["image_id"] for line in lines] == rows["image_id"]
+    assert events == expected
+    assert capsys.readouterr().out.count("out of memory") == 1
+
+
+def test_one_picture_that_does_not_fit_is_an_error(vlm, processor, rows, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(predict, "look", fails)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        ask(vlm, processor, rows, tmp_path / "p.jsonl")
+
+
+def test_pictures_that_other_processes_opened_are_the_same(vlm, processor, rows, tmp_path, monkeypatch):
+    sizes = [(700, 500), (500, 700), (90, 300), (700, 500), (1000, 80), (333, 333)]
+    rows = rows.map(lambda row, i: {"image": row["image"].resize(sizes[i])}, with_indices=True)
+    chats = [to_messages(row, PROMPT)["prompt"] for row in rows]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    whole = processor(images=list(rows["image"]), text=texts, padding=True, padding_side="left", return_tensors="pt")
+    loader = DataLoader(rows, predict.AT_ONCE, num_workers=2,
+                        collate_fn=partial(predict.prepare, processor=processor, prompt=PROMPT))
+    pieces = list(loader)
+    assert [image_id for piece in pieces for image_id in piece["image_id"]] == rows["image_id"]
+    assert torch.equal(torch.cat([piece["pixel_values"] for piece in pieces]), whole.pop("pixel_values"))
+
+    given, generate = {}, vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda **batch: given.update(batch) or generate(**batch))
+    predict.answer(vlm, processor, [one for piece in pieces for one in predict.see(vlm, piece)],
+                   {"max_new_tokens": 1}, None)
+    for name, tensor in whole.items():
+        assert torch.equal(given[name], tensor) and given[name].dtype == tensor.dtype
+
+
+def test_answers_are_the_same_with_other_processes(vlm, processor, rows, tmp_path, monkeypatch):
+    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl")
+    monkeypatch.setattr(predict, "DataLoader", lambda *given, **named: DataLoader(*given, **named | {"num_workers": 2}))
+    assert ask(vlm, processor, rows, tmp_path / "helped.jsonl") == alone
 
 
 def test_an_error_of_another_kind_is_not_taken_for_memory(vlm, processor, rows, tmp_path, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(predict, "generate_lines", fails)
+    monkeypatch.setattr(predict, "answer", fails)
     with pytest.raises(RuntimeError, match="shapes"):
         ask(vlm, processor, rows, tmp_path / "p.jsonl")
 
@@ -141,3 +226,15 @@ def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, 
     alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", names=CATEGORIES, max_new_tokens=80, batch_size=1)
     assert all(line["stopped"] and not line["rejected"] for line in together)
     assert [line["text"] for line in together] == [line["text"] for line in alone]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_answers_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows, monkeypatch, attention):
+    seen, real = [], vlm.generate
+    monkeypatch.setattr(vlm, "generate", lambda **given: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+                        or real(**given))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    vlm.set_attn_implementation(attention)
+    (line,) = predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 4, "do_sample": False})
+    vlm.set_attn_implementation("sdpa")
+    assert line["new_tokens"] and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before

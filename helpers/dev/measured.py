@@ -75,7 +75,7 @@ def watch(events: Events) -> None:
     own.train = alone(events.timed("train", own.train), events.path.with_name("training.lock"))
     own._save_checkpoint = events.timed("save checkpoint", own._save_checkpoint)
     own._load_from_checkpoint = events.timed("load checkpoint", own._load_from_checkpoint)
-    predict.generate_lines = events.timed("predict a batch", predict.generate_lines, len)
+    predict.answer = events.timed("predict a batch", predict.answer, len)
     merge.merge_adapter = events.timed("merge", merge.merge_adapter, lambda value: value[1])
     merge.save_whole = events.timed("save model", merge.save_whole)
     merge.check_reload = events.timed("reload and compare", merge.check_reload)
