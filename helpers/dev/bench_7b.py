@@ -12,17 +12,18 @@ workers as ours. Rates are for 16 pictures and one update of the weights.
 
 import argparse
 import json
-import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from datasets import concatenate_datasets
 from transformers import Qwen2VLProcessor
 
-from helpers import data, model, predict, runs
+from helpers import data, fused, model, predict, runs
 from helpers.dev import bench_clock, bench_report, bench_steps
 from helpers.dev.bench_predict import load
 from helpers.dev.bench_steps import PROMPT, Variant
@@ -46,6 +47,7 @@ NF4 = [  # the strongest first
     replace(STOCK, name="stock, r1", **R1),
     replace(OURS, name="ours, as the pipeline trains, r1", cached=True, **R1),
     EIGHT,
+    FUSED,
     replace(FUSED, name="no checkpointing, micro-batch 4, fused, no dropout", micro_batch=4, checkpointing=False,
             dropout=0.0),
     OPEN,
@@ -76,8 +78,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, default=Path("runs/bench-7b/performance_7b.json"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything together; then it stops")
     parser.add_argument("--only", nargs="*", help="variants whose name holds one of these words; stock always runs")
-    parser.add_argument("--new-tokens", type=int, default=48, help="of each answer, as random weights never stop")
-    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64], help="pictures answered at once")
+    parser.add_argument("--new-tokens", type=int, default=32, help="of each answer, as random weights never stop")
+    parser.add_argument("--batches", nargs="+", type=int, default=[64, VAL], help="pictures answered at once")
+    parser.add_argument("--answers", type=int, default=VAL, help="pictures answered")
     parser.add_argument("--steps", type=int, default=10, help="of the loss curves")
     parser.add_argument("--workers", type=int, default=4, help="that load pictures, for stock and ours")
     parser.add_argument("--tiny", action="store_true", help="the tiny base and small pictures, no GPU needed")
@@ -163,29 +166,32 @@ def train(options: argparse.Namespace, report: Report, variants: list[Variant], 
 
 
 def answer(options: argparse.Namespace, report: Report, precision: str, base, processor, rows) -> None:
-    """Seconds to answer `VAL` pictures one by one and in batches, by the pipeline's way, scaled from fewer."""
-    if all(report.has("answer", precision=precision, batch=batch) for batch in [1, *options.batches]):
-        return
+    """Seconds to answer `VAL` pictures by the pipeline's way, from reading them on; one by one it is scaled from 3."""
     base.set_attn_implementation(model.attention(training=False))
     generation = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens, "do_sample": False}
-    pictures = list(rows["val"]) * (1 + max(options.batches) // len(rows["val"]))
-    predict.generate_lines(base, processor, pictures[:1], PROMPT, generation)  # the first call is not timed
-    for batch in [1, *options.batches]:
-        if report.has("answer", precision=precision, batch=batch):
+    for batch, compiled in [(1, False), *((batch, False) for batch in options.batches), (max(options.batches), True)]:
+        if report.has("answer", precision=precision, batch=batch, compiled=compiled):
             continue
-        if not report.time_for(f"answers in {precision}, {batch} at once", 20):
+        if not report.time_for(f"answers in {precision}, {batch} at once{', compiled' * compiled}", 30):
             continue
-        row, seconds = {"precision": precision, "batch": batch, "new_tokens": options.new_tokens}, []
+        if compiled:
+            fused.compile_between(base)
+        count = 3 if batch == 1 else options.answers
+        row = {"precision": precision, "batch": batch, "compiled": compiled, "new_tokens": options.new_tokens}
         try:
-            for number in range(3 if batch == 1 else 1):
-                start = time.perf_counter()
-                predict.generate_lines(base, processor, pictures[number : number + batch], PROMPT, generation)
-                seconds.append(time.perf_counter() - start)
-            row |= {"measured_s": seconds, f"s_for_{VAL}": statistics.median(seconds) * VAL / batch}
+            with tempfile.TemporaryDirectory() as folder:
+                for name, few in (("warm up", min(batch, 4)), ("measured_s", count)):
+                    asked = concatenate_datasets([rows["val"]] * (1 + few // len(rows["val"]))).select(range(few))
+                    asked = asked.remove_columns("image_id").add_column("image_id", [str(i) for i in range(few)])
+                    start = time.perf_counter()
+                    predict.predict(base, processor, asked, PROMPT, Path(folder) / f"{name}.jsonl", key=name[:4],
+                                    batch_size=batch, **generation)
+                    row[name] = time.perf_counter() - start
+            row |= {"pictures": count, f"s_for_{VAL}": row["measured_s"] * VAL / count}
         except Exception as error:  # no memory: a bench goes on
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         report.add("answer", row)
-    model.free_memory()
+    bench_steps.as_loaded(base)
 
 
 def curves(options: argparse.Namespace, report: Report, base, processor, rows) -> None:

@@ -11,8 +11,6 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
-from helpers import model
-
 PARTS = ("vision", "language", "head and loss", "optimiser", "waiting for data", "everything else")
 
 
@@ -32,6 +30,8 @@ def between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> f
 
 def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
     """Operations a second of a square matrix product in the model's own dtype here, the median of `repeats`."""
+    from helpers import model  # not with the module, which Unsloth's environment imports too
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     one, other = (torch.randn(size, size, device=device, dtype=model.compute_dtype()) for _ in range(2))
     one @ other

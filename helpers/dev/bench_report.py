@@ -68,8 +68,9 @@ def answering_table(report: dict) -> str:
         alone = [other for other in answers if other["precision"] == row["precision"] and other["batch"] == 1]
         seconds = row["s_for_123"]
         times = f"{alone[0]['s_for_123'] / seconds:.1f}" if alone else "–"
-        measured = f"{len(row['measured_s'])} × {row['batch']} pictures, {row['new_tokens']} new tokens"
-        table.append([row["precision"], str(row["batch"]), f"{seconds:.1f}", times, measured])
+        measured = f"{row['pictures']} pictures, {row['new_tokens']} new tokens"
+        name = row["precision"] + ", compiled" * row["compiled"]
+        table.append([name, str(row["batch"]), f"{seconds:.1f}", times, measured])
     return markdown(table)
 
 

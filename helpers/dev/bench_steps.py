@@ -130,18 +130,24 @@ def release(sft: SFTTrainer) -> None:
         return
     base = sft.model.unload()
     base.__dict__.pop("peft_config", None)
-    for module in base.modules():
-        module.__dict__.pop("forward", None)  # TRL's, accelerate's and `fused`'s
-        module._compiled_call_impl = None
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()  # a clock's, where a step failed
     base.gradient_checkpointing_disable()
     base.disable_input_require_grads()
     base.requires_grad_(False)
+    as_loaded(base)
+    sft.model = sft.model_wrapped = sft.optimizer = sft.callback_handler = None
+    model.free_memory()
+
+
+def as_loaded(base: torch.nn.Module) -> None:
+    """Take off the base what TRL, accelerate, `fused`, `compile` and a clock whose step failed have put on it."""
+    for module in base.modules():
+        module.__dict__.pop("forward", None)
+        module._compiled_call_impl = None
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
     for name in fused.ROTATIONS:
         compiled = getattr(modeling_qwen2_vl, name)
         setattr(modeling_qwen2_vl, name, getattr(compiled, "_torchdynamo_orig_callable", compiled))
-    sft.model = sft.model_wrapped = sft.optimizer = sft.callback_handler = None
     model.free_memory()
 
 
