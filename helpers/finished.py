@@ -83,15 +83,14 @@ def load(model: str | Path) -> tuple[Any, Any, str]:
     A 4-bit export loads the same way: its config.json says how it is held.
     """
     made_with = check(model)
-    import torch
     from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-    from helpers.model import attention, device_map, patches_as_product
+    from helpers.model import attention, compute_dtype, device_map, patches_as_product
 
     patches_as_product()
     folder = Path(model).expanduser()
     loaded = Qwen2VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16, use_safetensors=True, attn_implementation=attention(training=False),
+        folder, dtype=compute_dtype(), use_safetensors=True, attn_implementation=attention(training=False),
         device_map=device_map())
     return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
 

@@ -26,15 +26,16 @@ def finished_model(folder: Path, prompt: str, steps: int, seed: int = 0) -> Path
     transformers.set_seed(seed)
     model.patches_as_product()
     base = Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=torch.bfloat16, attn_implementation=model.attention(), device_map=model.device_map())
+        TINY_BASE, dtype=model.compute_dtype(), attn_implementation=model.attention(),
+        device_map=model.device_map())
     tuned = get_peft_model(base.requires_grad_(False), LoraConfig(
         r=tiny["lora_rank"], lora_alpha=tiny["lora_alpha"], target_modules=stage.lora_targets, task_type="CAUSAL_LM"))
     arguments = SFTConfig(
         output_dir=str(folder.with_name(folder.name + "-training")), max_steps=steps, seed=seed,
         per_device_train_batch_size=tiny["batch_size"], learning_rate=stage.learning_rate["tiny"],
-        lr_scheduler_type="cosine", warmup_steps=0.05, bf16=True, gradient_checkpointing=False, max_length=None,
-        remove_unused_columns=False, save_strategy="no", report_to="none", logging_steps=steps,
-        use_cpu=not torch.cuda.is_available())
+        lr_scheduler_type="cosine", warmup_steps=0.05, bf16=model.compute_dtype() == torch.bfloat16,
+        gradient_checkpointing=False, max_length=None, remove_unused_columns=False, save_strategy="no",
+        report_to="none", logging_steps=steps, use_cpu=not torch.cuda.is_available())
     sft = trainer.BoxTrainer(tuned, args=arguments, train_dataset=rows, processing_class=processor,
                              data_collator=collate.Collator(processor, prompt))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16

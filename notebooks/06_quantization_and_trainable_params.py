@@ -199,15 +199,15 @@ blocks; the bytes themselves are right. All models here have blocks of 64 and ro
 # script now skips nothing there:
 
 # %%
-def load(path, how, skip=("model.visual", "lm_head")):
-    """A frozen model in fp32, bf16, int8 or nf4; `skip` names what stays in bf16."""
+def load(path, how, skip=("model.visual", "lm_head"), dtype=torch.bfloat16):
+    """A frozen model in fp32, bf16, int8 or nf4; `skip` names what stays in `dtype`, in which NF4 also computes."""
     quantised = {
         "int8": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip)),
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                  bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=list(skip)),
+                                  bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(skip)),
     }
     return Qwen2VLForConditionalGeneration.from_pretrained(
-        path, dtype=torch.float32 if how == "fp32" else torch.bfloat16, quantization_config=quantised.get(how),
+        path, dtype=torch.float32 if how == "fp32" else dtype, quantization_config=quantised.get(how),
         attn_implementation="eager" if scale == "tiny" else model.attention(), device_map=model.device_map(),
     ).requires_grad_(False).eval()
 
@@ -322,13 +322,13 @@ def train(rank):
     """LoRA of `rank` on the NF4 base, trained for `steps` steps; the trained model."""
     transformers.set_seed(seed)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=stage.lora_targets, task_type="CAUSAL_LM")
-    tuned = get_peft_model(load(model_path, "nf4"), lora)
+    tuned = get_peft_model(load(model_path, "nf4", dtype=model.compute_dtype()), lora)
     arguments = SFTConfig(
         output_dir=str(scratch / f"rank-{rank}"), max_steps=steps, per_device_train_batch_size=chosen["batch_size"],
         gradient_accumulation_steps=1, learning_rate=stage.learning_rate[scale], lr_scheduler_type="cosine",
-        warmup_steps=0.05, bf16=True, gradient_checkpointing=chosen["gradient_checkpointing"], max_length=None,
-        remove_unused_columns=False, logging_steps=1, save_strategy="no", report_to="none", seed=seed,
-        use_cpu=not torch.cuda.is_available(),
+        warmup_steps=0.05, bf16=model.compute_dtype() == torch.bfloat16, max_length=None, remove_unused_columns=False,
+        gradient_checkpointing=chosen["gradient_checkpointing"], logging_steps=1, save_strategy="no", seed=seed,
+        report_to="none", use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     sft = trainer.BoxTrainer(tuned, args=arguments, data_collator=collator, train_dataset=rows["train"],
                              processing_class=processor)
@@ -413,7 +413,7 @@ def merged(kind):
 
 
 fresh = model.load_adapter(load(base_path, "nf4"), folder)  # its bytes are looked at, so it never answers
-as_trained = model.load_adapter(load(base_path, "nf4"), folder)
+as_trained = model.load_adapter(load(base_path, "nf4", dtype=model.compute_dtype()), folder)
 logits = quantisation.answer_logits(as_trained, batch)
 trained_lines, trained_score = ask(as_trained, "as-trained")
 del as_trained

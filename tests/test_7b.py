@@ -38,7 +38,7 @@ def pipelines_nf4() -> BitsAndBytesConfig:
     """The quantisation that pipeline.py itself writes down."""
     source = SOURCE.read_text()
     start = source.index("nf4 = BitsAndBytesConfig(")
-    names = {"BitsAndBytesConfig": BitsAndBytesConfig, "torch": torch}
+    names = {"BitsAndBytesConfig": BitsAndBytesConfig, "torch": torch, "model": model}
     exec(source[start : source.index("\n)", start) + 2], names)
     return names["nf4"]
 
