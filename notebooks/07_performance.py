@@ -258,7 +258,7 @@ answers of a batch do not stand at the same place.""")
 # the first question to the last answer.
 
 # %%
-found = pd.DataFrame(bench_growth.measure((4, 16, 64), (1, 2)))
+found = pd.DataFrame(bench_growth.measure((2, 8, 32), (1, 2)))
 budgets, by_size = (25, 50, 100, 200), []
 for most in budgets:
     at = Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=most * 784, max_pixels=most * 784)

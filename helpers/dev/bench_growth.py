@@ -1,9 +1,9 @@
 """How the time of a training step and of answering grows with pictures and with processes, at equal threads in all.
 
-python -m helpers.dev.bench_growth [--pictures 4 16 64] [--processes 1 2]
+python -m helpers.dev.bench_growth [--pictures 2 8 32] [--processes 1 2]
 
-The tiny model on this machine's CPU cores. One update of r4 in micro-batches of 2, its gradients added up over the
-processes; and as many answers, 2 at once, 16 tokens each. The smallest number is done once before, uncounted. Seconds
+The tiny model on this machine's CPU cores. One update of r4 picture by picture, its gradients added up over the
+processes; and as many answers, one by one, 16 tokens each. The smallest number is done once before, uncounted. Seconds
 are the clock's, for the whole update and for all answers: nothing is scaled up from a part.
 """
 
@@ -28,7 +28,7 @@ from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
 
 TINY = SCALES["tiny"]
-FEW = 2  # pictures of a micro-batch
+FEW = 1  # pictures of a micro-batch
 
 
 class Update(TrainerCallback):
@@ -94,7 +94,7 @@ def in_this_process(pictures: Sequence[int], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, nargs="+", default=[4, 16, 64])
+    parser.add_argument("--pictures", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # what the processes started here get
     options = parser.parse_args()
