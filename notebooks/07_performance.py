@@ -100,6 +100,8 @@ vision tower needs {share['vision'] / share['total']:.0%} of r4's operations; th
 #
 # One change after the other, for r4 (NF4 base, LoRA on both towers). Each line is a real training of a few steps
 # through the trainer's own loop, from fresh adapters. The rate is for 16 pictures and one update, from medians.
+# On a CPU without instructions for bf16 stock has a handicap of its own: TRL holds LoRA of a quantised base in bf16,
+# which such a CPU works out in software, and ours holds it in fp32.
 
 # %%
 def measured(*variants, held="nf4"):
