@@ -65,7 +65,7 @@ LAST = {  # after the answers: less likely to be worth it
         replace(FUSED, name="checkpointing, micro-batch 16, fused", micro_batch=16),
         replace(NOW, name="logits of every token", kind="all-logits"),
         replace(OPEN, name="no checkpointing, micro-batch 4", micro_batch=4),
-        replace(OPEN, name="cached vision, r1", cached=True, **R1),
+        replace(OPEN, name="vision seen once, r1", cached=True, **R1),
         replace(EIGHT, name="checkpointing, micro-batch 8, compiled layers", compiled=True),
     ],
     "bf16": [],
