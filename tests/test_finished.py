@@ -10,6 +10,7 @@ from PIL import Image
 
 from helpers import finished
 from helpers.files import read_json, write_json
+from helpers.model import compute_dtype
 from helpers.parameters import ParameterError
 
 
@@ -42,7 +43,7 @@ def test_without_any_the_sentence_names_the_command(tmp_path):
 def test_a_good_model_passes_and_loads(model):
     assert finished.check(model)["prompt"] == finished_model.PROMPT
     loaded, processor, prompt = finished.load(model)
-    assert str(loaded.dtype) == "torch.bfloat16" and not loaded.training and prompt == finished_model.PROMPT
+    assert loaded.dtype == compute_dtype() and not loaded.training and prompt == finished_model.PROMPT
     assert processor.image_processor.size["longest_edge"] == finished_model.BUDGET["max_pixels"]
 
 
