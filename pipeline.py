@@ -43,6 +43,7 @@ lora_rank = None
 lora_alpha = None
 lora_dropout = None
 precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
+memory = None  # low: batches of 2 and merging on the CPU, so that r1 and r4 at 7B need a GPU of 16 GiB
 gradient_checkpointing = None  # recompute activations instead of keeping them; None: where memory needs it
 augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
 seed = 0
@@ -197,8 +198,8 @@ nf4 = BitsAndBytesConfig(
 )
 
 
-def load_base(precision, path=run.model_path):
-    """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process or on the CPU."""
+def load_base(precision, path=run.model_path, device_map=None):
+    """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process, or on the CPU where there is none."""
     parity.check(path, made_with, required=path != run.model_path)
     model.patches_as_product()
     base = Qwen2VLForConditionalGeneration.from_pretrained(
@@ -208,7 +209,7 @@ def load_base(precision, path=run.model_path):
         dtype=model.compute_dtype(),  # bf16, where the machine has it
         use_safetensors=True,  # never a pickle
         attn_implementation=model.attention(),
-        device_map=model.device_map(),
+        device_map=device_map or model.device_map(),
     )
     model.check_precision(base, precision)
     return base.requires_grad_(False).eval()
@@ -491,7 +492,7 @@ print(f"fine-tuned minus base on the same {gain['n']} pictures: {evaluate.with_i
 #
 # * **Algebra.** On one base, the adapter applied and the adapter merged give the same logits, up to rounding.
 # * **What matters.** The model that ships (merged, bf16) against the model as it was trained (NF4 base + adapter):
-#   their boxes, compared in pairs.
+#   their boxes, compared in pairs. With `memory="low"` it is asked in NF4, rounded once more.
 #
 # The adapter has learned on top of NF4's rounding. Merged into the weights that NF4 stands for (`dequantised`), it
 # stays closer to the model as it was trained than merged into the `full` precision base, so that is the default. Seen
@@ -502,13 +503,16 @@ print(f"fine-tuned minus base on the same {gain['n']} pictures: {evaluate.with_i
 def merge_into(kind):
     """The adapter merged into the `full` precision base, or into the `dequantised` NF4 weights it was trained on."""
     dtype = torch.float32 if run.scale == "tiny" else torch.bfloat16  # 7B in fp32 would take 33 GB
+    place = {"": "cpu"} if run.memory == "low" else model.device_map()
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
-        base = load_base("nf4", base_path).dequantize().to(dtype)
+        base = load_base("nf4", base_path, place).dequantize().to(dtype)
     else:
         base = Qwen2VLForConditionalGeneration.from_pretrained(
-            base_path, dtype=dtype, use_safetensors=True, device_map=model.device_map(),
+            base_path, dtype=dtype, use_safetensors=True, device_map=place,
             revision=run.model_revision if base_path == run.model_path else None)
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
+    if run.memory == "low":  # logits of a 7B model can take hours on a CPU; each layer's weights are compared
+        return merge.merge_adapter(adapted, None)[0]
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")
     merge.check_algebra(difference, dtype)
@@ -522,9 +526,10 @@ if merges and not runs.is_done(run.folder, "merge", key + run.merge_base):
         if runs.is_main():
             merged = merge_into(run.merge_base)
             merge.save_whole(merged, processor, run.merged_folder)
-            merge.check_reload(merged, run.merged_folder)
+            weights = merge.fingerprints(merged)
+            del merged  # one copy in memory is enough
+            merge.check_reload(weights, run.merged_folder)
             parity.write(run.merged_folder, made_with, parity.base_of(base_path, run.model_revision))
-            del merged
     runs.mark_done(run.folder, "merge", key + run.merge_base)
 shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if run.stages else run.model_path
 
@@ -534,9 +539,10 @@ shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if ru
 # %%
 answers = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
 if merges:
-    merged = load_base("bf16", run.merged_folder)
+    held = "nf4" if run.memory == "low" else "bf16"
+    merged = load_base(held, run.merged_folder)
     answers["merged"] = ask(merged, run.folder / "merged.jsonl", prompt=run.prompt, trained=key,
-                            merge_base=run.merge_base)
+                            merge_base=run.merge_base, precision=held)
     same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, answers["merged"], strict=True))
     metrics = evaluate.write_metrics(run.folder, answers, truth)
     scored = [metrics["scores"][name]["per_picture"] for name in ("merged", "fine-tuned")]

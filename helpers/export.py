@@ -130,7 +130,7 @@ def _quantise(source: Path, folder: Path) -> None:
     model.check_precision(vlm, "nf4")
     vlm.save_pretrained(folder)
     Qwen2VLProcessor.from_pretrained(source).save_pretrained(folder)
-    merge.check_reload(vlm, folder)
+    merge.check_reload(merge.fingerprints(vlm), folder)
     made_with = read_json(source / parity.FILE)
     parity.write(folder, {name: made_with[name] for name in made_with if name not in ("base", "weights")},
                  made_with.get("base"))

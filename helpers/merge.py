@@ -1,5 +1,6 @@
 """Adapter + base -> one checkpoint, with the proof that the algebra is right."""
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -14,16 +15,14 @@ COMPARED = 64  # last tokens whose logits are compared: at 7B those of a whole b
 
 
 @torch.inference_mode()
-def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, float]:
+def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor] | None) -> tuple[torch.nn.Module, float | None]:
     """Merge the adapter into the base it sits on, which must not be quantised.
 
     `batch` is a collated batch. Returns the plain model and the relative difference of the logits, before against
-    after: ||before - after|| / ||before||, over the last `COMPARED` tokens. Raises ValueError that names a layer whose
-    merged weights are not W + scaling B A, rounded once to the dtype they are held in.
+    after: ||before - after|| / ||before||, over the last `COMPARED` tokens; None without a batch. Raises ValueError
+    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are held in.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    real = inputs["attention_mask"][:, -COMPARED:].bool()
-    before = model(**inputs, logits_to_keep=COMPARED).logits[real].float()
+    before = _last_logits(model, batch) if batch is not None else None
     expected = {name: _exact_rows(layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     merged = model.merge_and_unload(safe_merge=True)
     for name, (rows, exact, allowed) in expected.items():
@@ -31,8 +30,16 @@ def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor]) -> tuple[tor
         if not ((held - exact).abs() <= allowed).all():
             raise ValueError(f"{name}: merged weights differ by up to {(held - exact).abs().max():.1e} from base + "
                              "adapter, and rounding does not explain it: the merge is wrong.")
-    after = merged(**inputs, logits_to_keep=COMPARED).logits[real].float()
-    return merged, ((before - after).norm() / before.norm()).item()
+    if batch is None or before is None:
+        return merged, None
+    return merged, ((before - _last_logits(merged, batch)).norm() / before.norm()).item()
+
+
+def _last_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of the last `COMPARED` tokens that are not padding, in fp32: [tokens, vocabulary]."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+    real = inputs["attention_mask"][:, -COMPARED:].bool()
+    return model(**inputs, logits_to_keep=COMPARED).logits[real].float()
 
 
 def _exact_rows(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -68,10 +75,16 @@ def save_whole(model: torch.nn.Module, processor, folder: Path) -> None:
     part.rename(folder)
 
 
-def check_reload(model: torch.nn.Module, folder: Path) -> None:
-    """Raise ValueError unless `folder` loads to exactly the weights of `model` (bf16): no key lost, none changed."""
+def fingerprints(model: torch.nn.Module) -> dict[str, str]:
+    """`{name: hash}` of every weight's bytes: what `check_reload` compares with, when the model itself is gone."""
+    return {name: hashlib.sha256(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+            for name, weight in model.state_dict().items()}
+
+
+def check_reload(kept: dict[str, str], folder: Path) -> None:
+    """Raise ValueError unless `folder` loads to exactly the weights of `fingerprints` (bf16): none lost or changed."""
     again = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"})
-    kept, loaded = model.state_dict(), again.state_dict()
+    loaded = fingerprints(again)
     for name in sorted(set(kept) | set(loaded)):
-        if name not in kept or name not in loaded or not torch.equal(kept[name].cpu(), loaded[name]):
+        if kept.get(name) != loaded.get(name):
             raise ValueError(f"{folder}: {name} is not the weight that was saved; do not use this folder.")

@@ -63,6 +63,7 @@ PARAMETERS: dict[str, Rule] = {
     "prompt": text("the question asked of every picture"),
     "loss_scope": one_of("assistant", "all-text"),
     "precision": default(one_of("nf4", "bf16")),
+    "memory": default(one_of("low")),
     "epochs": default(number(0, 1000)),
     "learning_rate": default(number(0, 1)),
     "batch_size": default(whole(1, 4096)),

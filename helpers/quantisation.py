@@ -23,9 +23,9 @@ def nf4(weight: torch.Tensor, block: int = 64, double: bool = True) -> tuple[tor
 def unpack(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     """The values that NF4's bytes stand for, level x scale, fp32, in the shape that was packed.
 
-    bitsandbytes' own `dequantize_4bit` gives the same, but on a CPU only where a row is a whole number of blocks: in
-    0.50 it takes the wrong scales elsewhere. Raises ValueError after a layer has answered on a CPU: bitsandbytes then
-    holds its bytes in another order.
+    bitsandbytes' own `dequantize_4bit` gives the same, but on a CPU with AVX-512 only where a row is a whole number of
+    blocks: in 0.50 it takes the wrong scales elsewhere. Raises ValueError after a layer has answered on a CPU:
+    bitsandbytes then holds its bytes in another order.
     """
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError("the NF4 bytes are in bitsandbytes' order for fast answers on a CPU; look at the weights of a "

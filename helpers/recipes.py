@@ -79,13 +79,21 @@ SCALES: dict[str, dict] = {
     },
 }
 
+# What `memory="low"` takes in their place, at the same effective batch; merging then happens on the CPU.
+LOW_MEMORY: dict[str, dict] = {
+    "7b": {"batch_size": 2, "accumulation": 8, "gradient_checkpointing": True, "predict_batch_size": 4},
+    "tiny": {"batch_size": 2, "accumulation": 4, "gradient_checkpointing": True, "predict_batch_size": 8},
+}
+
 # The commit of each model that this project was written for; model_revision takes another.
 REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture and pictures
 # of 1280 image tokens: 15.5 to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4
 # in batches of 8 with checkpointing and 12.1 in batches of 2 (`helpers.dev.bench_7b`, one H100); 25.4 for r2 and r3 in
-# batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. Disk
-# in GiB for the checkpoints, what a frozen tower saw, the model saved or merged, and the Hub's download.
+# batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. With
+# `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, what a frozen tower saw, the model saved
+# or merged, and the Hub's download.
 GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22}
+LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14}
 DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40}}

@@ -11,7 +11,7 @@ from typing import Any
 
 from helpers import parameters
 from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import DISK_GIB, GPU_GIB, RECIPES, REVISIONS, SCALES, Stage
+from helpers.recipes import DISK_GIB, GPU_GIB, LOW_GPU_GIB, LOW_MEMORY, RECIPES, REVISIONS, SCALES, Stage
 
 PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
@@ -92,8 +92,9 @@ def settle(namespace: dict) -> Run:
     parameters.check(values)
     parameters.choose_gpus(values["gpus"])
     parameters.choose_cache(values["hf_home"])
-    values["scale"] = _choose_scale(values["scale"], values["recipe"])
-    for name, default in SCALES[values["scale"]].items():
+    values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
+    low = LOW_MEMORY[values["scale"]] if values["memory"] == "low" else {}
+    for name, default in (SCALES[values["scale"]] | low).items():
         values[name] = default if values[name] is None else values[name]
     values["model_revision"] = values["model_revision"] or REVISIONS.get(values["model_id"])
     parameters.check(values)
@@ -120,21 +121,22 @@ def _stage_run(stage: Stage, values: dict) -> StageRun:
     return StageRun(stage, name, folder, values["learning_rate"] or stage.learning_rate[values["scale"]])
 
 
-def _choose_scale(scale: str, recipe: str) -> str:
+def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     """`auto` -> `7b` where the visible GPUs have room for this recipe, else `tiny`; says which and why."""
     import torch
 
-    need = GPU_GIB[recipe]
+    need, least = (LOW_GPU_GIB if memory == "low" else GPU_GIB)[recipe], LOW_GPU_GIB[recipe]
+    needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
     sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
     world = int(os.environ.get("WORLD_SIZE", 1))
     room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if scale == "7b" and room < need:
-        raise ParameterError(f"scale=7b with recipe={recipe} needs {need} GiB of GPU memory, and this machine shows "
+        raise ParameterError(f"scale=7b with recipe={recipe} needs {needs}, and this machine shows "
                              f"{seen}; take a larger GPU, or scale=tiny.")
     if scale == "auto":
         scale = "7b" if room >= need else "tiny"
-        print(f"scale auto -> {scale}: {recipe} at 7B needs {need} GiB of GPU memory, and there is {seen}.")
+        print(f"scale auto -> {scale}: {recipe} at 7B needs {needs}, and there is {seen}.")
     return scale
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.dev.pairs import read_script
 from helpers.parameters import PARAMETERS
-from helpers.recipes import DISK_GIB, GPU_GIB, RECIPES, SCALES
+from helpers.recipes import DISK_GIB, GPU_GIB, LOW_GPU_GIB, LOW_MEMORY, RECIPES, SCALES
 
 
 def table_rows(text: str, heading: str) -> list[list[str]]:
@@ -42,8 +42,12 @@ def test_the_configuration_table_names_every_parameter_with_its_defaults(repo: P
 
 
 def test_the_hardware_table_says_what_a_run_asks_for(repo: Path):
-    rows = {row[0].strip("`"): row[1:3] for row in table_rows((repo / "README.md").read_text(), "Hardware")}
-    assert rows == {name: [f"{GPU_GIB[name]} GiB", f"{DISK_GIB['7b'][name]} GiB"] for name in RECIPES}
+    text = (repo / "README.md").read_text()
+    rows = {row[0].strip("`"): row[1:4] for row in table_rows(text, "Hardware")}
+    assert rows == {name: [f"{gib} GiB" for gib in (GPU_GIB[name], LOW_GPU_GIB[name], DISK_GIB["7b"][name])]
+                    for name in RECIPES}
+    low = LOW_MEMORY["7b"]
+    assert f"batches of {low['batch_size']} × {low['accumulation']}" in text
 
 
 def test_the_tree_names_everything_in_helpers_and_nothing_else(repo: Path):

@@ -13,7 +13,7 @@ import pytest
 
 from helpers import parameters, settings
 from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import RECIPES, REVISIONS, SCALES
+from helpers.recipes import LOW_MEMORY, RECIPES, REVISIONS, SCALES
 
 
 @pytest.fixture
@@ -191,12 +191,29 @@ def test_seven_b_fits_only_where_the_recipe_fits(monkeypatch):
     card = type("card", (), {"total_memory": 24 * 2**30})()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    assert settings._choose_scale("auto", "r4-joint") == "7b"
-    assert settings._choose_scale("auto", "r2-vision-only") == "tiny"
+    assert settings._choose_scale("auto", "r4-joint", None) == "7b"
+    assert settings._choose_scale("auto", "r2-vision-only", None) == "tiny"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert settings._choose_scale("auto", "r2-vision-only") == "7b"
+    assert settings._choose_scale("auto", "r2-vision-only", None) == "7b"
     monkeypatch.setenv("WORLD_SIZE", "2")  # one card a process: their memory does not add up
-    assert settings._choose_scale("auto", "r2-vision-only") == "tiny"
+    assert settings._choose_scale("auto", "r2-vision-only", None) == "tiny"
+    card.total_memory = 15.7 * 2**30  # what a card of 16 GiB shows
+    assert settings._choose_scale("auto", "r4-joint", None) == "tiny"
+    assert settings._choose_scale("auto", "r4-joint", "low") == "7b"
+    with pytest.raises(ParameterError, match=r"needs 22 GiB of GPU memory \(14 with memory=low\), and this machine sh"):
+        settings._choose_scale("7b", "r4-joint", None)
+
+
+def test_low_memory_keeps_the_effective_batch():
+    for scale, low in LOW_MEMORY.items():
+        usual = SCALES[scale]
+        assert low["batch_size"] * low["accumulation"] == usual["batch_size"] * usual["accumulation"]
+        assert set(low) <= set(usual)
+
+
+def test_low_memory_fills_in_what_was_not_given(defaults, monkeypatch):
+    run = settle(defaults, monkeypatch, "memory=low", "batch_size=3")
+    assert (run.batch_size, run.accumulation, run.gradient_checkpointing, run.predict_batch_size) == (3, 4, True, 8)
 
 
 def test_report_target_never_asks_for_a_login(monkeypatch, tmp_path):

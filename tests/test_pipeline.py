@@ -9,7 +9,7 @@ from pipeline_runner import run
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers import evaluate, predict, runs, trainer
+from helpers import evaluate, merge, model, predict, runs, trainer
 from helpers.settings import TINY_BASE
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
@@ -51,6 +51,17 @@ def test_lora_recipes_end_in_a_merged_model(recipe):
     processor = Qwen2VLProcessor.from_pretrained(f"{folder}-merged")
     size = dict(processor.image_processor.size)
     assert (size["shortest_edge"], size["longest_edge"]) == (names["run"].min_pixels, names["run"].max_pixels)
+
+
+def test_low_memory_merges_without_a_forward_pass_and_asks_the_merged_model_in_nf4(monkeypatch):
+    monkeypatch.setattr(merge, "_last_logits", lambda *arguments: pytest.fail("a forward pass to merge"))
+    names = run("recipe=r4-joint", "memory=low")
+    folder = f"{PREFIX}r4-joint"
+    check_scores(folder)
+    values = read(f"{folder}/manifest.json")["parameters"]
+    assert (values["batch_size"], values["accumulation"], values["gradient_checkpointing"]) == (2, 4, True)
+    assert len(trainer.read_log(Path(folder) / "log.jsonl")) == 32 // 8
+    assert len(model.nf4_layers(names["merged"])) > 0 and "merged" in read(f"{folder}/metrics.json")["scores"]
 
 
 def test_constrained_answers_and_the_best_step_by_iou():

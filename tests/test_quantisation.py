@@ -24,14 +24,18 @@ def test_unpacking_is_bitsandbytes_where_that_is_right(block, double):
 
 
 def test_rows_that_are_no_whole_number_of_blocks():
-    """Nearest level x scale is the truth; when bitsandbytes unpacks this right too, `unpack` is not needed any more."""
+    """Nearest level x scale is the truth; bitsandbytes' kernel for AVX-512 takes wrong scales, its plain one does not.
+
+    When it unpacks this right everywhere, `unpack` is not needed any more.
+    """
     weight = torch.randn(32, 96)
     blocks, levels = weight.reshape(-1, 64), get_4bit_type("nf4", device="cpu")
     scales = blocks.abs().amax(1, keepdim=True)
     truth = (levels[((blocks / scales)[..., None] - levels).abs().argmin(-1)] * scales).reshape(32, 96)
     values, packed, state = quantisation.nf4(weight, double=False)
     assert torch.equal(values, truth) and quantisation.relative_error(values, weight) < 0.12
-    assert quantisation.relative_error(dequantize_4bit(packed, state), weight) > 0.15
+    right = torch.allclose(dequantize_4bit(packed, state), truth, rtol=0, atol=1e-6)
+    assert right == (torch.backends.cpu.get_cpu_capability() != "AVX512")
 
 
 def test_bytes_in_the_order_for_answers_are_refused():

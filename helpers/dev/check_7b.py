@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from helpers.dev.random_7b import PUBLISHED, SHRUNKEN, write_json, write_model, write_pictures
-from helpers.recipes import IMAGE_TOKEN, RECIPES, SCALES
+from helpers.recipes import IMAGE_TOKEN, LOW_MEMORY, RECIPES, SCALES
 
 TRAINED = [recipe for recipe, stages in RECIPES.items() if stages]
 WEIGHTS = 8_291_375_616  # the published index: 16,582,751,232 bytes of bf16
@@ -50,9 +50,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="where logs and report.json go (default: in --folder)")
     parser.add_argument("--recipes", nargs="+", default=TRAINED, choices=TRAINED)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--accumulation", type=int, default=SCALES["7b"]["accumulation"])
-    parser.add_argument("--cap-gib", type=float, default=24, help=f"for {' and '.join(CAPPED)}")
-    parser.add_argument("--val", type=int, default=16, help="pictures that are predicted, in one batch")
+    parser.add_argument("--accumulation", type=int, help="default: the scale's own")
+    parser.add_argument("--cap-gib", type=float, help=f"for {' and '.join(CAPPED)}: 24, low 16")
+    parser.add_argument("--memory", choices=["low"], help="the pipeline's parameter, for a card of 16 GiB")
+    parser.add_argument("--val", type=int, default=16, help="pictures that are predicted, 16 at a time (low: 4)")
     parser.add_argument("--new-tokens", type=int, default=128, help="longest answer; random weights never stop sooner")
     parser.add_argument("--side-by-side", type=int, default=1, help="recipes at a time; one trains at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything together; then it stops")
@@ -62,6 +63,9 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.runs = options.runs or options.folder / "runs"
     options.report = options.report or options.folder / "report"
+    options.values = SCALES["7b"] | (LOW_MEMORY["7b"] if options.memory else {})
+    options.accumulation = options.accumulation or options.values["accumulation"]
+    options.cap_gib = options.cap_gib or (16 if options.memory else 24)
     options.deadline = time.monotonic() + 60 * options.minutes
     return options
 
@@ -72,10 +76,11 @@ def pipeline_arguments(options: argparse.Namespace, recipe: str) -> list[str]:
         "recipe": recipe, "scale": "7b", "model_id": options.folder / "model",
         "dataset_id": options.folder / "pictures", "output_root": options.runs, "epochs": 1,
         "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
-        "predict_batch_size": options.val, "max_new_tokens": options.new_tokens,
+        "max_new_tokens": options.new_tokens,
+        "predict_batch_size": min(options.val, options.values["predict_batch_size"]), "memory": options.memory,
     }  # fmt: skip
     if options.tiny:  # no GPU, so scale 7b would be refused: its values one by one, and small pictures
-        values = {name: value for name, value in SCALES["7b"].items() if not name.endswith("_id")}
+        values = {name: value for name, value in options.values.items() if not name.endswith("_id")}
         pixels = {"min_pixels": 16 * IMAGE_TOKEN, "max_pixels": 64 * IMAGE_TOKEN}
         given = values | given | pixels | {"scale": "tiny"}
     return [f"{name}={value}" for name, value in given.items()]
@@ -138,7 +143,7 @@ def summary(events: list[dict]) -> dict:
         "resumed_at": [event["step"] for event in calls.get("train begins", []) if event["step"]],
         "nf4_layers": sorted({event["result"] for event in calls.get("nf4 layers", [])}),
         "trainable": [event["result"] for event in calls.get("trainable", [])],
-        "merge_algebra": [event["result"] for event in calls.get("merge", [])],
+        "merge_algebra": [event["result"] for event in calls.get("merge", []) if event["result"] is not None],
         "against_as_trained": [event["result"] for event in calls.get("compare", [])],
     }
     timed = [name for name in calls if "allocated" in calls[name][0] and name not in ("nf4 layers", "trainable")]
@@ -217,7 +222,7 @@ def prepare_inputs(options: argparse.Namespace) -> None:
         write_json(made, {"config": published, **counts})
         torch.cuda.empty_cache()
         print(f"model written: {counts}, {time.perf_counter() - start:.0f} s", flush=True)
-    batch = SCALES["7b"]["batch_size"] * options.accumulation
+    batch = options.values["batch_size"] * options.accumulation
     sizes = [(width // 4, height // 4) for width, height in SIZES] if options.tiny else SIZES
     counts = {"train": options.steps * batch, "selection": 1, "val": options.val}
     write_pictures(options.folder / "pictures", counts, sizes)
@@ -235,7 +240,7 @@ def main() -> int:
         list(side_by_side.map(lambda recipe: run_recipe(options, recipe), options.recipes))
     rows = [json.loads(file.read_text()) for file in sorted(options.report.glob("r?-*.json"))]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = f"{device}, torch {torch.__version__}, batch {SCALES['7b']['batch_size']} x {options.accumulation}"
+    machine = f"{device}, torch {torch.__version__}, batch {options.values['batch_size']} x {options.accumulation}"
     write_json(options.report / "report.json", {"command": sys.argv, "machine": machine, "rows": rows})
     print(machine, table(rows), sep="\n")
     return int(any(row["wrong"] for row in rows))
