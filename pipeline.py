@@ -379,6 +379,7 @@ def train(stage_run, base_path):
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
         sft.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
+    fused.plain_rotations()
     if run.keep == "best":
         print(f"the best IoU during training, {sft.state.best_metric:.3f}, was at step {sft.load_best()}: kept")
     if runs.is_main():

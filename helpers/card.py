@@ -81,21 +81,22 @@ def model_card(copy: str, run: Path, parity: dict[str, Any], size: int, compared
     """
     manifest, metrics = read_json(run / "manifest.json"), read_json(run / "metrics.json")
     values = manifest["parameters"]
+    scored_in = "nf4" if values.get("memory") == "low" and "merged" in metrics["scores"] else "bf16"
     name = manifest["run"].removesuffix("-stage2") + ("-nf4" if copy == "nf4" else "")
     shipped = next(metrics["scores"][one] for one in ("merged", "fine-tuned", "base") if one in metrics["scores"])
     card = ModelCard.from_template(
-        _head(copy, name, manifest, shipped), template_str=TEMPLATE, title=name, name=name, held=HELD[copy],
+        _head(copy, name, manifest, shipped, scored_in), template_str=TEMPLATE, title=name, name=name, held=HELD[copy],
         size=f"The weights take {size / 1e9:.3g} GB." if size > 1e8 else f"The weights take {size / 1e6:.3g} MB.",
         prompt=parity["prompt"], example=parity["box_format"].partition(" is ")[2],
         max_new_tokens=values["max_new_tokens"], min_pixels=parity["min_pixels"], max_pixels=parity["max_pixels"],
         tokens=f"{parity['min_pixels'] // 784} to {parity['max_pixels'] // 784}",
         scored=f"All {metrics['truth']['pictures']} pictures of `val`, {metrics['truth']['tables']} with a table",
-        table=_table(metrics), note=_note(copy, metrics, compared), training=_training(manifest, parity),
+        table=_table(metrics, scored_in), note=_note(copy, scored_in, compared), training=_training(manifest, parity),
         limits=_limits(manifest, shipped))
     return card.content
 
 
-def _head(copy: str, name: str, manifest: dict, shipped: dict) -> ModelCardData:
+def _head(copy: str, name: str, manifest: dict, shipped: dict, scored_in: str) -> ModelCardData:
     """The YAML head; a base or data set that is not on the Hub is left out of it."""
     values = manifest["parameters"]
     hub = {key: values[key] if _on_hub(values[key]) else None for key in ("model_id", "dataset_id")}
@@ -105,7 +106,7 @@ def _head(copy: str, name: str, manifest: dict, shipped: dict) -> ModelCardData:
                    metric_type=kind, metric_name=words, metric_value=round(shipped["summary"][metric]["value"], 4))
         for kind, words, metric in (("iou", "mean IoU", "mean_iou"), ("f1", "F1 at IoU .5", "f1"),
                                     ("map", "AP (IoU .50 to .95)", "ap"))
-        if copy == "bf16" and shipped["summary"][metric]["value"] is not None  # measured with this copy's weights
+        if copy == scored_in and shipped["summary"][metric]["value"] is not None  # measured with this copy's weights
     ]  # fmt: skip
     return ModelCardData(
         model_name=name, base_model=hub["model_id"], license="apache-2.0",
@@ -125,9 +126,9 @@ def _data_words(dataset_id: str) -> str:
     return dataset_id if _on_hub(dataset_id) else f"local photos ({Path(dataset_id).name})"
 
 
-def _table(metrics: dict) -> str:
+def _table(metrics: dict, scored_in: str) -> str:
     named = {"constant box": "one box for every picture", "base": "the base, before training",
-             "fine-tuned": "fine-tuned, as trained", "merged": "**merged, in bf16**"}
+             "fine-tuned": "fine-tuned, as trained", "merged": f"**merged, in {scored_in}**"}
     lines = [table_line(["model", "n", "mean IoU", "IoU > .5", "F1", "AP"]), table_line(["---"] * 6)]
     for name in (name for name in named if name in metrics["scores"]):
         summary = metrics["scores"][name]["summary"]
@@ -138,9 +139,11 @@ def _table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def _note(copy: str, metrics: dict, compared: dict) -> str:
+def _note(copy: str, scored_in: str, compared: dict) -> str:
+    if not compared and copy == scored_in:
+        return ""
     if not compared:
-        return "The numbers are those of the bf16 weights; the 4-bit copy was not scored." if copy == "nf4" else ""
+        return f"The numbers are those of the {scored_in} weights; this copy was not scored."
     bf16, nf4 = compared["bf16"], compared["nf4"]
     return (f"bf16 and NF4 asked in turn about the same {compared['pictures']} pictures ({compared['device']}): mean "
             f"IoU {evaluate.with_interval(bf16['mean_iou'])} and {evaluate.with_interval(nf4['mean_iou'])}; NF4 minus "

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from helpers import checkpoints
+from helpers.model import KeepActivations
 
 
 class Stopped(SystemExit):
@@ -117,11 +118,12 @@ def _smaller(sft: Any) -> str:
     args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
     batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     advice = []
+    kept = [one.layers for one in sft.callback_handler.callbacks if isinstance(one, KeepActivations)]
+    if any(kept) or not args.gradient_checkpointing:
+        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
     if batch > 1:
         advice.append(f"batch_size={batch // 2} and accumulation={-(-steps * batch // (batch // 2))} (now {batch} and "
                       f"{steps}) give the same effective batch")
-    if not args.gradient_checkpointing:
-        advice.append("gradient_checkpointing=True keeps fewer activations")
     advice.append(f"a max_pixels below {pixels} makes shorter sequences")
     return "; ".join(advice) + "; a smaller batch needs a run_name of its own."
 

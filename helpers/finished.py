@@ -78,9 +78,9 @@ def _merged_of(run: Path) -> str:
 
 
 def load(model: str | Path) -> tuple[Any, Any, str]:
-    """(model in bf16, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
+    """(model, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
 
-    A 4-bit export loads the same way: its config.json says how it is held.
+    In `compute_dtype`, bf16 on a GPU. A 4-bit export loads the same way: its config.json says how it is held.
     """
     made_with = check(model)
     from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor

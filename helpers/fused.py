@@ -6,7 +6,6 @@ Here LoRA's product is added to the base's output in place (`addmm_`), forward a
 way up to rounding; dropout is PEFT's, one mask a layer.
 """
 
-import shutil
 from types import MethodType
 
 import torch
@@ -73,11 +72,12 @@ def _lora_forward(self: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Te
                              self.scaling[name], p)
 
 
-def fuse_lora(tuned: nn.Module) -> None:
-    """Give every LoRA layer of a model the pass above; plain LoRA on linear layers, as the recipes have it."""
-    for layer in tuned.modules():
-        if isinstance(layer, LoraLayer):
-            layer.forward = MethodType(_lora_forward, layer)
+def fuse_lora(tuned: nn.Module) -> int:
+    """Give every LoRA layer of a model the pass above, and return how many there are; plain LoRA on linear layers."""
+    layers = [layer for layer in tuned.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.forward = MethodType(_lora_forward, layer)
+    return len(layers)
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: 
 def compile_between(vlm: nn.Module) -> None:
     """Compile what stands between the matrix products of a Qwen2-VL; needs Triton and a C compiler.
 
-    Rotations are replaced in transformers' module, for all models of this process.
+    Rotations are replaced in transformers' module, for all models of this process, until `plain_rotations`.
     """
     for name in ROTATIONS:
         plain = getattr(modeling_qwen2_vl, name)
@@ -111,6 +111,26 @@ def compile_between(vlm: nn.Module) -> None:
             module.compile(dynamic=True)
 
 
+def plain_rotations() -> None:
+    """Give transformers' module its own rotations back: a model that answers then does so as it would anywhere."""
+    for name in ROTATIONS:
+        now = getattr(modeling_qwen2_vl, name)
+        setattr(modeling_qwen2_vl, name, getattr(now, "_torchdynamo_orig_callable", now))
+
+
+def _can_compile() -> bool:
+    """Whether Triton is there and can build its driver, which takes a C compiler and Python's headers."""
+    if not has_triton():
+        return False
+    try:
+        from triton.runtime.driver import driver
+
+        driver.active.get_current_target()
+    except Exception:  # its own, the compiler's, the dynamic linker's
+        return False
+    return True
+
+
 def speed_up(tuned: nn.Module) -> str:
     """Both of the above where they pay, with a model on one GPU; says in words what was done.
 
@@ -119,8 +139,8 @@ def speed_up(tuned: nn.Module) -> str:
     places = {str(place) for place in (getattr(tuned, "hf_device_map", None) or {}).values()}
     if not torch.cuda.is_available() or len(places) > 1:
         return "nothing is fused or compiled: that pays with a model on one GPU"
-    fuse_lora(tuned)
-    if not (has_triton() and (shutil.which("cc") or shutil.which("gcc"))):
-        return "LoRA is added in place; nothing is compiled, as Triton or a C compiler is missing"
+    lora = "LoRA is added in place" if fuse_lora(tuned) else "there is no LoRA to fuse"
+    if not _can_compile():
+        return f"{lora}; nothing is compiled, as Triton, a C compiler or Python's headers are missing"
     compile_between(tuned)
-    return "LoRA is added in place, and what stands between the matrix products is compiled"
+    return f"{lora}; what stands between the matrix products is compiled"

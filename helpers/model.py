@@ -215,16 +215,24 @@ def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 
     return fits
 
 
+def gpus() -> list[int]:
+    """Numbers of the GPUs that this process uses: its own under a launcher, else all that it sees."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return [int(os.environ.get("LOCAL_RANK", 0))]
+    return list(range(torch.cuda.device_count()))
+
+
 def _room() -> float:
-    """Bytes that this process may take of the smallest GPU it sees."""
+    """Bytes that this process may take, or has taken, of the smallest of its GPUs: others may use them too."""
     allowed = torch.cuda.get_per_process_memory_fraction
-    return min(torch.cuda.get_device_properties(device).total_memory * allowed(device)
-               for device in range(torch.cuda.device_count()))
+    return min(min(torch.cuda.get_device_properties(device).total_memory * allowed(device),
+                   torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) for device in gpus())
 
 
 def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     """The most bytes that a training step on `batch` takes of a GPU, gradients and AdamW included; inf: too many."""
-    devices, was_training = range(torch.cuda.device_count()), vlm.training
+    devices, was_training = gpus(), vlm.training
+    each = 16 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 12  # bytes a weight; DDP holds gradients once more
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -237,30 +245,42 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
         took = math.inf
     vlm.train(was_training).zero_grad()
     free_memory()
-    return took + 12 * sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
+    for device in devices:  # a run's own peak is not this trial's
+        torch.cuda.reset_peak_memory_stats(device)
+    return took + each * sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
 
 
 def layers_that_fit(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> list[nn.Module]:
     """Layers that can keep their activations where `fits_whole` said that all cannot.
 
     Of each tower that gradients pass through a few layers are tried, the language model's first; then as many as the
-    memory allows, in the order they run. `KeepActivations` puts it to use. None with several GPUs in one process.
+    memory allows, in the order they run, and these together: one tower's peak may have hidden the other's. Half of them
+    where that does not fit. `KeepActivations` puts it to use. None with several GPUs in one process.
     """
-    if not torch.cuda.is_available() or torch.cuda.device_count() > 1:
+    if not torch.cuda.is_available() or len(gpus()) > 1:
         return []
     base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
     base.activation_checkpointing_enable()
     took = _peak(vlm, batch)
     towers = [base.model.language_model.layers, base.model.visual.blocks]
-    left, kept, few = (1 - reserve) * _room() - took, [], 2
-    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
-        for layer in layers[:few]:
+    allowed, kept, few = (1 - reserve) * _room(), [], 2
+
+    def with_kept(layers: list[nn.Module]) -> float:
+        for layer in layers:
             layer.gradient_checkpointing = False
-        each = (_peak(vlm, batch) - took) / few
-        for layer in layers[:few]:
+        peak = _peak(vlm, batch)
+        for layer in layers:
             layer.gradient_checkpointing = True
+        return peak
+
+    left = allowed - took
+    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
+        each = (with_kept(layers[:few]) - took) / few
         count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
-        kept, left = [*kept, *layers[:count]], left - count * each
+        if count:
+            kept, left = [*kept, *layers[:count]], left - count * each
+    while kept and with_kept(kept) > allowed:
+        kept = kept[: len(kept) // 2]
     base.activation_checkpointing_disable()
     print(f"{len(kept)} of {sum(map(len, towers))} layers keep their activations all the same")
     return kept

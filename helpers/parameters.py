@@ -150,6 +150,8 @@ def check(values: dict[str, Any], known: dict[str, Rule] = PARAMETERS) -> None:
     low, high = values.get("min_pixels"), values.get("max_pixels")
     if low and high and low > high:
         raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
+    if values.get("memory") == "low" and values.get("precision") == "bf16":
+        raise ParameterError("memory='low' needs the base in nf4, and precision='bf16' asks for all of its 16 GB.")
     if values.get("keep") == "best" and not values.get("eval_steps"):
         raise ParameterError("keep='best' needs eval_steps: the best step is found by measuring every so many steps.")
 

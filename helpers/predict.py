@@ -57,10 +57,17 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     pieces = DataLoader(Subset(rows, todo), AT_ONCE, collate_fn=partial(prepare, processor=processor, prompt=prompt),
                         num_workers=0 if model.device.type == "cpu" else 4)
     with own.open("a") as file:
-        for lines in _answers(model, processor, pieces, generation, names, batch_size):
-            file.write("".join(_as_text(line) for line in lines))
-            file.flush()
-            bar.update(len(lines))
+        try:
+            for lines in _answers(model, processor, pieces, generation, names, batch_size):
+                file.write("".join(_as_text(line) for line in lines))
+                file.flush()
+                bar.update(len(lines))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for "
+                               "want of memory or of room in /dev/shm. The same command goes on after the "
+                               f"{len(list(_whole_lines(own)))} pictures that are answered.") from error
     bar.close()
     _wait_for_all(world)
     if rank == 0:

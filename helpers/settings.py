@@ -127,15 +127,20 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
 
     need, least = (LOW_GPU_GIB if memory == "low" else GPU_GIB)[recipe], LOW_GPU_GIB[recipe]
     needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
-    sizes = [torch.cuda.get_device_properties(i).total_memory / 2**30 for i in range(torch.cuda.device_count())]
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
     world = int(os.environ.get("WORLD_SIZE", 1))
     room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if scale == "7b" and room < need:
         raise ParameterError(f"scale=7b with recipe={recipe} needs {needs}, and this machine shows "
                              f"{seen}; take a larger GPU, or scale=tiny.")
+    if scale == "7b" and old:
+        raise ParameterError(f"scale=7b computes in bf16, for which {old[0]} has no instructions; take a GPU of the "
+                             "Ampere generation or newer, or scale=tiny.")
     if scale == "auto":
-        scale = "7b" if room >= need else "tiny"
+        scale = "7b" if room >= need and not old else "tiny"
+        seen += f", and {old[0]} has no instructions for bf16" if old else ""
         print(f"scale auto -> {scale}: {recipe} at 7B needs {needs}, and there is {seen}.")
     return scale
 

@@ -113,6 +113,18 @@ def test_the_card_of_a_full_model_speaks_of_no_adapter_and_of_no_folder(exported
     assert "\n# tables-r3\n" in text and "The weights take 15 GB." in text
 
 
+def test_the_cards_of_a_run_in_low_memory_say_that_its_scores_are_of_nf4(exported, merged, tmp_path):
+    run = tmp_path / "tables-r4-joint"
+    shutil.copytree(merged.with_name("tables-r4-joint"), run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["parameters"]["memory"] = "low"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    for copy in export.COPIES:
+        text = model_card(copy, run, json.loads((exported / copy / "parity.json").read_text()), 10**9, {})
+        assert "merged, in nf4" in text and ("this copy was not scored" in text) == (copy == "bf16")
+        assert ("model-index" in text) == (copy == "nf4")
+
+
 def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(exported, merged, rows):
     result = export.compare(exported, rows, batch_size=4, max_new_tokens=48)
     assert result["pictures"] == 5 and result["difference"]["n"] == result["bf16"]["mean_iou"]["n"] <= 5

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback, TrainerState
 
-from helpers import checkpoints, collate, data, parameters, runs, trainer, trainlog
+from helpers import checkpoints, collate, data, faults, parameters, runs, trainer, trainlog
 from helpers.files import read_json
+from helpers.model import KeepActivations
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +244,14 @@ def test_out_of_memory_in_training_says_what_to_change_with_this_runs_numbers(tm
                   "max_pixels below 12544"):
         assert words in str(error.value)
     goes_on(tmp_path, processor, rows, undisturbed, at=3)
+
+
+def test_keeping_fewer_activations_is_advised_where_some_are_kept(tmp_path, processor, rows):
+    sft = build("r1-llm-only", tmp_path, processor, rows, gradient_checkpointing=True)
+    sft.add_callback(KeepActivations([]))
+    assert "gradient_checkpointing" not in faults._smaller(sft)
+    sft.add_callback(KeepActivations([sft.model]))
+    assert faults._smaller(sft).startswith("gradient_checkpointing=True keeps fewer activations, and goes on")
 
 
 class Dies(collate.Collator):

@@ -188,7 +188,7 @@ def test_a_gated_model_without_a_token_is_refused_in_words(defaults, monkeypatch
 def test_seven_b_fits_only_where_the_recipe_fits(monkeypatch):
     import torch
 
-    card = type("card", (), {"total_memory": 24 * 2**30})()
+    card = type("card", (), {"total_memory": 24 * 2**30, "major": 8, "name": "A10"})()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     assert settings._choose_scale("auto", "r4-joint", None) == "7b"
@@ -202,6 +202,10 @@ def test_seven_b_fits_only_where_the_recipe_fits(monkeypatch):
     assert settings._choose_scale("auto", "r4-joint", "low") == "7b"
     with pytest.raises(ParameterError, match=r"needs 22 GiB of GPU memory \(14 with memory=low\), and this machine sh"):
         settings._choose_scale("7b", "r4-joint", None)
+    card.major, card.name = 7, "T4"
+    assert settings._choose_scale("auto", "r4-joint", "low") == "tiny"
+    with pytest.raises(ParameterError, match="T4 has no instructions"):
+        settings._choose_scale("7b", "r4-joint", "low")
 
 
 def test_low_memory_keeps_the_effective_batch():
@@ -214,6 +218,8 @@ def test_low_memory_keeps_the_effective_batch():
 def test_low_memory_fills_in_what_was_not_given(defaults, monkeypatch):
     run = settle(defaults, monkeypatch, "memory=low", "batch_size=3")
     assert (run.batch_size, run.accumulation, run.gradient_checkpointing, run.predict_batch_size) == (3, 4, True, 8)
+    with pytest.raises(ParameterError, match="needs the base in nf4"):
+        settle(defaults, monkeypatch, "memory=low", "precision=bf16")
 
 
 def test_report_target_never_asks_for_a_login(monkeypatch, tmp_path):

@@ -158,6 +158,24 @@ def test_a_look_that_does_not_fit_looks_at_fewer_or_waits(vlm, processor, rows, 
     assert capsys.readouterr().out.count("out of memory") == 1
 
 
+def test_a_process_that_opens_pictures_and_dies_is_named(vlm, processor, rows, tmp_path, monkeypatch):
+    """On a GPU they are processes; here the DataLoader's words are raised where its pieces come in."""
+    see, seen = predict.see, []
+
+    def dies(*given):
+        if seen:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.\nIt is possible that ...")
+        seen.append(given)
+        return see(*given)
+
+    monkeypatch.setattr(predict, "see", dies)
+    with pytest.raises(RuntimeError, match=r"pictures died \(DataLoader worker .pid 7.*/dev/shm.* after the 4 pic"):
+        ask(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
+    monkeypatch.undo()
+    lines = ask(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
+    assert [line["image_id"] for line in lines] == rows["image_id"]
+
+
 def test_one_picture_that_does_not_fit_is_an_error(vlm, processor, rows, tmp_path, monkeypatch):
     def fails(*arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")

@@ -1,6 +1,7 @@
 """What is faster is equal: losses and gradients of each short cut against the long way; the benchmark made small."""
 
 import json
+import math
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -245,6 +246,7 @@ def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor,
     for name, value in {"is_available": True, "is_bf16_supported": True, "device_count": 1, "empty_cache": None,
                         "reset_peak_memory_stats": None, "max_memory_allocated": (taken or 0) * gib,
                         "get_per_process_memory_fraction": 1.0,
+                        "mem_get_info": (24 * gib, 24 * gib), "memory_reserved": 0,
                         "get_device_properties": SimpleNamespace(total_memory=24 * gib)}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     if taken is None:
@@ -277,6 +279,15 @@ def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows,
         assert model.layers_that_fit(tuned, {}) == list(expected)
         assert f"{len(expected)} of {len(language) + len(vision)} layers" in capsys.readouterr().out
         assert not base.is_activation_checkpointing
+    # where the vision tower's part of a step is the larger one by 1.5 GiB, it hides most of what two layers take
+    monkeypatch.setattr(model, "_peak", lambda *_: max(peak(), 11.5 * gib))
+    monkeypatch.setattr(model, "_room", lambda: 13 * gib / 0.92)
+    assert model.layers_that_fit(tuned, {}) == list(language[:2])  # four seem to fit, and take 14
+    for more in (0.5, 3.5):  # a trial that runs out of memory
+        room = (10 + more) * gib
+        monkeypatch.setattr(model, "_peak", lambda *_, room=room: peak() if peak() <= room else math.inf)
+        monkeypatch.setattr(model, "_room", lambda room=room: room / 0.92)
+        assert len(model.layers_that_fit(tuned, {})) == int(more)
     monkeypatch.undo()
     sft = build("r4-joint", tmp_path, processor, rows, max_steps=1, gradient_checkpointing=True)
     layers = sft.model.get_base_model().model.language_model.layers

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PrinterCallback, Qwen2VLForConditionalGeneration, Trainer, set_seed
-from transformers.models.qwen2_vl import modeling_qwen2_vl
 from trl import SFTConfig, SFTTrainer
 
 from helpers import collate, features, fused, model, sizes, trainer
@@ -145,9 +144,7 @@ def as_loaded(base: torch.nn.Module) -> None:
         module._compiled_call_impl = None
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             hooks.clear()
-    for name in fused.ROTATIONS:
-        compiled = getattr(modeling_qwen2_vl, name)
-        setattr(modeling_qwen2_vl, name, getattr(compiled, "_torchdynamo_orig_callable", compiled))
+    fused.plain_rotations()
     model.free_memory()
 
 
