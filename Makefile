@@ -58,7 +58,7 @@ predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=f
 		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: lint types ## run all tests (PYTEST_ARGS='-k boxes')
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check the code's style
 	$(BIN)/ruff check .
