@@ -179,10 +179,23 @@ def test_device_map(monkeypatch):
     show_gpus(monkeypatch, 1)
     assert model.device_map() == {"": 0}
     show_gpus(monkeypatch, 2)
-    assert model.device_map() == "balanced"
+    assert model.device_map() == "balanced" and model.gpus() == [0, 1]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert model.device_map() == {"": 1}
+    assert model.device_map() == {"": 1} and model.gpus() == [1]
+
+
+def test_room_is_what_this_process_may_take_and_what_others_leave(monkeypatch):
+    show_gpus(monkeypatch, 2)
+    card = type("card", (), {"total_memory": 24})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.75)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4)
+    free = {0: 16, 1: 18}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 24))
+    assert model._room() == 18  # three quarters of 24
+    free[1] = 10
+    assert model._room() == 14
 
 
 @pytest.mark.parametrize("rank", ["2", None])
