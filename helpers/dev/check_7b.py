@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=TRAINED, choices=TRAINED)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulation", type=int, help="default: the scale's own")
-    parser.add_argument("--cap-gib", type=float, help=f"for {' and '.join(CAPPED)}: 24, low 16")
+    parser.add_argument("--cap-gib", type=float, help=f"for {' and '.join(CAPPED)}: 24, low 15")
     parser.add_argument("--memory", choices=["low"], help="the pipeline's parameter, for a card of 16 GiB")
     parser.add_argument("--val", type=int, default=16, help="pictures that are predicted, 16 at a time (low: 4)")
     parser.add_argument("--new-tokens", type=int, default=128, help="longest answer; random weights never stop sooner")
@@ -65,7 +65,7 @@ def arguments() -> argparse.Namespace:
     options.report = options.report or options.folder / "report"
     options.values = SCALES["7b"] | (LOW_MEMORY["7b"] if options.memory else {})
     options.accumulation = options.accumulation or options.values["accumulation"]
-    options.cap_gib = options.cap_gib or (16 if options.memory else 24)
+    options.cap_gib = options.cap_gib or (15 if options.memory else 24)
     options.deadline = time.monotonic() + 60 * options.minutes
     return options
 
