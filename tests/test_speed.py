@@ -137,10 +137,14 @@ def test_what_is_compiled_between_matrix_products_is_the_same(monkeypatch, proce
     batch, vlm = collate.Collator(processor, "Where?")([rows[0]]), load(dtype=torch.float32).eval()
     with torch.no_grad():
         plain = vlm(**batch).logits
-        for name in fused.ROTATIONS:
-            monkeypatch.setattr(modeling_qwen2_vl, name, getattr(modeling_qwen2_vl, name))  # put back at the end
-        fused.compile_between(vlm)
-        assert torch.allclose(vlm(**batch).logits, plain, rtol=1e-4, atol=1e-4)
+        own = [getattr(modeling_qwen2_vl, name) for name in fused.ROTATIONS]
+        try:
+            fused.compile_between(vlm)
+            assert torch.allclose(vlm(**batch).logits, plain, rtol=1e-4, atol=1e-4)
+            assert not set(own) & {getattr(modeling_qwen2_vl, name) for name in fused.ROTATIONS}
+        finally:
+            fused.plain_rotations()
+        assert own == [getattr(modeling_qwen2_vl, name) for name in fused.ROTATIONS]
 
 
 def test_on_a_cpu_nothing_is_fused():
