@@ -22,7 +22,7 @@ PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
 ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app serve predict test lint types sync lab run recipes rerun table compare export prompts \
+.PHONY: help setup demo app serve predict test test-all lint types sync lab run recipes rerun table compare export prompts \
 	collators bench notebooks tiny-base kill-test fuzz test-newest env lock clean
 
 help: ## show the targets and what they take
@@ -57,8 +57,13 @@ predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=f
 		$(if $(OUTPUT),$(OUTPUT),$(error OUTPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
 		$(if $(MODEL),--model $(MODEL)) $(ARGS)
 
-test: lint types ## run all tests (PYTEST_ARGS='-k boxes')
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_ARGS)
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
+
+test: lint types ## run the tests, minutes on 2 cores (PYTEST_ARGS='-k boxes')
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
+
+test-all: lint types ## run the long tests too: whole notebooks, headline numbers, kills at random moments
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check the code's style
 	$(BIN)/ruff check .
