@@ -37,7 +37,7 @@ max_pixels = None
 # training
 epochs = None
 learning_rate = None
-batch_size = None  # pictures a step and process
+batch_size = None  # pictures a step; with several processes all together
 accumulation = None  # steps whose gradients are added up
 lora_rank = None
 lora_alpha = None
@@ -303,7 +303,7 @@ def checkpointing(tuned):
     """Whether to work activations out twice, and the layers that keep theirs all the same."""
     if run.gradient_checkpointing is not None:
         return run.gradient_checkpointing, []
-    rows_of = budget.longest(rows["train"], run.batch_size, run.min_pixels, run.max_pixels)
+    rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collate.Collator(processor, run.prompt, run.loss_scope)(rows_of)
     if model.fits_whole(tuned, longest):
         return False, []
@@ -324,12 +324,13 @@ workers = 4 if torch.cuda.is_available() else 0  # processes that open pictures
 
 
 def sft_config(stage_run, checkpointed):
-    """How a stage is trained; the effective batch is batch_size x accumulation x processes."""
+    """How a stage is trained; an update is of batch_size x accumulation pictures, which all processes share."""
+    batch_size, accumulation = run.share
     return SFTConfig(
         output_dir=str(stage_run.folder),
         num_train_epochs=run.epochs,
-        per_device_train_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=stage_run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -558,4 +559,5 @@ print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
 for name, score in metrics["scores"].items():
     print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
+runs.leave()
 pd.DataFrame(runs.report(run))

@@ -217,7 +217,7 @@ def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 
 
 def gpus() -> list[int]:
     """Numbers of the GPUs that this process uses: its own under a launcher, else all that it sees."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return [int(os.environ.get("LOCAL_RANK", 0))]
     return list(range(torch.cuda.device_count()))
 
@@ -237,9 +237,11 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
         torch.cuda.reset_peak_memory_stats(device)
     try:
         given = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
-        given["logits_to_keep"] = given.pop("labels") != IGNORED
+        labels, base = given.pop("labels"), vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
         with torch.autocast("cuda", torch.bfloat16):
-            vlm.train()(**given, use_cache=False).logits.sum().backward()
+            vlm.train()
+            hidden = base.model(**given, use_cache=False).last_hidden_state  # may end on another GPU than it began
+            base.lm_head(hidden[(labels != IGNORED).to(hidden.device)]).sum().backward()
         took = max(torch.cuda.max_memory_allocated(device) for device in devices)
     except torch.OutOfMemoryError:
         took = math.inf

@@ -87,6 +87,11 @@ def _processes() -> Any:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
 
 
+def leave() -> None:
+    """Leave the group of processes, at the end: PyTorch warns of one that is still open when a process ends."""
+    _processes().destroy_process_group()
+
+
 def key(**inputs: Any) -> str:
     """A hash over everything a step depends on."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]

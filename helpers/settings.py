@@ -1,5 +1,6 @@
 """Parameters -> a run that is settled: the scale, every default, the folders; refused here if it cannot work."""
 
+import math
 import os
 import shutil
 import signal
@@ -42,6 +43,7 @@ class Run:
     given: dict[str, Any]
     stages: list[StageRun]
     folder: Path  # of the last stage: predictions, metrics, figures
+    share: tuple[int, int]  # batch size and accumulation of one process: all together make the recipe's update
 
     @property
     def model_path(self) -> str:
@@ -102,10 +104,36 @@ def settle(namespace: dict) -> Run:
     stages = [_stage_run(stage, values) for stage in RECIPES[values["recipe"]]]
     folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
     values["report_to"] = _report_target(values["report_to"], folder)
-    run = Run(values, given, stages, folder)
+    run = Run(values, given, stages, folder, _share(values) if stages else (values["batch_size"], 1))
     if local_model(values["model_id"]) is None:
         _check_hub(values["model_id"], values["model_revision"])
     return run
+
+
+def divide(batch_size: int, accumulation: int, processes: int) -> tuple[int, int] | None:
+    """(batch size, accumulation) of one of several processes that together make the same update; None: impossible.
+
+    The accumulation is divided first, because a larger batch is faster.
+    """
+    divided = math.gcd(accumulation, processes)
+    left = processes // divided
+    return None if batch_size % left else (batch_size // left, accumulation // divided)
+
+
+def _share(values: dict) -> tuple[int, int]:
+    """`divide` among the processes of this launch, said in a line; ParameterError where it does not go."""
+    batch_size, accumulation, world = values["batch_size"], values["accumulation"], int(os.environ.get("WORLD_SIZE", 1))
+    update = f"batch_size={batch_size} x accumulation={accumulation}"
+    share = divide(batch_size, accumulation, world)
+    if share is None:
+        fitting = [n for n in range(1, min(batch_size * accumulation, 1024) + 1) if divide(batch_size, accumulation, n)]
+        nearest = min(fitting, key=lambda n: (abs(n - world), -n))
+        raise ParameterError(f"{world} processes cannot share the {batch_size * accumulation} pictures of an update "
+                             f"({update}) evenly; start {nearest} instead (of {', '.join(map(str, fitting))}), or set "
+                             f"accumulation={world * max(1, round(accumulation / world))}.")
+    if world > 1:
+        print(f"{world} processes share each update ({update}): {share[0]} x {share[1]} each.")
+    return share
 
 
 def _short(values: dict) -> str:
