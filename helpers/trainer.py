@@ -4,6 +4,7 @@ Trainer's own checkpoints of a full Qwen2-VL carry old key names (`visual.*`) an
 is silently the base again. Saving the trainable weights alone, in fp32, is smaller and exact, for LoRA as for a tower.
 """
 
+import contextlib
 import math
 import shutil
 from collections.abc import Iterator
@@ -101,18 +102,21 @@ class BoxTrainer(SFTTrainer):
         """TRL's own; features that a frozen tower has made before (`SeenCollator`) take the place of pictures.
 
         SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
-        they stay on the CPU. With a model spread over several GPUs TRL 1.16 divides a loss on the head's GPU by a
-        count on the first one: the count goes to the head, and the loss comes back to where Trainer adds it up.
+        they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
+        a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
+        they do not wait for the head's (losses of -inf were seen). So the head's GPU is the current one, the count goes
+        there, and the loss comes back to where Trainer adds it up.
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
             inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
         features = inputs.pop("image_features", None)
         if features is not None:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+        place = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.device
         if isinstance(num_items_in_batch, torch.Tensor):
-            head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
-            num_items_in_batch = num_items_in_batch.to(head.weight.device)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            num_items_in_batch = num_items_in_batch.to(place)
+        with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         loss = loss.to(self.args.device)
         return (loss, outputs) if return_outputs else loss
 

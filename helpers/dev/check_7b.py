@@ -4,8 +4,9 @@ Builds the published 7B architecture with random weights and pictures at the rea
 itself for each recipe: train, be killed after a checkpoint, go on, predict a batch, merge, reload. Prints a table of
 what it took, and ends with 1 where a recipe failed or a count is not the published architecture's. Boxes and losses
 mean nothing here. With `--gpus 2` each recipe runs in one process over both GPUs, and for comparison trains on one GPU
-and in two processes, a GPU each. `--minutes 8` stops whatever has not ended by then and reports what was seen; a second call with
-other `--recipes` keeps the model and adds its columns. `--tiny` does the same with a shrunken model on any machine.
+and in two processes, a GPU each: the losses must agree. `--minutes 8` stops whatever has not ended by then and reports
+what was seen; a second call with other `--recipes` keeps the model and adds its columns. `--tiny` does the same with a
+shrunken model on any machine.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from helpers.dev.random_7b import PUBLISHED, SHRUNKEN, write_json, write_model, write_pictures
@@ -184,12 +186,15 @@ def summary(events: list[dict]) -> dict:
     row = {name: max((event.get(name, 0) for event in events), default=0) for name in ("allocated", "reserved")}
     row |= {
         "step_seconds": {"median": statistics.median(steps), "first": steps[0], "n": len(steps)} if steps else None,
+        "losses": list({event["step"]: event["loss"] for event in calls.get("loss", [])}.values()),
         "resumed_at": [event["step"] for event in calls.get("train begins", []) if event["step"]],
         "nf4_layers": sorted({event["result"] for event in calls.get("nf4 layers", [])}),
         "trainable": [event["result"] for event in calls.get("trainable", [])],
         "merge_algebra": [event["result"] for event in calls.get("merge", []) if event["result"] is not None],
         "against_as_trained": [event["result"] for event in calls.get("compare", [])],
     }
+    for name in ("loss", "step"):
+        calls.pop(name, None)
     timed = [name for name in calls if "allocated" in calls[name][0] and name not in ("nf4 layers", "trainable")]
     row["seconds"] = {name: [event["seconds"] for event in calls[name]] for name in timed}
     row["peaks"] = {name: [max(event[held] for event in calls[name]) for held in ("allocated", "reserved")]
@@ -217,6 +222,15 @@ def wrong(options: argparse.Namespace, recipe: str, row: dict, killed: bool) -> 
     return faults
 
 
+def other_losses(row: dict, alike: list[dict]) -> list[str]:
+    """Where the same recipe on one GPU (of `alike`) has losses more than 2 % from this row's: dropout explains less."""
+    for other in alike:
+        both = min(len(row["losses"]), len(other["losses"]))
+        if other["way"] == "one GPU" and not np.allclose(row["losses"][:both], other["losses"][:both], rtol=0.02):
+            return [f"losses {row['losses']}, and {other['losses']} on one GPU"]
+    return []
+
+
 def table(rows: list[dict]) -> str:
     """The report in Markdown, a column a recipe."""
 
@@ -242,6 +256,7 @@ def table(rows: list[dict]) -> str:
         "in predicting a batch, GiB": lambda row: peak(row, "predict a batch"),
         "in merging, GiB": lambda row: peak(row, "merge"),
         "a step, s: median (n)": step,
+        "losses": lambda row: " ".join(f"{loss:.3f}" for loss in row["losses"]) or "-",
         "went on at step": lambda row: ", ".join(map(str, row["resumed_at"])) or "-",
         **{f"{call}, times x s": lambda row, call=call: seconds(row, call) for call in TIMED},
         "applied against merged": lambda row: " ".join(f"{value:.1e}" for value in row["merge_algebra"]) or "-",
@@ -285,6 +300,8 @@ def main() -> int:
         pairs = [(recipe, way) for way in options.ways for recipe in options.recipes]
         list(side_by_side.map(lambda pair: run_recipe(options, *pair), pairs))
     rows = [json.loads(file.read_text()) for file in sorted(options.report.glob("*.*.json")) if file.stem != "events"]
+    for row in rows:
+        row["wrong"] += other_losses(row, [other for other in rows if other["recipe"] == row["recipe"]])
     device = f"{options.gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
     machine = f"{device}, torch {torch.__version__}, batch {options.values['batch_size']} x {options.accumulation}"
     write_json(options.report / "report.json", {"command": sys.argv, "machine": machine, "rows": rows})

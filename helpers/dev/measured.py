@@ -129,6 +129,10 @@ def clock(events: Events, kill_at: int) -> type[TrainerCallback]:
             _wait()
             events.write(call="step", step=state.global_step, seconds=round(time.perf_counter() - self.start, 3))
 
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                events.write(call="loss", step=state.global_step, loss=logs["loss"])
+
         def on_save(self, args, state, control, **kwargs):
             if state.global_step == kill_at:
                 events.write(call="killed", step=state.global_step)
