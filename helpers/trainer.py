@@ -116,9 +116,10 @@ class BoxTrainer(SFTTrainer):
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(place)
         with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss.to(self.args.device)
-        return (loss, outputs) if return_outputs else loss
+            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:  # only an evaluation asks for them, and TRL runs the model a second time for their logits
+            return computed[0].to(self.args.device), computed[1]
+        return computed.to(self.args.device)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
