@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=TRAINED, choices=list(RECIPES))
     parser.add_argument("--gpus", type=int, default=1, help="how many; above 1 every recipe runs in all of --ways")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help=f"of using the GPUs: {', '.join(WAYS)}")
-    parser.add_argument("--whole", nargs="+", default=["one process"], help="ways that go on after the training")
+    parser.add_argument("--whole", nargs="*", default=["one process"], help="ways that go on after the training")
     parser.add_argument("--full-cap-gib", type=float, default=0, help="for the other recipes (default: none)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulation", type=int, help="default: the scale's own")
