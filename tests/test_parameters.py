@@ -217,7 +217,8 @@ def with_tokenizer(folder, change):
     base(folder)
     write_json(folder / "tokenizer.json", change(read_json(folder / "tokenizer.json")))
     settings = read_json(folder / "tokenizer_config.json")  # which would add a token anew that is not there
-    write_json(folder / "tokenizer_config.json", settings | {"extra_special_tokens": []})
+    settings |= {"extra_special_tokens": [], "tokenizer_class": "PreTrainedTokenizerFast"}  # Qwen2's own splits digits
+    write_json(folder / "tokenizer_config.json", settings)
     return folder
 
 
@@ -231,16 +232,16 @@ def with_pairs_of_digits(tokenizer):
     model, last = tokenizer["model"], "".join(tokenizer["model"]["merges"][-1])
     splits = {"type": "Split", "pattern": {"Regex": r"\d+|\D+"}, "behavior": "Isolated", "invert": False}
     bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    vocabulary = {"27" if token == last else token: number for token, number in model["vocab"].items()}
+    vocabulary = {"00" if token == last else token: number for token, number in model["vocab"].items()}
     return tokenizer | {
-        "model": model | {"vocab": vocabulary, "merges": [*model["merges"][:-1], ["2", "7"]]},
+        "model": model | {"vocab": vocabulary, "merges": [*model["merges"][:-1], ["0", "0"]]},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [splits, bytes_alone]},
     }
 
 
 def test_a_base_that_cannot_write_answers_is_refused_at_the_start(defaults, monkeypatch, tmp_path):
     for change, said in ((without_box_end, "its tokenizer has no token <|box_end|>, which prompts and completions"),
-                         (with_pairs_of_digits, "its tokenizer has the token '27', and each digit must be a token")):
+                         (with_pairs_of_digits, "its tokenizer writes 00,01,02 as ['00', ',', '0', ")):
         folder = with_tokenizer(tmp_path / change.__name__, change)
         assert f"model_id='{folder}' has no processor that can be used: {said}" in refusal(
             defaults, monkeypatch, f"model_id={folder}")
@@ -252,10 +253,12 @@ def test_a_base_that_cannot_write_answers_is_refused_at_the_start(defaults, monk
     folder = base(tmp_path / "silent")
     (folder / "chat_template.jinja").unlink()
     assert "has no chat template" in refusal(defaults, monkeypatch, f"model_id={folder}")
-    for file in ("tokenizer.json", "processor_config.json"):
-        folder = base(tmp_path / f"without-{file}")
-        (folder / file).unlink()
-        assert "has no processor that can be used: " in refusal(defaults, monkeypatch, f"model_id={folder}")
+    folder = base(tmp_path / "half")
+    (folder / "tokenizer.json").unlink()  # transformers makes one of nothing
+    assert "its tokenizer writes 00,01,02 as []" in refusal(defaults, monkeypatch, f"model_id={folder}")
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink()
+    assert "has no processor that can be used: " in refusal(defaults, monkeypatch, f"model_id={folder}")
 
 
 def test_a_folder_that_was_half_copied_is_refused_at_the_start(defaults, monkeypatch, tmp_path):
