@@ -206,8 +206,9 @@ def _check_base(run: Run) -> None:
     """
     path, revision, name = run.model_path, run.values["model_revision"], f"model_id={run.values['model_id']!r}"
     local = Path(path).is_dir()
+    file = Path(path) / "config.json" if local else _hub_config(path, revision)
     try:
-        config = json.loads((Path(path) / "config.json" if local else _hub_config(path, revision)).read_text())
+        config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ParameterError(f"{name} has a config.json that cannot be read ({error}); copy it again.") from None
     check_architecture(name, config)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, has_avx512bf16
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_training import load_tiny, nf4_config
@@ -112,9 +112,10 @@ def test_the_branches_of_avx2_are_those_of_a_cpu_without_bf16(avx2, processor, r
     test_a_model_in_nf4_generates_trains_and_generates(processor, rows)
 
 
-def test_a_repacked_layer_is_neither_trained_nor_merged_and_the_sentence_says_why(tmp_path):
+def test_a_repacked_layer_is_neither_trained_nor_merged_and_the_sentence_says_why():
+    finished = model.load(TINY_BASE, inference=True, quantization_config=nf4_config())  # may be repacked
+    assert {layer.support_avx512bf16_for_cpu for layer in model.linear_4bit(finished).values()} == {has_avx512bf16()}
     tuned = with_lora(base("nf4"), R1.lora_targets)
-    tuned.save_pretrained(tmp_path)
     model.trainable_to_fp32(tuned)
     model.keep_4bit_trainable(tuned)
     repack(list(model.linear_4bit(tuned).values())[3])

@@ -325,7 +325,7 @@ def test_a_gated_model_without_a_token_is_refused_in_words(defaults, monkeypatch
         raise GatedRepoError("401 Client Error. (Request ID: 1)\n\nAccess is restricted.", response=Mock())
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", gated)
-    with pytest.raises(ParameterError, match=r"model_id='a/b' at revision main is gated: .*HF_TOKEN"):
+    with pytest.raises(ParameterError, match=r"^model_id='a/b' at revision main is gated: .*HF_TOKEN"):
         settle(defaults, monkeypatch, "model_id=a/b")
 
 

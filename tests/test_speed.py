@@ -308,6 +308,7 @@ def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
         vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] * 2})
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):
     arguments = ["--tiny", "--folder", str(tmp_path), "--report", str(tmp_path / "report.json"), "--workers", "0",
                  "--only", "vision seen once, r1", "--batches", "2", "--answers", "3", "--new-tokens", "2",
