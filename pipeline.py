@@ -88,7 +88,7 @@ import torch
 import transformers
 from IPython.display import display
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
 from helpers import boxes, budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
@@ -200,14 +200,14 @@ nf4 = BitsAndBytesConfig(
 
 def load_base(precision, path=run.model_path, device_map=None):
     """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process, or on the CPU where there is none."""
-    parity.check(path, made_with, required=path != run.model_path)
     model.patches_as_product()
-    base = Qwen2VLForConditionalGeneration.from_pretrained(
+    base = model.load(
         path,
+        made_with,
+        ours=path != run.model_path,
         revision=run.model_revision if path == run.model_path else None,
         quantization_config=nf4 if precision == "nf4" else None,
         dtype=model.compute_dtype(),  # bf16, where the machine has it
-        use_safetensors=True,  # never a pickle
         attn_implementation=model.attention(),
         device_map=device_map or model.device_map(),
     )
@@ -216,7 +216,8 @@ def load_base(precision, path=run.model_path, device_map=None):
 
 
 # %% [markdown]
-# `check_precision` stops the run if a layer is held otherwise than it should be. The table shows what is really NF4.
+# `model.load` is `from_pretrained`, and stops the run where a weight is missing, unexpected or of another shape;
+# `check_precision` where a layer is held otherwise than it should be. The table shows what is really NF4.
 
 # %%
 first_precision = run.stages[0].stage.precision if run.stages else run.precision or "nf4"
@@ -241,7 +242,7 @@ def ask(vlm, path, **inputs):
     key = runs.key(pixels=[run.min_pixels, run.max_pixels], val=runs.rows_hash(rows["val"]),
                    max_new_tokens=run.max_new_tokens, names=names, **inputs)
     with runs.exclusive(path):
-        if not runs.is_done(path.parent, path.name, key):
+        if not (runs.is_done(path.parent, path.name, key) and path.is_file()):
             vlm.set_attn_implementation(model.attention(training=False))
             with runs.timed(run.folder, path.stem):
                 predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
@@ -509,9 +510,8 @@ def merge_into(kind):
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path, place).dequantize().to(dtype)
     else:
-        base = Qwen2VLForConditionalGeneration.from_pretrained(
-            base_path, dtype=dtype, use_safetensors=True, device_map=place,
-            revision=run.model_revision if base_path == run.model_path else None)
+        base = model.load(base_path, made_with, dtype=dtype, device_map=place,
+                          revision=run.model_revision if base_path == run.model_path else None)
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
     if run.memory == "low":  # logits of a 7B model can take hours on a CPU; each layer's weights are compared
         return merge.merge_adapter(adapted, None)[0]
@@ -523,7 +523,7 @@ def merge_into(kind):
 
 # %%
 merges = bool(run.stages) and run.stages[-1].stage.trains == "lora"
-if merges and not runs.is_done(run.folder, "merge", key + run.merge_base):
+if merges and not (runs.is_done(run.folder, "merge", key + run.merge_base) and run.merged_folder.is_dir()):
     with runs.timed(run.folder, "merge"), runs.exclusive(run.merged_folder):
         if runs.is_main():
             merged = merge_into(run.merge_base)

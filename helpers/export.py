@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 
 from helpers import data, evaluate, finished, merge, model, parity, predict, runs
 from helpers.card import model_card
@@ -125,8 +125,7 @@ def _quantise(source: Path, folder: Path) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["model.visual", "lm_head"],
     )
-    vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-        source, quantization_config=nf4, dtype=torch.bfloat16, use_safetensors=True, device_map=model.device_map())
+    vlm = model.load(source, quantization_config=nf4, dtype=torch.bfloat16, device_map=model.device_map())
     model.check_precision(vlm, "nf4")
     vlm.save_pretrained(folder)
     Qwen2VLProcessor.from_pretrained(source).save_pretrained(folder)
@@ -154,7 +153,7 @@ def compare(output: str | Path, rows, batch_size: int = 16, max_new_tokens: int 
     output = Path(output)
     asked, lines, seconds = {}, {copy: [] for copy in COPIES}, dict.fromkeys(COPIES, 0.0)
     for copy in COPIES:
-        vlm = Qwen2VLForConditionalGeneration.from_pretrained(output / copy, device_map=model.device_map()).eval()
+        vlm = model.load(output / copy, inference=True, device_map=model.device_map()).eval()
         asked[copy] = vlm, Qwen2VLProcessor.from_pretrained(output / copy)
     prompt = read_json(output / "bf16" / parity.FILE)["prompt"]
     batches = [[rows[i] for i in range(start, min(start + batch_size, len(rows)))]

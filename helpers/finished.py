@@ -11,6 +11,7 @@ from helpers import parity
 from helpers.data.pictures import as_rgb
 from helpers.files import read_json
 from helpers.parameters import ParameterError
+from helpers.settings import check_architecture
 
 RUNS = Path(__file__).parents[1] / "runs"
 MAX_NEW_TOKENS = 128  # the pipeline's default: room for five boxes
@@ -60,8 +61,10 @@ def check(model: str | Path) -> dict[str, Any]:
         from transformers import Qwen2VLProcessor
 
         made_with = read_json(folder / parity.FILE)
-        read_json(folder / "config.json")
+        check_architecture(f"MODEL={model}", read_json(folder / "config.json"))
         parity.check(folder, parity.record(Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]))
+    except ParameterError:
+        raise
     except parity.ParityError as error:
         raise ParameterError(f"MODEL={model} is refused: {error}") from None
     except (OSError, ValueError, KeyError) as error:  # no right to read, a broken disk, half a file
@@ -83,15 +86,14 @@ def load(model: str | Path) -> tuple[Any, Any, str]:
     In `compute_dtype`, bf16 on a GPU. A 4-bit export loads the same way: its config.json says how it is held.
     """
     made_with = check(model)
-    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers import Qwen2VLProcessor
 
-    from helpers.model import attention, compute_dtype, device_map, patches_as_product
+    from helpers import model as models
 
-    patches_as_product()
+    models.patches_as_product()
     folder = Path(model).expanduser()
-    loaded = Qwen2VLForConditionalGeneration.from_pretrained(
-        folder, dtype=compute_dtype(), use_safetensors=True, attn_implementation=attention(training=False),
-        device_map=device_map())
+    loaded = models.load(folder, inference=True, dtype=models.compute_dtype(),
+                         attn_implementation=models.attention(training=False), device_map=models.device_map())
     return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from helpers.boxes import CATEGORIES
-from helpers.messages import END_OF_TURN, NO_TABLE, target_text
+from helpers.messages import END_OF_TURN, NO_TABLE, check_tokenizer, target_text
 
 Steps = Generator[list[int], int, None]  # gives the token ids that may follow, is sent the one that did
 
@@ -33,12 +33,10 @@ class Grammar:
         def ids(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)
 
-        digits = [ids(str(digit)) for digit in range(10)]
-        if any(len(digit) != 1 for digit in digits) or len(ids("1000")) != 4:
-            raise ValueError(f"this tokenizer writes 1000 as {tokenizer.tokenize('1000')}; each digit must be a token.")
+        check_tokenizer(tokenizer)
         if not names:
             raise ValueError("an answer needs names to choose from; give at least one.")
-        self.digits = {token: str(digit) for digit, (token,) in enumerate(digits)}
+        self.digits = {ids(digit)[0]: digit for digit in "0123456789"}
         self.end, self.no_table = tokenizer.convert_tokens_to_ids(END_OF_TURN), ids(NO_TABLE)
         self.start, self.names = ids("<|object_ref_start|>"), [ids(name) for name in names]
         self.open, self.close = ids("<|object_ref_end|><|box_start|>("), ids(")<|box_end|>")

@@ -16,6 +16,8 @@ from helpers.boxes import area, reading_order, xyxy_unit_to_xyxy_1000, yxyx_unit
 
 NO_TABLE = "no nutrition table"  # the whole answer for a picture without one
 END_OF_TURN = "<|im_end|>"  # ends the answer; the chat template adds it to a target
+SPECIAL = ("<|im_start|>", END_OF_TURN, "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|object_ref_start|>",
+           "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
 _NAME = re.compile(r"[^\W_][\w /&'-]*")
 _MARKUP = re.compile(r"<\|\w+\|>|</?(?:box|ref|obj)>")
@@ -32,6 +34,18 @@ class Parsed:
     spans: list[tuple[int, int]]  # N ranges of characters: where in the text each box's coordinates stand
     rejected: list[str]  # each piece of text that was not used, and why
     empty_answer: bool  # the answer says that there is no table
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise ValueError unless `tokenizer` has Qwen2-VL's special tokens, and each digit is a token of its own."""
+    for token in SPECIAL:
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"its tokenizer has no token {token}, which prompts and completions need")
+    pairs = ",".join(f"{pair:02}" for pair in range(100))
+    pieces = tokenizer.tokenize(pairs)
+    if pieces != list(pairs):
+        raise ValueError(f"its tokenizer writes {pairs[:8]} as {tokenizer.tokenize(pairs[:8])}, and each digit must be "
+                         "a token of its own (is tokenizer.json there?)")
 
 
 def target_text(objects: Mapping) -> str:

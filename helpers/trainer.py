@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from helpers import checkpoints, parity, runs
 from helpers.collate import IGNORED
 from helpers.faults import ForgivingReporter, StopNotice, Stopped, explained
-from helpers.model import check_one_way
+from helpers.model import check_one_way, keep_4bit_trainable
 from helpers.trainlog import LossLog, ProgressBar, read_log
 
 __all__ = ["COMPLETE", "WEIGHTS", "BoxTrainer", "LossLog", "ProgressBar", "load_trainable", "read_log"]
@@ -48,6 +48,7 @@ class BoxTrainer(SFTTrainer):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
         check_one_way(self.model, self.args.n_gpu)
+        keep_4bit_trainable(self.model)  # it may generate between two steps
         self.made_with, self.base = made_with, base
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)

@@ -7,8 +7,9 @@ import os
 import finished_model
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from helpers import finished
+from helpers import finished, parity
 from helpers.files import read_json, write_json
 from helpers.model import compute_dtype
 from helpers.parameters import ParameterError
@@ -97,6 +98,16 @@ def test_a_folder_without_the_right_to_read_is_refused(model, monkeypatch):
 def test_a_parity_file_that_lacks_the_prompt_is_refused(model):
     write_json(model / "parity.json", {"weights": json.loads((model / "parity.json").read_text())["weights"]})
     assert "cannot be read" in refusal(finished.check, model)
+
+
+def test_a_model_that_lacks_weights_or_is_another_is_refused(model):
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    parity.write(model, read_json(model / "parity.json"))
+    assert "1 missing, such as lm_head.weight" in refusal(finished.load, model)
+    write_json(model / "config.json", read_json(model / "config.json") | {"model_type": "qwen3_vl"})
+    assert f"MODEL={model} is a model of type 'qwen3_vl'" in refusal(finished.check, model)
 
 
 def test_a_picture_is_opened_as_exif_shows_it():

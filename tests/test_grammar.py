@@ -94,6 +94,11 @@ def test_what_cannot_work_is_refused(tokenizer):
         Grammar(tokenizer, (), max_new_tokens=64)
 
     class WholeNumbers:
+        unk_token_id = None
+
+        def convert_tokens_to_ids(self, token):
+            return 0
+
         def encode(self, text, **options):
             return [0]
 
