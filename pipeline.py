@@ -91,7 +91,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import boxes, budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
+from helpers import budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
 from helpers import model, parity, plots, predict, trainer
 from helpers.augment import Augment
 
@@ -169,8 +169,9 @@ display({"from the text": parsed.boxes_xyxy_unit.tolist(), "truth (y first)": ex
 # %%
 processor = Qwen2VLProcessor.from_pretrained(run.model_path, revision=run.model_revision,
                                              min_pixels=run.min_pixels, max_pixels=run.max_pixels)
-made_with = parity.record(processor, run.prompt)
+made_with = parity.record(processor, run.prompt, run.max_new_tokens)
 collator = collate.Collator(processor, run.prompt, run.loss_scope)
+collate.check_limits(rows, collator, run)  # the longest answer and the longest sequence
 print(collator.texts([example])[0])
 
 # %% [markdown]
@@ -233,8 +234,7 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # only the names below and the digits are left to choose: the form is given.
 
 # %%
-named = {name for row in data.truth_rows(rows["train"]) for name in row["objects"]["category_name"]}
-names = sorted({*boxes.CATEGORIES, *named}) if run.constrained else None
+names = data.names_in(rows["train"]) if run.constrained else None
 
 
 def ask(vlm, path, **inputs):
@@ -534,6 +534,8 @@ if merges and not (runs.is_done(run.folder, "merge", key + run.merge_base) and r
             parity.write(run.merged_folder, made_with, parity.base_of(base_path, run.model_revision))
     runs.mark_done(run.folder, "merge", key + run.merge_base)
 shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if run.stages else run.model_path
+if run.stages and runs.is_main():
+    parity.note_longest(shipped, run.max_new_tokens)
 
 # %% [markdown]
 # The merged folder is loaded like any other model, by its path, and asked the same questions.
@@ -557,7 +559,7 @@ if merges:
 # %%
 print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
 for name, score in metrics["scores"].items():
-    print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}")
+    print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}{evaluate.unstopped_note(score)}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
 runs.leave()
 pd.DataFrame(runs.report(run))

@@ -54,11 +54,14 @@ class IoUDuringTraining(TrainerCallback):
                 with accelerator.autocast():
                     lines += predict.generate_lines(model, self.sft.processing_class, batch, self.prompt,
                                                     self.generation)
-            score = evaluate.score(self.truth, gather_object(lines), resamples=0)
+            lines = gather_object(lines)
+            score = evaluate.score(self.truth, lines, resamples=0)
             iou = score["summary"]["mean_iou"]["value"]
             self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
         finally:
             model.train(was_training)
         if accelerator.is_main_process:
-            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures")
+            unstopped = sum(not line["stopped"] for line in lines)
+            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures"
+                       + (f", {unstopped} answers never stopped" if unstopped else ""))
         return iou

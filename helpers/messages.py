@@ -20,7 +20,8 @@ SPECIAL = ("<|im_start|>", END_OF_TURN, "<|vision_start|>", "<|image_pad|>", "<|
            "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
 _NAME = re.compile(r"[^\W_][\w /&'-]*")
-_MARKUP = re.compile(r"<\|\w+\|>|</?(?:box|ref|obj)>")
+_SPECIAL = re.compile(r"<\|\w+\|>")
+_MARKUP = re.compile(_SPECIAL.pattern + r"|</?(?:box|ref|obj)>")
 _PAIR = r"\(\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*\)"
 _BOX = re.compile(_PAIR + r"\s*(?:,\s*)?" + _PAIR)  # white space in one place only, or a long gap takes minutes
 
@@ -83,12 +84,21 @@ def _unit(name: str, box: np.ndarray) -> str:
     return f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>"
 
 
+def special_token(prompt: str) -> str | None:
+    """The first special token written out in a prompt, such as `<|image_pad|>`: the tokenizer would take it for one."""
+    found = _SPECIAL.search(prompt)
+    return found.group() if found else None
+
+
 def to_messages(row: Mapping, prompt: str) -> dict:
     """One row as TRL's conversational prompt and completion, with the picture.
 
     Returns `{"prompt": [user message], "completion": [assistant message], "images": [PIL image]}`. The picture
-    stands before the text. The chat template adds system message and end-of-turn tokens.
+    stands before the text. The chat template adds system message and end-of-turn tokens. Raises `ValueError` for a
+    prompt with a special token in it.
     """
+    if special_token(prompt):
+        raise ValueError(f"the prompt {prompt!r} has the special token {special_token(prompt)} in it; leave it out")
     question = [{"type": "image"}, {"type": "text", "text": prompt}]
     answer = [{"type": "text", "text": target_text(row["objects"])}]
     return {

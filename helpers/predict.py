@@ -73,7 +73,12 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     if rank == 0:
         _join(parts, key, ids, path)
     _wait_for_all(world)
-    return read_jsonl(path)
+    lines = read_jsonl(path)
+    unstopped = sum(not line["stopped"] for line in lines)
+    if unstopped:
+        print(f"{path.stem}: {unstopped} of {len(lines)} answers never stopped: they are cut at "
+              f"max_new_tokens={generation['max_new_tokens']}.")
+    return lines
 
 
 def _answers(model, processor, pieces: Iterable[dict], generation: dict, names: Sequence[str] | None,

@@ -1,5 +1,6 @@
 """Parameters -> a run that is settled: the scale, every default, the folders; refused here if it cannot work."""
 
+import functools
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,16 +71,44 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Make `handler` take SIGTERM and SIGINT (Ctrl-C, a notebook's stop button); returns what took them before.
+
+    One that is ignored (`nohup`, a job in the background) stays ignored. Forked workers keep none of it.
+    """
+    _free_forked_workers()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    return {number: signal.signal(number, handler) for number, old in before.items() if old != signal.SIG_IGN}
+
+
+@functools.cache
+def _free_forked_workers() -> None:
+    """From here on a forked process has the default for SIGTERM, and leaves Ctrl-C to its parent.
+
+    A pool ends its workers by SIGTERM and waits for them: a handler of Python's may never run there (while a library
+    waits for a lock), and a signal in the moment of the fork is lost to it. So SIGTERM waits until the default is back.
+    """
+    def in_child() -> None:
+        if callable(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if callable(taker := signal.getsignal(signal.SIGINT)) and taker is not signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        wait(signal.SIG_UNBLOCK)
+
+    def wait(how: int) -> None:
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+    os.register_at_fork(before=lambda: wait(signal.SIG_BLOCK), after_in_child=in_child,
+                        after_in_parent=lambda: wait(signal.SIG_UNBLOCK))
+
+
 def end_with_a_word() -> None:
-    """Make a SIGTERM end this process with a sentence and status 1; a training saves first (`helpers.faults`)."""
-    me = os.getpid()
-
+    """Make SIGTERM and Ctrl-C end this process with a sentence and status 1; a training saves first (`faults`)."""
     def stop(number: int, frame: Any) -> None:
-        if os.getpid() != me:  # a process that was forked to read pictures: it ends as it would have
-            os._exit(128 + number)
-        raise SystemExit("SIGTERM: what is done so far is kept, and the same command goes on from there.")
+        raise SystemExit(f"{signal.Signals(number).name}: what is done so far is kept, and the same command goes on "
+                         "from there.")
 
-    signal.signal(signal.SIGTERM, stop)
+    take_signals(stop)
 
 
 def settle(namespace: dict) -> Run:

@@ -208,7 +208,7 @@ def test_the_hubs_processor_files_give_the_pixel_budget_and_the_token_ids(folder
 
 def check(monkeypatch, folder, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(folder), "--steps", "2", "--accumulation",
-                                      "1", "--val", "2", "--new-tokens", "16", *words])
+                                      "1", "--val", "2", "--new-tokens", "64", *words])
     return check_7b.main()
 
 

@@ -139,6 +139,16 @@ def test_a_picture_that_does_not_decode_to_its_end_is_dropped_and_the_others_sta
     assert result.statistics["val"]["pictures"] == 1
 
 
+def test_a_selection_of_which_nothing_is_left_is_empty_and_said(tmp_path, capsys):
+    """Ten photos: one of them becomes selection, and it is the one that cannot be read."""
+    unreadable = splits(train=[row(1)], selection=[row(2, image=picture(b"broken"))], val=[row(3)])
+    twin = splits(train=[row(1)], selection=[row(3, barcode="2")], val=[row(3)])
+    for raw in (unreadable, twin):
+        rows = data.prepare(cleaned(raw), 784, 16 * 784)
+        assert {name: len(split) for name, split in rows.items()} == {"train": 1, "selection": 0, "val": 1}
+        assert "data: none of the 1 pictures of selection can be used, such as" in capsys.readouterr().out
+
+
 def test_a_split_of_which_nothing_is_left_is_an_error():
     raw = splits(train=[row(1)], val=[row(2, image=picture(b"broken")), row(3, image=picture(b""))])
     with pytest.raises(data.DataError, match="none of the 2 pictures of val can be used, such as 0000000000002_1"):

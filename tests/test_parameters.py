@@ -1,9 +1,11 @@
 """Parameters: read from papermill's cell or the command line, and refused with one sentence."""
 
 import ast
+import json
 import os
 import random
 import re
+import shlex
 import shutil
 import string
 import subprocess
@@ -11,8 +13,11 @@ import sys
 from unittest.mock import Mock
 
 import pytest
+from papermill.cli import _resolve_type
+from papermill.translators import PythonTranslator
 
-from helpers import parameters, settings
+from helpers import parameters, runs, settings
+from helpers.dev import rerun
 from helpers.files import read_json, write_json
 from helpers.parameters import PARAMETERS, ParameterError
 from helpers.recipes import LOW_MEMORY, RECIPES, REVISIONS, SCALES
@@ -72,6 +77,12 @@ def test_r3_has_two_folders(defaults, monkeypatch):
         ("batch_size=True", ["batch_size=True"]),
         ("seed=None", ["seed=None"]),
         ("learning_rate=nan", ["learning_rate=nan"]),
+        ("epochs=inf", ["epochs=inf", "number above 0"]),
+        ("lora_dropout=-nan", ["lora_dropout=nan", "from 0 to below 1"]),
+        ("prompt=None", ["prompt=None", "the question"]),
+        ("prompt=Where is <|image_pad|>?", ["prompt='Where is <|image_pad|>?'", "without special tokens"]),
+        ("prompt=Boxes.<|im_end|>", ["prompt='Boxes.<|im_end|>'", "without special tokens"]),
+        ("run_name=\udce9", [r"'run_name=\udce9'", "not UTF-8"]),
         ("gpus=a", ["gpus='a'", "0,1"]),
         ("report_to=mlflow", ["report_to='mlflow'", "tensorboard"]),
         ("max_pixels=784", ["min_pixels", "max_pixels=784"]),
@@ -105,13 +116,67 @@ def test_papermill_cell_is_read_from_in_and_not_from_globals():
     namespace = {"In": ["", "x = 1", "# Parameters\nrecpie = 'r4-joint'\n"], "other": 3}
     with pytest.raises(ParameterError, match="did you mean recipe"):
         parameters.given(namespace)
-    namespace["In"][2] = "# Parameters\nrecipe = 'r1-llm-only'\ngpus = 0\nseed = -1\n"
-    assert parameters.given(namespace) == {"recipe": "r1-llm-only", "gpus": 0, "seed": -1}
+    assert injected(recipe="r1-llm-only", gpus=0, seed=-1) == {"recipe": "r1-llm-only", "gpus": "0", "seed": -1}
 
 
-def test_papermill_turns_one_gpu_into_a_number(monkeypatch):
+def injected(**values) -> dict:
+    """What a run is given by papermill's cell, as papermill writes it."""
+    cell = PythonTranslator.codify(values)
+    namespace = {"In": ["", cell], "other": 3}
+    exec(cell, namespace)
+    read = parameters.given(namespace)
+    assert all(namespace[name] == value or value != value for name, value in read.items())
+    return read
+
+
+ODD = ["2024", "007", "1e5", "1_000", "nan", "inf", "True", "False", "0x10", "-3", "2024-01-01", "yes"]
+ODD_PROMPTS = [*ODD, 'Say "box" or \'none\' = \\n?', "one line\nand another", "où ? 表 `x` $HOME {a} %d #"]
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_text_that_looks_like_something_else_is_text_in_a_script(value, defaults, monkeypatch):
+    words = [f"{name}={value}" for name in ("run_name", "prompt", "dataset_id", "model_revision")]
+    run = settle(defaults, monkeypatch, *words, "seed=7", "gpus=0", "memory=None")
+    assert {run.run_name, run.prompt, run.dataset_id, run.model_revision} == {value}
+    assert (run.seed, run.gpus, run.memory) == (7, "0", None) and run.folder.name.endswith(f"-{value}")
+
+
+def test_papermills_numbers_become_text_again_where_they_can_and_are_refused_where_not():
+    assert injected(run_name=2024, prompt=123, model_id=True) == {"run_name": "2024", "prompt": "123",
+                                                                  "model_id": "True"}
+    assert injected(run_name=None, memory=None, epochs=1.5) == {"run_name": None, "memory": None, "epochs": 1.5}
+    for value in (1e5, float("nan"), float("inf")):
+        with pytest.raises(ParameterError, match=rf"^run_name is text, .* number {value}; .* -r run_name TEXT\.$"):
+            injected(run_name=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_papermills_numbers_that_are_none_are_refused_in_a_sentence(value, defaults):
+    for name in ("epochs", "learning_rate", "lora_dropout", "batch_size"):
+        with pytest.raises(ParameterError, match=f"{name}={value} is not valid"):
+            parameters.check(defaults | injected(**{name: value}))
+
+
+@pytest.mark.parametrize("prompt", ODD_PROMPTS)
+def test_the_manifests_command_and_a_repetition_give_the_same_values(prompt, defaults, monkeypatch):
+    run = settle(defaults, monkeypatch, f"prompt={prompt}", "run_name=1e5", "seed=3", "epochs=2.5")
+    python, script, *words = shlex.split(runs.command(run))
+    assert (python, script) == ("python", "pipeline.py")
+    assert settle(defaults, monkeypatch, *words).values == run.values
+    again = settle(defaults, monkeypatch, *rerun.words(json.loads(json.dumps({"parameters": run.values})), "x"))
+    assert again.values | {"output_root": "runs", "report_to": run.report_to} == run.values
+
+    monkeypatch.setattr("IPython.get_ipython", lambda: "a kernel")
+    words = shlex.split(runs.command(run))
+    assert words[:3] == ["papermill", "pipeline.ipynb", "out.ipynb"]
+    read = {name: _resolve_type(value) if how == "-p" else value
+            for how, name, value in zip(words[3::3], words[4::3], words[5::3], strict=True)}
+    assert injected(**read) == run.given
+
+
+def test_one_gpu_is_chosen_and_none_beside_a_launcher(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    parameters.choose_gpus(0)
+    parameters.choose_gpus("0")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ParameterError, match="launcher"):

@@ -70,6 +70,25 @@ def test_every_mismatch_is_refused_by_name_in_an_adapter_and_in_a_checkpoint(wha
             parity.check(folder, here)
 
 
+def test_the_longest_answer_may_grow_and_not_shrink_and_old_folders_have_none(processor, adapter, tmp_path):
+    def here(longest):
+        return parity.record(processor, PROMPT, longest)
+
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    for longest in (8, 128, 300):  # a folder without the number
+        parity.check(copy, here(longest))
+    parity.write(copy, here(300))
+    parity.check(copy, here(300))
+    parity.check(copy, here(400))
+    parity.check(copy, parity.record(processor, PROMPT))  # who opens it to use it has no number of his own
+    with pytest.raises(ParityError, match="adapter was made with max_new_tokens=300 and would be used with 128"):
+        parity.check(copy, here(128))
+    parity.note_longest(copy, 400)
+    assert files.read_json(copy / parity.FILE)["max_new_tokens"] == 400
+    with pytest.raises(ParityError, match="max_new_tokens=400 and would be used with 300"):
+        parity.check(copy, here(300))
+
+
 def test_a_chat_template_belongs_to_the_tokenizer(processor):
     before = parity.tokenizer_hash(processor)
     processor(text=["a", "a b c"], padding=True)  # a call leaves its padding in the tokenizer

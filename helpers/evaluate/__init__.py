@@ -15,6 +15,7 @@ from helpers.evaluate.reports import (
     metrics_table,
     rescore,
     results_table,
+    unstopped_note,
     with_interval,
     write_metrics,
 )

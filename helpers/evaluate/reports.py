@@ -65,8 +65,20 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     for name, scored in metrics["scores"].items():
         summary = scored["summary"]
         numbers = {head: number(summary[metric]["value"], metric in _PERCENT) for head, metric in METRICS.items()}
-        rows[name] = {"n": summary["mean_iou"]["n"], "mean IoU (95 %)": with_interval(summary["mean_iou"]), **numbers}
+        rows[name] = {"n": summary["mean_iou"]["n"], "mean IoU (95 %)": with_interval(summary["mean_iou"]), **numbers,
+                      "never stopped": unstopped(scored)}
     return pd.DataFrame(rows).T
+
+
+def unstopped(scored: dict) -> str:
+    """How many answers of a `score` ran into the token limit, such as "8 of 123"; a dash where nothing says so."""
+    rate = scored["summary"]["unstopped_rate"]
+    return "–" if rate["value"] is None else f"{round(rate['value'] * rate['n'])} of {rate['n']}"
+
+
+def unstopped_note(scored: dict) -> str:
+    """"; 8 of 123 answers never stopped", or nothing where all did."""
+    return f"; {unstopped(scored)} answers never stopped" if scored["summary"]["unstopped_rate"]["value"] else ""
 
 
 def rescore(folder: str | Path) -> dict:
@@ -134,22 +146,25 @@ def results_table(runs_dir: str | Path = "runs") -> str:
 
 
 def _scale_table(scale: str, runs: list[dict]) -> str:
-    rows, missing, shown = [], [], []
+    rows, missing, shown, scored = [], [], [], {}
     for name in ROWS:
-        run = _run_of_row(name, runs)
+        run, which = _run_of_row(name, runs), name if name in FILES else "fine-tuned"
         if run is None:
             missing.append(name)
         else:
-            rows.append(_row(name, [run], name if name in FILES else "fine-tuned"))
+            rows.append(_row(name, [run], which))
+            scored[name] = run["metrics"]["scores"][which]
             shown += [run["run"]] if name == run["run"] or name not in FILES else []
     rows += [_row(f"{name}, mean of {len(group)} seeds", group) for name, group in group_seeds(runs).items()
              if len(group) > 1]
     own = [run for run in runs if run["run"] not in shown and "fine-tuned" in run["metrics"]["scores"]]
     rows += [_row(run["recipe"], [run]) for run in own]
+    scored |= {run["run"]: run["metrics"]["scores"]["fine-tuned"] for run in own}
     head = ["model", "n", "mean IoU (95 %)", *METRICS, "run", "command"]
     lines = [f"Scale `{scale}`, intervals by bootstrap over pictures (and over seeds, where there are several):", "",
              table_line(head), table_line(["---"] * len(head))]
     notes = [f"Missing: {name}. Make it: `make run RECIPE={name}`." for name in missing if name != "constant box"]
+    notes += [name + unstopped_note(score) + "." for name, score in scored.items() if unstopped_note(score)]
     if len({run["metrics"]["truth"]["hash"] for run in runs}) > 1:
         notes.append("These runs were not all scored on the same truth: compare only those that share it.")
     return "\n".join([*lines, *rows, *([""] if notes else []), *notes])
@@ -177,7 +192,7 @@ _PERCENT = ("detection_rate", "iou_over_50", "iou_over_70")
 
 
 def table_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def number(value: float | None, percent: bool = False) -> str:
@@ -200,8 +215,8 @@ def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
     result = paired_bootstrap(score_a["per_picture"], score_b["per_picture"])
     difference, needed = result["difference"], result["pictures_needed"]
     lines = [
-        f"- {name_a}: mean IoU {with_interval(score_a['summary']['mean_iou'])}",
-        f"- {name_b}: mean IoU {with_interval(score_b['summary']['mean_iou'])}",
+        f"- {name_a}: mean IoU {with_interval(score_a['summary']['mean_iou'])}{unstopped_note(score_a)}",
+        f"- {name_b}: mean IoU {with_interval(score_b['summary']['mean_iou'])}{unstopped_note(score_b)}",
         f"- difference on the same {difference['n']} pictures: {difference['value']:+.3f} "
         f"({number(difference['low'])} to {number(difference['high'])})",
         f"- verdict: {result['verdict']}",
