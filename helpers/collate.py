@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from helpers.data.pictures import as_rgb
 from helpers.messages import to_messages
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
@@ -46,7 +47,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         rows = [self.augment(row) for row in rows] if self.augment else rows
-        images = [row["image"].convert("RGB") for row in rows]
+        images = [as_rgb(row["image"]) for row in rows]
         batch = self.processor(images=images, text=self.texts(rows), padding=True, padding_side="right",
                                return_tensors="pt")
         lengths = batch["attention_mask"].sum(1)

@@ -1,11 +1,14 @@
 """Batches and label masks: what the loss sees, as literals."""
 
+import io
+
+import finished_model
 import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from helpers import collate
+from helpers import collate, predict
 from helpers.settings import TINY_BASE
 
 PROMPT = "Detect the bounding box of the nutrition table."
@@ -82,3 +85,14 @@ def test_a_sequence_that_is_too_long_is_named_and_never_cut(processor, monkeypat
     monkeypatch.setattr(collate, "MAX_TOKENS", 100)
     with pytest.raises(ValueError, match="image_id='a' makes 1.. tokens, and at most 100"):
         collate.Collator(processor, PROMPT)([row()])
+
+
+def test_a_transparent_picture_is_trained_on_white(processor):
+    seen = {}
+    for name in ("clear", "white"):
+        picture = Image.open(io.BytesIO(finished_model.clear("RGBA", (224, 224))))
+        if name == "white":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        seen[name] = collate.Collator(processor, PROMPT)([row() | {"image": picture}])["pixel_values"]
+        assert torch.equal(seen[name], predict.prepare([row() | {"image": picture}], processor, PROMPT)["pixel_values"])
+    assert torch.equal(seen["clear"], seen["white"])

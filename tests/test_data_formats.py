@@ -380,6 +380,42 @@ def test_what_no_annotation_names_is_said(tmp_path: Path, capsys):
 # --- bad input: each has its sentence ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_path: Path):
+    """As macOS puts them into a zip, as Jupyter and a labelling tool leave them: copies, and files of another kind."""
+    root = tmp_path / "set"
+    FORMATS[name][0](root)
+    before = data.load_raw(str(root))
+    files = [file for file in root.rglob("*") if file.is_file()]
+    for folder in (".ipynb_checkpoints", "__MACOSX", ".cache/huggingface", "@eaDir"):
+        for file in files:
+            copy = root / folder / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    for file in files:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7 of macOS")
+    after = data.load_raw(str(root))
+    assert {split: rows["image_id"] for split, rows in after.items()} == {
+        split: rows["image_id"] for split, rows in before.items()}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "a\u0085b".encode(), b'a"b', b"it's"])
+def test_a_picture_is_read_whatever_bytes_its_name_has(name: bytes, tmp_path: Path, capsys):
+    root = tmp_path / "set"
+    write(root / "classes.txt", TABLE)
+    for number, stem in enumerate(["plain", os.fsdecode(name)]):
+        save_picture(root / "images" / "a.jpg", number)
+        (root / "images" / "a.jpg").rename(root / "images" / f"{stem}.jpg")
+        write(root / "labels" / f"{stem}.txt", "0 .5 .5 .5 .5")
+    raw = data.load_raw(str(root))
+    found = data.clean(raw, data.audit(raw))["val"]
+    same = os.fsdecode(name).replace("\udce9", "\\udce9")
+    assert sorted(found["image_id"]) == sorted(["plain", same])
+    assert {one["image"].size for one in found} == {(WIDTH, HEIGHT)}
+    printed = [json.dumps(image_id) for image_id in found["image_id"]]
+    assert [json.loads(text) for text in printed] == list(found["image_id"])
+
+
 def refused(dataset_id: Path | str, *words: str) -> None:
     """Loading ends in a `DataError` of one line that has all these words."""
     with pytest.raises(data.DataError) as error:

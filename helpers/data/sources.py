@@ -14,7 +14,7 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import json_formats, text_formats
-from helpers.data.pictures import Pictures, split_of
+from helpers.data.pictures import Pictures, escaped, files_below, split_of
 from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_path
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
@@ -131,7 +131,7 @@ def detect_format(path: Path) -> str:
         found = ["save_to_disk"]
     else:
         marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml"}
-        found = [name for name, mark in marks.items() if any(path.rglob(mark))]
+        found = [name for name, mark in marks.items() if any(files_below(path, mark))]
         found += ["YOLO"] if text_formats.yolo_files(path) else []
         found += ["COCO"] if json_formats.coco_files(path, sure=bool(found)) else []
     if len(found) != 1:
@@ -153,10 +153,19 @@ def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Datas
     return datasets.Dataset.from_generator(
         _rows,
         features=FEATURES,
-        gen_kwargs={"rows": tuple(rows)},
+        gen_kwargs={"rows": tuple(_in_utf8(row) for row in rows)},
         cache_dir=cache_dir,
         fingerprint=Hasher.hash(["files", rows, stamps]),
     )
+
+
+def _in_utf8(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a file whose name is not UTF-8, which Arrow holds alone: the name escaped, the bytes for the path."""
+    path = row["image"]["path"]
+    if path == escaped(path):
+        return row
+    image = {"path": None, "bytes": Path(path).read_bytes() if Path(path).is_file() else None}
+    return row | {"image_id": escaped(row["image_id"]), "image": image}
 
 
 def _stat(file: Path) -> os.stat_result | None:
@@ -172,7 +181,7 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
     kind = detect_format(path)
     print(f"data: {path} is read as {kind} ({FORMATS[kind]})")
     if kind == "Parquet":
-        return _load_parquet(root, sorted(path.rglob("*.parquet")) if path.is_dir() else [path], cache_dir)
+        return _load_parquet(root, list(files_below(path, "*.parquet")) if path.is_dir() else [path], cache_dir)
     if kind == "save_to_disk":
         return _load_saved(root, cache_dir)
     if kind == "COCO":
@@ -192,7 +201,8 @@ def _say_unused(root: Path, rows: list[dict[str, Any]]) -> None:
     used = {Path(row["image"]["path"]).resolve() for row in rows}
     unused = [file for file in Pictures(root).files if file.resolve() not in used]
     if unused:
-        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {unused[0].name}")
+        first = escaped(unused[0].name)
+        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {first}")
 
 
 def check_content(splits: Splits, where: str) -> None:
