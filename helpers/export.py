@@ -75,7 +75,8 @@ def check_model(folder: Path) -> None:
 def run_of(source: Path, run: str | Path | None = None) -> Path:
     """The run that made the model in `source`, with manifest.json and metrics.json; ParameterError if there is none."""
     name = source.name.removesuffix("-merged")
-    places = [Path(run).expanduser()] if run else [source.with_name(name), source.with_name(f"{name}-stage2"), source.parent]
+    beside = [source.with_name(name), source.with_name(f"{name}-stage2"), source.parent]
+    places = [Path(run).expanduser()] if run else beside
     for place in places:
         if (place / "manifest.json").is_file() and (place / "metrics.json").is_file():
             return place

@@ -40,7 +40,7 @@ Source = tuple[list[str], list[Any], Callable[[int], Image]]
 
 
 def find_pictures(source: str, split: str, output: Path) -> Source:
-    """The pictures of a folder (what `predict_many` wrote into `output` left out) or a file, else of a data set's split.
+    """The pictures of a folder (but those that were written into `output`) or a file, else of a data set's split.
 
     A picture of a folder has its path in it as image_id. Raises ParameterError where there are none or none can be
     opened; `DataError` without the right to read, and that of `load_raw`.

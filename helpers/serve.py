@@ -30,8 +30,8 @@ MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000  # of a picture
 MAX_TOKENS = 1024
 DRAWING = ("temperature", "top_p", "top_k", "seed")
-OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", *DRAWING,
-           "skip_special_tokens", "user")  # vLLM's, which keeps the boxes' tokens as this server does; who asks
+OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", *DRAWING)
+AS_IT_IS = [("n", 1), ("skip_special_tokens", False)]  # what is done anyway; the second is what vLLM has to be told
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")  # MPO: a JPEG with more in it, as phones write it
 
 log = logging.getLogger("uvicorn.error")
@@ -75,7 +75,7 @@ def check_request(body: Any, name: str, prompt: str, tokens: int) -> dict[str, A
     if body.get("model", name) != name:
         raise Refused(404, f"the model {str(body['model'])[:200]!r} is not served here, {name!r} alone is.")
     for option, value in body.items():
-        if option not in OPTIONS and value is not None and (option, value) != ("n", 1):
+        if option not in OPTIONS and value is not None and (option, value) not in AS_IT_IS:
             raise Refused(400, f"the option {option[:40]!r} is not known here; send some of {', '.join(OPTIONS)}.")
     if type(body.get("stream") or False) is not bool:
         raise Refused(400, f"stream is {str(body['stream'])[:40]!r}; send true or false.")

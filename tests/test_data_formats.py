@@ -342,6 +342,25 @@ def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
     assert len(data.load_splits(str(tmp_path))["val"]) == 29
 
 
+def test_a_changed_picture_that_a_table_names_by_its_path_is_seen(tmp_path: Path):
+    write_pictures(tmp_path / "set")
+    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
+    for row in rows:
+        row["image"] = {"bytes": None, "path": f"{row['image_id']}.jpg"}
+    features = datasets.Features({**table_rows().features, "image": {"bytes": datasets.Value("binary"),
+                                                                    "path": datasets.Value("string")}})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "val.parquet"))
+
+    def colours() -> list:
+        raw = data.load_raw(str(tmp_path / "set"))
+        return [np.asarray(row["image"]).mean() for row in data.prepare(raw, 1, 28 * 28)["val"]]
+
+    before = colours()
+    save_picture(tmp_path / "set" / "a.jpg", 99)
+    after = colours()
+    assert after[0] != before[0] and after[1:] == before[1:]
+
+
 def test_files_written_on_windows_are_read(tmp_path: Path):
     """A byte order mark, backslashes, CR LF."""
     write_coco(tmp_path / "coco")
@@ -412,8 +431,13 @@ def test_a_picture_is_read_whatever_bytes_its_name_has(name: bytes, tmp_path: Pa
     same = os.fsdecode(name).replace("\udce9", "\\udce9")
     assert sorted(found["image_id"]) == sorted(["plain", same])
     assert {one["image"].size for one in found} == {(WIDTH, HEIGHT)}
-    printed = [json.dumps(image_id) for image_id in found["image_id"]]
-    assert [json.loads(text) for text in printed] == list(found["image_id"])
+    (root / "labels" / f"{stem}.txt").unlink()
+    write(root / "metadata.jsonl", json.dumps({"file_name": "images/plain.jpg", "objects": {
+        "bbox": [[0.1, 0.2, 0.5, 0.6]], "category_name": [TABLE]}}))
+    (root / "classes.txt").unlink()
+    capsys.readouterr()
+    data.load_raw(str(root))
+    assert f"1 pictures in {root} have no annotation and are not used, such as {same}.jpg" in capsys.readouterr().out
 
 
 def refused(dataset_id: Path | str, *words: str) -> None:

@@ -17,7 +17,7 @@ from PIL import ImageOps
 
 from helpers.data.schema import DataError, meta_of, objects_of, safe_path, split_name
 
-KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"]  # no EPS and its like: reading them starts programs
+KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]  # EPS starts programs
 try:
     from pillow_heif import register_heif_opener
 
@@ -149,7 +149,9 @@ def open_picture(image: dict[str, Any]) -> PILImage.Image:
     """A picture of an undecoded `Image` column ({"bytes", "path"}), opened but not yet decoded, EXIF not applied."""
     stored = image["bytes"]
     try:
-        return PILImage.open(io.BytesIO(stored) if stored is not None else image["path"], formats=KINDS)
+        picture = PILImage.open(io.BytesIO(stored) if stored is not None else image["path"], formats=KINDS)
+        picture.filename = ""  # or Pillow 12.3 maps an uncompressed TIFF on its side with width and height swapped
+        return picture
     except PILImage.UnidentifiedImageError:
         with io.BytesIO(stored) if stored is not None else Path(image["path"]).open("rb") as file:
             head = file.read(12)

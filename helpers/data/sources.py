@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from datasets.fingerprint import Hasher
 
 from helpers.data import json_formats, text_formats
 from helpers.data.pictures import Pictures, escaped, files_below, split_of
-from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_path
+from helpers.data.schema import CATEGORIES, FEATURES, DataError, fingerprint, meta_of, safe_path
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
@@ -55,7 +54,11 @@ def _only_own_pictures(split: datasets.Dataset, where: str, root: Path | None) -
         return {"image": {"bytes": None, "path": str(safe_path(root, image["path"], where))}}
 
     undecoded = split.cast_column("image", datasets.Image(decode=False))
-    return undecoded.map(own, input_columns="image", features=undecoded.features).cast_column("image", datasets.Image())
+    paths = pyarrow.compute.struct_field(split.data.column("image"), "path").to_pylist()
+    stamps = [_stamp(root / path) if root and path else None for path in paths]
+    new = fingerprint(undecoded, str(root), where, stamps)  # a picture file that changes is read anew
+    own_alone = undecoded.map(own, input_columns="image", features=undecoded.features, new_fingerprint=new)
+    return own_alone.cast_column("image", datasets.Image())
 
 
 def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Splits:
@@ -147,7 +150,7 @@ def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
 def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Dataset:
     """Rows whose pictures are files, as a cached split; a picture file that changes is read anew."""
     files = [Path(row["image"]["path"]) for row in rows]
-    stamps = [(stat.st_size, stat.st_mtime_ns) if (stat := _stat(file)) else None for file in files]
+    stamps = [_stamp(file) for file in files]
     if not any(stamps):
         raise DataError(f"none of the {len(rows)} pictures exists, such as {files[0]}; expected picture files there")
     return datasets.Dataset.from_generator(
@@ -168,8 +171,9 @@ def _in_utf8(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"image_id": escaped(row["image_id"]), "image": image}
 
 
-def _stat(file: Path) -> os.stat_result | None:
-    return file.stat() if file.is_file() else None
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which tell where it was replaced."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
 
 
 def load_local(path: Path, cache_dir: str | None) -> Splits:
