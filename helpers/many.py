@@ -50,7 +50,7 @@ def find_pictures(source: str, split: str, output: Path) -> Source:
         raise ParameterError(f"INPUT={source} is not there; name a folder of photos, a Hub id, or embedded.")
     found = files_below(place, links=True) if place.is_dir() else [place] if place.exists() else []
     own = output.resolve() if place.resolve() in output.resolve().parents else output.resolve() / "crops"
-    found = [file for file in found if own not in file.resolve().parents]
+    found = [file for file in found if not file.parent.resolve().is_relative_to(own)]
     if place.is_dir() and not found:
         raise ParameterError(f"INPUT={source} is a folder without files; name one of photos, a Hub id, or embedded.")
     files = [file for file in found if is_picture(file)]

@@ -134,14 +134,15 @@ def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)  # round and round
     (folder / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
     (folder / "notes.txt").write_text("hello")
     os.mkfifo(folder / "pipe.jpg")  # whoever opened it would wait for ever
     (folder / "11").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (folder / "12.svg").write_text("<svg/>")
     ids, stamps, opened = many.find_pictures(str(folder), "val", tmp_path / "out")
-    assert ids == ["11", "12.svg", "2.jpeg.bak", "3.dat", "IMG_1", "gone.jpg", "linked/10.jpg", "sub/4.GIF"]
+    assert ids == ["11", "12.svg", "2.jpeg.bak", "3.dat", "IMG_1", "gone.jpg", "linked/10.jpg", "loop.jpg", "sub/4.GIF"]
     assert opened(ids.index("3.dat")).size == opened(ids.index("linked/10.jpg")).size
-    for name, said in {"gone.jpg": "FileNotFoundError", "12.svg": "its content is no picture"}.items():
+    for name, said in {"gone.jpg": "FileNotFoundError", "loop.jpg": "OSError", "12.svg": "is no picture"}.items():
         with pytest.raises(ValueError, match=said):
             opened(ids.index(name))
     assert many.find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0] == ["3.dat"]
