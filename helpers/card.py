@@ -39,7 +39,8 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 folder = "{{ name }}"
 model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map="auto")
 processor = Qwen2VLProcessor.from_pretrained(folder)
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": {{ prompt_literal }}}]}]
 text = processor.apply_chat_template(chat, add_generation_prompt=True)
 batch = processor(images=[image], text=[text], return_tensors="pt").to(model.device)

@@ -8,6 +8,7 @@ import torch
 
 from helpers.budget import image_tokens
 from helpers.data import names_in
+from helpers.data.pictures import as_rgb
 from helpers.grammar import longest_unit
 from helpers.messages import END_OF_TURN, target_text, to_messages
 from helpers.parameters import ParameterError
@@ -54,7 +55,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         rows = [self.augment(row) for row in rows] if self.augment else rows
-        images = [row["image"].convert("RGB") for row in rows]
+        images = [as_rgb(row["image"]) for row in rows]
         batch = self.processor(images=images, text=self.texts(rows), padding=True, padding_side="right",
                                return_tensors="pt")
         lengths = batch["attention_mask"].sum(1)

@@ -1,14 +1,16 @@
 """Batches and label masks: what the loss sees, as literals."""
 
+import io
 from types import SimpleNamespace
 
 import datasets
+import finished_model
 import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from helpers import collate
+from helpers import collate, predict
 from helpers.grammar import Grammar
 from helpers.messages import target_text
 from helpers.parameters import ParameterError
@@ -168,3 +170,14 @@ def test_iou_during_training_needs_a_box_to_measure(processor):
     with pytest.raises(ParameterError, match="no box on 0 pictures"):
         limits(processor, train, selection=train.select([]), eval_steps=5)
     limits(processor, train, selection=train.select([]), eval_steps=5, stages=[])  # nothing trains
+
+
+def test_a_transparent_picture_is_trained_on_white(processor):
+    seen = {}
+    for name in ("clear", "white"):
+        picture = Image.open(io.BytesIO(finished_model.clear("RGBA", (224, 224))))
+        if name == "white":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        seen[name] = collate.Collator(processor, PROMPT)([row() | {"image": picture}])["pixel_values"]
+        assert torch.equal(seen[name], predict.prepare([row() | {"image": picture}], processor, PROMPT)["pixel_values"])
+    assert torch.equal(seen["clear"], seen["white"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.boxes import CATEGORIES
-from helpers.data.pictures import NAN_BOX, Pictures, Rows, row, split_of
+from helpers.data.pictures import NAN_BOX, Pictures, Rows, files_below, row, split_of
 from helpers.data.schema import DataError, objects_of, read_text
 
 _NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id")
@@ -100,7 +100,7 @@ def read_metadata(root: Path) -> Rows:
     `objects` is this project's (`bbox` [y0, x0, y1, x1] in 0-1) or the library's usual one (COCO's xywh in pixels).
     """
     pictures, splits = Pictures(root), {}
-    for file in sorted(root.rglob("metadata.jsonl")):
+    for file in files_below(root, "metadata.jsonl"):
         lines = enumerate(read_text(file).split("\n"), 1)
         places = [(f"{file} line {number}", line) for number, line in lines if line.strip()]
         parsed = [(where, _parse_json(line, where)) for where, line in places]
@@ -125,7 +125,7 @@ def read_metadata(root: Path) -> Rows:
 def coco_files(root: Path, sure: bool) -> list[Path]:
     """The JSON files of `root`; where `sure` only those with the lists of COCO, for other formats have JSON too."""
     keys = (b'"images"', b'"annotations"') if sure else ()
-    return [file for file in sorted(root.rglob("*.json")) if all(key in file.read_bytes() for key in keys)]
+    return [file for file in files_below(root, "*.json") if all(key in file.read_bytes() for key in keys)]
 
 
 def read_coco(root: Path, file: Path | None = None) -> Rows:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from helpers.data.pictures import NAN_BOX, Pictures, Rows, row, split_of
+from helpers.data.pictures import NAN_BOX, Pictures, Rows, files_below, row, split_of
 from helpers.data.schema import DataError, objects_of, read_text, safe_path, split_name
 
 # --- YOLO -------------------------------------------------------------------------------------------------------------
@@ -16,9 +16,9 @@ from helpers.data.schema import DataError, objects_of, read_text, safe_path, spl
 
 def yolo_files(root: Path) -> list[Path]:
     """The files that name YOLO's classes: a YAML file with `names`, or classes.txt."""
-    found = {path: _parse_yaml(path) for path in sorted(root.glob("*.y*ml"))}
+    found = {path: _parse_yaml(path) for path in sorted(root.glob("[!.]*.y*ml"))}
     yamls = [path for path, config in found.items() if isinstance(config, dict) and "names" in config]
-    return yamls or sorted(root.rglob("classes.txt"))
+    return yamls or list(files_below(root, "classes.txt"))
 
 
 def _parse_yaml(path: Path) -> Any:
@@ -43,9 +43,10 @@ def read_yolo(root: Path) -> Rows:
         raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name")
     folders, splits = _yolo_folders(file, config), {}
     labels = {path: _label_file(path, root) for path in Pictures(root).files}
-    for label in sorted(root.rglob("labels/**/*.txt")):
-        if label not in labels.values() and label.name != "classes.txt":
-            parts = ["images" if part == "labels" else part for part in label.relative_to(root).parts]
+    for label in files_below(root, "*.txt"):
+        parts = label.relative_to(root).parts
+        if "labels" in parts[:-1] and label not in labels.values() and label.name != "classes.txt":
+            parts = tuple("images" if part == "labels" else part for part in parts)
             labels[root.joinpath(*parts).with_suffix(".jpg")] = label
     for path, label in labels.items():
         within = path.relative_to(root)
@@ -67,7 +68,7 @@ def _yolo_folders(file: Path, config: dict[str, Any]) -> dict[Path, str]:
             if not isinstance(entry, str):
                 raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
             listed = safe_path(file.parent, str(_below(entry, file.parent)), str(file))
-            lines = read_text(listed).splitlines() if listed.suffix == ".txt" else [entry]
+            lines = read_text(listed).split("\n") if listed.suffix == ".txt" else [entry]
             folders |= {_below(line.strip(), file.parent): split_name(name) for line in lines if line.strip()}
     return folders
 
@@ -105,12 +106,12 @@ def _yolo_objects(file: Path, names: dict[int, str]) -> tuple[list[list[float]],
 def read_voc(root: Path) -> Rows:
     """Pascal VOC: an XML a picture; splits by folder or by ImageSets/Main/{train,val}.txt. Corners in pixels."""
     listed = {}
-    for file in sorted(root.rglob("ImageSets/Main/*.txt")):
+    for file in files_below(root, "ImageSets/Main/*.txt"):
         if split_name(file.stem) not in ("train", "val", "test"):
             continue  # trainval.txt and lists by class
         listed |= {line.split()[0]: split_name(file.stem) for line in read_text(file).splitlines() if line.strip()}
     pictures, splits = Pictures(root), {}
-    for file in sorted(root.rglob("*.xml")):
+    for file in files_below(root, "*.xml"):
         try:
             found = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:

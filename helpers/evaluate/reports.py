@@ -92,7 +92,7 @@ def rescore(folder: str | Path) -> dict:
 
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _read_json(path: Path) -> dict:
@@ -104,11 +104,12 @@ def _read_json(path: Path) -> dict:
 
 def _read_lines(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    with path.open(encoding="utf-8") as file:  # not splitlines: a name may hold U+0085
+        for number, line in enumerate(file, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
     return rows
 
 
