@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, has_avx512bf16
+from bitsandbytes import functional
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_training import load_tiny, nf4_config
@@ -114,7 +115,8 @@ def test_the_branches_of_avx2_are_those_of_a_cpu_without_bf16(avx2, processor, r
 
 def test_a_repacked_layer_is_neither_trained_nor_merged_and_the_sentence_says_why():
     finished = model.load(TINY_BASE, inference=True, quantization_config=nf4_config())  # may be repacked
-    assert {layer.support_avx512bf16_for_cpu for layer in model.linear_4bit(finished).values()} == {has_avx512bf16()}
+    repacks = {layer.support_avx512bf16_for_cpu for layer in model.linear_4bit(finished).values()}
+    assert repacks == {functional.has_avx512bf16()}
     tuned = with_lora(base("nf4"), R1.lora_targets)
     model.trainable_to_fp32(tuned)
     model.keep_4bit_trainable(tuned)
