@@ -16,8 +16,10 @@ STAMP := $(VENV)/.installed
 # What a run prints reaches the terminal as it is printed; a run that fails ends with its error.
 PAPERMILL := $(BIN)/papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
-# $(call needs,NAME,an example): the quoted value of NAME, or one sentence where it is missing
-needs = $(if $($(1)),"$($(1))",$(error $(1)= is missing; $(2)))
+# Paths reach the shell in its environment and as they were typed, so that spaces, quotes and dollars stay what they are.
+$(foreach name,A B MODEL INPUT OUTPUT RUN,$(eval override export $(name) := $$(value $(name))))
+# $(call needs,NAME,an example): the value of NAME for the shell, or one sentence where it is missing
+needs = $(if $($(1)),"$$$(1)",$(error $(1)= is missing; $(2)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lab sync run recipes table compare app serve predict export test test-all bench notebooks clean
@@ -65,18 +67,18 @@ compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-
 		$(call needs,B,make compare A=r4-joint B=r1-llm-only)
 
 app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newest where left out) PORT=7860
-	$(BIN)/python -m helpers.app $(if $(MODEL),"$(MODEL)") --port $(or $(PORT),7860) $(ARGS)
+	$(BIN)/python -m helpers.app $(if $(MODEL),"$$MODEL") --port $(or $(PORT),7860) $(ARGS)
 
 serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/...-merged PORT=8000
-	$(BIN)/python -m helpers.serve $(if $(MODEL),"$(MODEL)") --port $(or $(PORT),8000) $(ARGS)
+	$(BIN)/python -m helpers.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
 
 predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
 	$(BIN)/python -m helpers.many $(call needs,INPUT,make predict INPUT=photos OUTPUT=boxes) \
-		$(call needs,OUTPUT,make predict INPUT=photos OUTPUT=boxes) $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+		$(call needs,OUTPUT,make predict INPUT=photos OUTPUT=boxes) $(if $(MODEL),--model "$$MODEL") $(ARGS)
 
 export: $(STAMP) ## bf16 and 4-bit copies of a merged model, each with its model card: MODEL=runs/...-merged (OUTPUT= PUSH=user/name)
 	$(BIN)/python -m helpers.export $(call needs,MODEL,make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged) \
-		$(if $(OUTPUT),--output "$(OUTPUT)") $(if $(RUN),--run "$(RUN)") $(if $(PUSH),--push "$(PUSH)") $(ARGS)
+		$(if $(OUTPUT),--output "$$OUTPUT") $(if $(RUN),--run "$$RUN") $(if $(PUSH),--push "$(PUSH)") $(ARGS)
 
 test: $(STAMP) ## style, types and tests, minutes on 2 cores (PYTEST_ARGS='-k boxes')
 	$(BIN)/ruff check .

@@ -122,18 +122,24 @@ def test_what_is_missing_is_named(checkout):
         assert done.returncode != 0 and f"{missing}= is missing; make {words[0]} " in done.stderr
 
 
-def test_using_a_model_passes_on_what_is_named_spaces_included(checkout):
-    for words, passed in {
-        ("app",): ["--port", "7860"],
-        ("app", "MODEL=my runs/x-merged", "PORT=1234"): ["my runs/x-merged", "--port", "1234"],
-        ("serve", "MODEL=my runs/x-merged"): ["my runs/x-merged", "--port", "8000"],
-        ("predict", "INPUT=my photos", "OUTPUT=my boxes", "MODEL=my runs/x-merged", "ARGS=--coco"):
-            ["my photos", "my boxes", "--model", "my runs/x-merged", "--coco"],
-        ("export", "MODEL=my runs/x-merged", "OUTPUT=my copies"): ["my runs/x-merged", "--output", "my copies"],
-        ("export", "MODEL=x", "RUN=my run", "PUSH=me/tables"): ["x", "--run", "my run", "--push", "me/tables"],
-        ("compare", "A=my runs/a", "B=my runs/b"): ["compare", "my runs/a", "my runs/b"],
+def test_using_a_model_passes_on_what_is_named(checkout):
+    assert calls(checkout, "app")[0][2:] == ["--port", "7860"]  # after -m MODULE
+    assert calls(checkout, "serve", "MODEL=x", "PORT=1234")[0][2:] == ["x", "--port", "1234"]
+    assert calls(checkout, "predict", "INPUT=a", "OUTPUT=b", "ARGS=--coco -x")[0][2:] == ["a", "b", "--coco", "-x"]
+    assert calls(checkout, "export", "MODEL=x", "PUSH=me/tables")[0][2:] == ["x", "--push", "me/tables"]
+
+
+@pytest.mark.parametrize("odd", ["my photos", "it's", 'the "best" ones', "a $b `c` (d) & e; f, g"])
+def test_paths_with_spaces_quotes_and_dollars_reach_the_programs_as_they_are(checkout, odd):
+    given = [f"{name}={odd} {name.lower()}" for name in ("INPUT", "OUTPUT", "MODEL", "RUN", "A", "B")]
+    for target, words in {
+        "predict": [f"{odd} input", f"{odd} output", "--model", f"{odd} model"],
+        "app": [f"{odd} model", "--port", "7860"],
+        "serve": [f"{odd} model", "--port", "8000"],
+        "export": [f"{odd} model", "--output", f"{odd} output", "--run", f"{odd} run"],
+        "compare": ["compare", f"{odd} a", f"{odd} b"],
     }.items():
-        assert calls(checkout, *words)[0][2:] == passed  # after -m MODULE
+        assert calls(checkout, target, *given)[0][2:] == words
 
 
 def test_test_and_test_all_differ_by_the_long_ones(checkout):
