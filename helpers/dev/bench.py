@@ -8,7 +8,8 @@ tokens, without a download; else with the tiny base and the embedded photos. Eac
 - Unsloth, where --unsloth names the Python of an environment that has it: its own loader, kernels and collator
   (pip install unsloth transformers==5.17.0 trl==1.15.0 'datasets<5')
 
-The report is written after each, so that a call with --only adds to it; --write puts its summary into README.
+The report is written after each, so that a call with --only adds to it, at the same commit and on the same machine;
+--write puts its summary into README.
 """
 
 import argparse
@@ -297,7 +298,13 @@ def main(arguments: list[str] | None = None) -> int:
     path = REPORT if options.scale == "7b" else folder / "performance_tiny.json"
     folder.mkdir(parents=True, exist_ok=True)
     shared = prepare(folder, options.scale)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else runs.machine()
+    about = {"command": "python -m helpers.dev.bench", "commit": runs.git_revision(), "device": device,
+             "torch": torch.__version__, "model": "the tiny base" if options.scale == "tiny" else "7B, random weights",
+             "pictures_per_update": shared["pictures"]}
     before = read_json(path)
+    if any(before.get(name) != value for name, value in about.items()):
+        before = {}  # rows of another commit or machine do not stand beside these
     found = {row["name"]: row for row in before.get("train", [])}
     generated = {row["name"]: row for row in before.get("answer", [])}
     for name in wanted:
@@ -313,12 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         if made and task["recipe"] == "r4-joint":  # the base is r1's too
             made[f"s_for_{VAL}"] = VAL * made["seconds"] / made["pictures"]
             generated[name] = {"name": name, "precision": "nf4", "new_tokens": task["new_tokens"], **made}
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else runs.machine()
-        write_json(path, {
-            "command": "python -m helpers.dev.bench", "commit": runs.git_revision(), "device": device,
-            "torch": torch.__version__, "model": "the tiny base" if options.scale == "tiny" else "7B, random weights",
-            "pictures_per_update": task["pictures"], "train": list(found.values()),
-            "answer": list(generated.values())})
+        write_json(path, about | {"train": list(found.values()), "answer": list(generated.values())})
         print(f"{name}:", row.get("failed") or f"{row['pictures_per_s']:.2f} pictures/s", flush=True)
     print(summary(read_json(path)))
     return 0
