@@ -125,4 +125,4 @@ def test_the_tagged_cell_gives_the_thumbnail_and_else_the_last_picture(tmp_path)
                           ([shows("red", "lime", tags=["thumbnail"]), shows("blue")], (0, 255, 0))):
         write_thumbnail(new_notebook(cells=cells), path)
         with Image.open(path) as image:
-            assert image.size == (400, 222) and image.convert("RGB").getpixel((9, 9)) == colour
+            assert image.size == (360, 200) and image.convert("RGB").getpixel((9, 9)) == colour

@@ -98,7 +98,7 @@ def write_thumbnail(notebook: NotebookNode, path: Path) -> None:
     if pictures:
         image = Image.open(io.BytesIO(base64.b64decode(pictures[-1]))).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image.thumbnail((400, 400))
+        image.thumbnail((360, 360))
         path.parent.mkdir(exist_ok=True)
         image.quantize(64).save(path, optimize=True)
 
