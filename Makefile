@@ -3,15 +3,9 @@
 RECIPE ?= r4-joint
 RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint
 SCALE ?= auto
-GPUS ?=
-MODEL ?=
 PORT ?=
-INPUT ?=
-OUTPUT ?=
 ARGS ?=
 PYTEST_ARGS ?=
-# Paths reach the shell in its environment and as they were typed, so that spaces, quotes and dollars stay what they are.
-$(foreach name,MODEL INPUT OUTPUT RUN,$(eval override export $(name) := $$(value $(name))))
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -19,16 +13,19 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Outputs reach the terminal as they are made; a run that fails ends with its error.
-PAPERMILL := $(BIN)/papermill --log-output --no-progress-bar
-ON_GPUS := $(BIN)/python -m helpers.dev.gpus '$(GPUS)'
+# What a run prints reaches the terminal as it is printed; a run that fails ends with its error.
+PAPERMILL := $(BIN)/papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
+# Paths reach the shell in its environment and as they were typed, so that spaces, quotes and dollars stay what they are.
+$(foreach name,A B MODEL INPUT OUTPUT RUN,$(eval override export $(name) := $$(value $(name))))
+# $(call needs,NAME,an example): the value of NAME for the shell, or one sentence where it is missing
+needs = $(if $($(1)),"$$$(1)",$(error $(1)= is missing; $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo app serve predict test test-all lint types sync lab run recipes rerun table compare export prompts \
-	collators bench notebooks tiny-base kill-test fuzz test-newest env lock clean
+.PHONY: help setup demo lab sync run recipes table compare app serve predict export test test-all bench notebooks clean
 
 help: ## show the targets and what they take
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the project into it (again when pyproject.toml changes)
 
@@ -45,8 +42,29 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $@
 
 demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
-	mkdir -p runs/demo
+	@mkdir -p runs/demo
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo $(ARGS)
+
+lab: sync ## open the pipeline in JupyterLab
+	$(BIN)/jupyter lab pipeline.ipynb
+
+sync: $(STAMP) ## make each notebook and its .py the same; the side that changed wins (TAKE=py|ipynb where both have)
+	$(BIN)/python -m helpers.dev.pairs $(if $(TAKE),--take $(TAKE))
+
+run: sync ## run one recipe: RECIPE=r4-joint GPUS=0,1 SCALE=auto ARGS='-p epochs 1'
+	@mkdir -p runs
+	$(PAPERMILL) pipeline.ipynb "runs/$(RECIPE).ipynb" -p recipe "$(RECIPE)" -p scale "$(SCALE)" \
+		$(if $(GPUS),-p gpus "$(GPUS)") $(ARGS)
+
+recipes: ## run all four recipes, one after the other: GPUS=0,1 RECIPES='r1-llm-only r4-joint'
+	@for recipe in $(RECIPES); do $(MAKE) --no-print-directory run RECIPE=$$recipe || exit 1; done
+
+table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
+	$(BIN)/python -m helpers.evaluate table $(ARGS)
+
+compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-only
+	$(BIN)/python -m helpers.evaluate compare $(call needs,A,make compare A=r4-joint B=r1-llm-only) \
+		$(call needs,B,make compare A=r4-joint B=r1-llm-only)
 
 app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newest where left out) PORT=7860
 	$(BIN)/python -m helpers.app $(if $(MODEL),"$$MODEL") --port $(or $(PORT),7860) $(ARGS)
@@ -55,89 +73,29 @@ serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/.
 	$(BIN)/python -m helpers.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
 
 predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
-	$(BIN)/python -m helpers.many $(if $(INPUT),"$$INPUT",$(error INPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
-		$(if $(OUTPUT),"$$OUTPUT",$(error OUTPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
-		$(if $(MODEL),--model "$$MODEL") $(ARGS)
-
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
-
-test: lint types ## run the tests, minutes on 2 cores (PYTEST_ARGS='-k boxes')
-	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
-
-test-all: lint types ## run the long tests too: whole notebooks, headline numbers, kills at random moments
-	$(PYTEST) $(PYTEST_ARGS)
-
-lint: $(STAMP) ## check the code's style
-	$(BIN)/ruff check .
-
-types: $(STAMP) ## check the types in helpers/
-	$(BIN)/mypy
-
-sync: $(STAMP) ## make each notebook and its .py the same; the side that changed wins (TAKE=py|ipynb where both have)
-	$(BIN)/python -m helpers.dev.pairs sync $(if $(TAKE),--take $(TAKE))
-
-lab: sync ## open the pipeline in JupyterLab
-	$(BIN)/jupyter lab pipeline.ipynb
-
-run: run-$(RECIPE) ## run one recipe: RECIPE=r4-joint GPUS=0,1 SCALE=auto ARGS='-p epochs 1'
-
-recipes: $(RECIPES:%=run-%) ## run all four recipes; side by side: make -j2 recipes GPUS='0,1 2,3'
-
-run-%: sync
-	@mkdir -p runs
-	$(ON_GPUS) $(PAPERMILL) pipeline.ipynb runs/$*.ipynb -p recipe $* -p scale $(SCALE) $(ARGS)
-
-rerun: sync ## repeat a run from its manifest: RUN=runs/qwen2vl-nutrition-detection-r4-joint
-	$(BIN)/python -m helpers.dev.rerun $(if $(RUN),"$$RUN",$(error RUN= is missing; make rerun RUN=runs/qwen2vl-nutrition-detection-r4-joint)) $(ARGS)
-
-table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
-	$(BIN)/python -m helpers.evaluate table $(ARGS)
-
-compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-only
-	$(BIN)/python -m helpers.evaluate compare $(if $(A),$(A),$(error A= is missing; make compare A=r4-joint B=r1-llm-only)) \
-		$(if $(B),$(B),$(error B= is missing; make compare A=r4-joint B=r1-llm-only))
+	$(BIN)/python -m helpers.many $(call needs,INPUT,make predict INPUT=photos OUTPUT=boxes) \
+		$(call needs,OUTPUT,make predict INPUT=photos OUTPUT=boxes) $(if $(MODEL),--model "$$MODEL") $(ARGS)
 
 export: $(STAMP) ## bf16 and 4-bit copies of a merged model, each with its model card: MODEL=runs/...-merged (OUTPUT= PUSH=user/name)
-	$(BIN)/python -m helpers.export $(if $(MODEL),"$$MODEL",$(error MODEL= is missing; make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged)) \
-		$(if $(OUTPUT),--output "$$OUTPUT") $(if $(RUN),--run "$$RUN") $(if $(PUSH),--push $(PUSH)) $(ARGS)
+	$(BIN)/python -m helpers.export $(call needs,MODEL,make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged) \
+		$(if $(OUTPUT),--output "$$OUTPUT") $(if $(RUN),--run "$$RUN") $(if $(PUSH),--push "$(PUSH)") $(ARGS)
 
-prompts: $(STAMP) ## ask several prompts without training, in NF4 and bf16 (ARGS='--scale 7b')
-	$(BIN)/python -m helpers.dev.prompts $(ARGS)
+test: $(STAMP) ## style, types and tests, minutes on 2 cores (PYTEST_ARGS='-k boxes')
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -m 'not slow' $(PYTEST_ARGS)
 
-collators: $(STAMP) ## train on the answer alone and on all text, 3 seeds each, and compare: half an hour on a CPU
-	$(BIN)/python -m helpers.dev.collators $(ARGS)
+test-all: $(STAMP) ## the long tests too: whole notebooks, headline numbers, kills at random moments, much broken input
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	KILL_TEST=1 FUZZ=100 $(PYTEST) $(PYTEST_ARGS)
 
-bench: sync ## measure speed against stock TRL, tiny and, where there is a GPU, 7B with random weights (40 GB of disk)
-	@mkdir -p runs/bench
-	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python -m helpers.dev.bench_7b --folder runs/bench --report notebooks/performance_7b.json $(ARGS); fi
-	$(PAPERMILL) notebooks/07_performance.ipynb runs/bench/07_performance.ipynb --cwd notebooks
+bench: $(STAMP) ## speed of training and generation against stock TRL: 7B where there is a GPU (40 GB of disk), else tiny
+	$(BIN)/python -m helpers.dev.bench $(ARGS)
 
-notebooks: sync ## run every notebook, refresh its committed outputs and thumbnail (ARGS=notebooks/x.ipynb for one)
+notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)
 	$(BIN)/python -m helpers.dev.execute $(ARGS)
-	$(BIN)/python -m helpers.dev.thumbnails
-
-tiny-base: $(STAMP) ## train the tiny base again, into runs/tiny-base: minutes on a GPU, hours on a CPU
-	mkdir -p runs/tiny-base
-	$(PAPERMILL) notebooks/00_tiny_base.ipynb runs/tiny-base/00_tiny_base.ipynb --cwd notebooks -p retrain True -p out $(CURDIR)/runs/tiny-base $(ARGS)
-
-kill-test: $(STAMP) ## kill small runs of every recipe at random moments, and see that nothing is lost: minutes
-	KILL_TEST=1 $(BIN)/python -m pytest tests/test_kill.py --capture no $(PYTEST_ARGS)
-
-fuzz: $(STAMP) ## a hundred times the broken input that the tests try on parser, data and parameters: minutes
-	FUZZ=100 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 tests/test_fuzz.py $(PYTEST_ARGS)
-
-test-newest: $(STAMP) ## run the tests against the newest libraries, in .venv-newest, and say which have changed
-	$(BIN)/python -m helpers.dev.newest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
-
-env: $(STAMP) ## write the conda files and requirements.txt from pyproject.toml and requirements.lock
-	$(BIN)/python -m helpers.dev.environment
-
-lock: ## write requirements.lock from pyproject.toml: every version and its files' hashes
-	test -x .venv-lock/bin/uv || { "$(PYTHON)" -m venv .venv-lock && .venv-lock/bin/python -m pip install --quiet uv==0.13.9; }
-	.venv-lock/bin/uv pip compile pyproject.toml --extra serve --extra test --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --custom-compile-command 'make lock' --quiet --upgrade --output-file requirements.lock
 
 clean: ## remove caches and the demo's run; keeps .venv and every other run
-	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

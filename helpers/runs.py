@@ -232,11 +232,12 @@ def command(run: Run) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit, with `+` where files differ from it; None outside a repository."""
-    here = Path(__file__).parent
+    """The commit, with `+` where files other than notebooks' outputs differ from it; None outside a repository."""
+    here, no_outputs = Path(__file__).parent, (":/", ":(top,exclude)*.ipynb", ":(top,exclude)*.png")
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=here, capture_output=True, text=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "--", *no_outputs], cwd=here,
+                               capture_output=True, text=True)
     except OSError:
         return None
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "") or None

@@ -2,7 +2,7 @@
 
 A small run gets a SIGKILL while it starts, between two steps, while a checkpoint is written, while it predicts, while
 its model is saved or merged, and is started again each time. It may lose no more than the steps since its last whole
-checkpoint. The tests do a part of this; `make kill-test` does all of it with every recipe.
+checkpoint. The tests do a part of this; `make test-all` does all of it with every recipe.
 """
 
 import os
@@ -26,7 +26,7 @@ from helpers.trainlog import read_log
 SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",
          "predict_batch_size=2", "max_new_tokens=48", "report_to=none")
-SEED = os.environ.get("KILL_TEST", "")  # set by `make kill-test`
+SEED = os.environ.get("KILL_TEST", "")  # set by `make test-all`
 MOMENTS = ("start", "step", "checkpoint", "step", "evaluation", "saving") if SEED else ("step", "checkpoint", "saving")
 PATIENCE = 600  # seconds until a run that does not end counts as hung
 LONGEST_WAIT = {"start": 8.0, "step": 0.3, "checkpoint": 0.03, "evaluation": 0.6, "saving": 0.4}

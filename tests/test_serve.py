@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import finished_model
@@ -15,7 +17,6 @@ from PIL import Image
 from transformers.image_utils import load_image_as_tensor
 
 from helpers import finished, predict, serve
-from helpers.dev.check_served import served
 from helpers.messages import NO_TABLE, parse_text, target_text
 
 
@@ -26,8 +27,28 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(model):
-    with served(sys.executable, "-m", "helpers.serve", str(model)) as url:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    process = subprocess.Popen([sys.executable, "-m", "helpers.serve", str(model), "--port", str(port)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not answers(url):
+            assert process.poll() is None and time.monotonic() < deadline, "no server"
+            time.sleep(0.2)
         yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def data_url(content: bytes) -> str:

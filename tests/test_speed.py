@@ -1,8 +1,6 @@
-"""What is faster is equal: losses and gradients of each short cut against the long way; the benchmark made small."""
+"""What is faster is equal: losses and gradients of each short cut against the long way."""
 
-import json
 import math
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +15,6 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_cu_seqlens
 
 from helpers import budget, collate, features, fused, model, sizes, trainer
-from helpers.dev import bench_7b, bench_report, bench_unsloth
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -306,79 +303,3 @@ def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
     assert torch.equal(vlm(**batch).logits, vlm(**given).logits)
     with pytest.raises(RuntimeError):  # they are looked at
         vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] * 2})
-
-
-@pytest.mark.slow
-def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):
-    arguments = ["--tiny", "--folder", str(tmp_path), "--report", str(tmp_path / "report.json"), "--workers", "0",
-                 "--only", "vision seen once, r1", "--batches", "2", "--answers", "3", "--new-tokens", "2",
-                 "--steps", "2"]
-    monkeypatch.setattr(sys, "argv", ["bench_7b", *arguments])
-    assert bench_7b.main() == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["name"] for row in report["train"]] == [
-        "stock", "stock, r1", "vision seen once, r1", "stock trainer, bf16 base"]
-    for row in report["train"]:
-        assert "failed" not in row, row["failed"]
-        assert 0 < row["mfu"] < 1 and row["pictures_per_s"] > 0
-        assert set(row["split_s"]) == {"vision", "language", "head and loss", "optimiser", "waiting for data",
-                                       "everything else"}  # fmt: skip
-    assert [(row["precision"], row["batch"], row["compiled"]) for row in report["answer"]] == [
-        ("nf4", 1, False), ("nf4", 2, False), ("nf4", 2, True), ("bf16", 1, False), ("bf16", 2, False),
-        ("bf16", 2, True)]
-    assert len(report["curves"]) == 3 and len({losses[0] for losses in report["curves"].values()}) <= 2
-    assert "no checkpointing" in {row["what"] for row in report["left_out"]}
-    assert "limit" in capsys.readouterr().out
-    stock, cached = (row for row in report["train"] if row["recipe"] == "r1-llm-only")
-    assert bench_report.times_stock(report, cached) == cached["pictures_per_s"] / stock["pictures_per_s"]
-    rate = cached["pictures_per_s"]
-    assert f"| {rate:.2f} | {rate / stock['pictures_per_s']:.2f} |" in bench_report.summary(report)
-    assert bench_7b.main() == 0  # goes on: nothing is measured again
-    again = json.loads((tmp_path / "report.json").read_text())
-    assert all(again[kind] == report[kind] for kind in ("train", "answer", "curves"))
-
-
-def test_unsloth_stands_beside_stock_and_ours(tmp_path, monkeypatch):
-    """Rows that a run in Unsloth's environment would add, its times made up."""
-    report, path = bench_report.read(), tmp_path / "report.json"
-    stock = next(row for row in report["train"] if row["name"] == "stock")
-    path.write_text(json.dumps(report))
-    seconds = {"Unsloth, micro-batch 2": 4.0, "Unsloth, micro-batch 8": 2.0, "Unsloth, micro-batch 8, no dropout": 1.0}
-
-    def in_own_process(name, options):
-        if name not in seconds:
-            return {"failed": "no memory"}
-        parts = ("vision", "language", "head and loss", "optimiser", "everything else")
-        return {"split_s": dict.fromkeys(parts, seconds[name]), "tokens": 1344.0, "peak_gib": 9.0, "losses": [12.3]}
-
-    monkeypatch.setattr(bench_unsloth, "in_own_process", in_own_process)
-    monkeypatch.setattr(bench_unsloth, "version", lambda package: "1")
-    monkeypatch.setattr(sys, "argv", ["bench_unsloth", "--report", str(path)])
-    assert bench_unsloth.main() == 0 and bench_unsloth.main() == 0  # the second replaces the rows of the first
-    report = json.loads(path.read_text())
-    rows = {row["name"]: row for row in report["train"] if row["kind"] == "unsloth"}
-    assert list(rows) == list(bench_unsloth.VARIANTS) and len(rows) == 8
-    fast = rows["Unsloth, micro-batch 8, no dropout"]
-    assert fast["pictures_per_s"] == 16 / 5 and fast["tokens_per_s"] == 16 / 5 * 1344
-    assert fast["mfu"] / stock["mfu"] == pytest.approx(fast["pictures_per_s"] / stock["pictures_per_s"])
-    told = [line for line in bench_report.summary(report).splitlines() if "Unsloth" in line]
-    assert [line.split(" | ")[:2] for line in told] == [
-        ["| r4-joint, Unsloth, micro-batch 8", "1.60"], ["| r4-joint, Unsloth, micro-batch 8, no dropout", "3.20"]]
-    table = bench_report.training_table(report)
-    assert table.count("Unsloth") == 8 and table.count("no memory") == 5
-
-
-def test_the_readme_says_what_the_report_says(repo):
-    report = bench_report.read()
-    found = bench_report.BLOCK.search((repo / "README.md").read_text())
-    assert found and bench_report.summary(report) in found[0], "python -m helpers.dev.bench_report --write"
-
-
-def test_a_benchmark_out_of_time_names_what_it_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench_7b", "--tiny", "--folder", str(tmp_path), "--report",
-                                      str(tmp_path / "report.json"), "--minutes", "0"])  # fmt: skip
-    assert bench_7b.main() == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert not report["train"]
-    assert [row["what"] for row in report["left_out"]] == ["the base in nf4", "the base in bf16"]
-    assert "not run yet" in bench_report.summary(None).lower()

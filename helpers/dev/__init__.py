@@ -1,1 +1,1 @@
-"""Tools of the repository itself: paired notebooks, committed outputs, environment files, GPU groups."""
+"""Tools of the repository itself: paired notebooks, their committed outputs, the benchmark, the check at 7B."""

@@ -1,71 +1,59 @@
-"""Run notebooks and commit what they show: `python -m helpers.dev.execute [NOTEBOOK ...]` (default: every pair).
+"""Run notebooks and commit what they show: `python -m helpers.dev.execute [NOTEBOOK ...]` (`make notebooks`).
 
-Each runs with its default parameters, offline, without a GPU and without any earlier run in reach, so that it shows
-what a reader with a laptop sees. Its outputs go into the committed .ipynb; a run that fails leaves that file as it was.
+Each runs with its default parameters, offline, without a GPU and without any earlier run in reach, as on a reader's
+laptop. Its outputs go into the committed .ipynb, with commit, date and machine; a run that fails leaves the file as it
+was. The picture of a topic for README, the last of its cell tagged `thumbnail`, goes into notebooks/thumbnails/.
 """
 
 import argparse
+import base64
+import io
 import os
 import re
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
+from PIL import Image
 
-from helpers.dev.freshness import MAX_BYTES, fingerprint, outputs_hash
-from helpers.dev.pairs import KERNEL, Pair, PairError, check, find_pairs, read_notebook, write_notebook
+from helpers import runs
+from helpers.dev.pairs import KERNEL, PairError, check, find_pairs, read_notebook
+from helpers.files import write_text
 
-SETTINGS = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONHASHSEED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TQDM_DISABLE": "1",
-    "WANDB_MODE": "disabled",
-}
+SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1",
+            "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
 REMOVED = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MPLBACKEND", "WANDB_API_KEY")
-WIDGET = "application/vnd.jupyter.widget-view+json"
 NOT_SHOWN = {"runs", ".git", ".venv"}
 
 
-class ExecutionError(Exception):
-    """The failing cell and its traceback; the last line is the error itself."""
+def execute(py: Path, root: Path) -> str:
+    """Run a pair's notebook and write its outputs into the .ipynb; returns one line: seconds, size.
 
-
-def execute(pair: Pair, root: Path) -> str:
-    """Run a pair's notebook and write its outputs into the .ipynb; returns one line: seconds and size.
-
-    Raises PairError when the two sides differ, ExecutionError when a cell fails, prints a path of this machine or shows
-    more than MAX_BYTES; the .ipynb then stays as it was.
+    Raises PairError when the two sides differ, CellExecutionError when a cell fails.
     """
-    out_of_step = check(pair)
+    out_of_step, ipynb = check(py), py.with_suffix(".ipynb")
     if out_of_step:
         raise PairError(out_of_step)
-    notebook = read_notebook(pair.ipynb)
-    before = fingerprint(notebook, root)
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="notebook-") as scratch:
-        folder = mirror(root, Path(scratch).resolve(), pair.ipynb.resolve().parent)
-        run(notebook, folder, pair.ipynb.name)
-        tidy(notebook, {str(Path(scratch).resolve()): ".", str(root.resolve()): ".", sys.prefix: ".venv",
-                        str(Path.home()): "~"})
-    if fingerprint(notebook, root) != before:
-        raise ExecutionError(f"{pair.ipynb.name}: helpers/ changed while it ran; run it again.")
-    notebook.metadata["executed"] = {"fingerprint": before, "outputs": outputs_hash(notebook)}
-    size = len(nbformat.writes(notebook).encode())
-    if size > MAX_BYTES:
-        raise ExecutionError(f"{pair.ipynb.name} would be {size / 1e6:.2f} MB, and {MAX_BYTES / 1e6} is the limit; "
-                             "make its figures smaller.")
-    write_notebook(pair.ipynb, notebook)
-    os.utime(pair.py)  # keep the script the newer side: JupyterLab refuses the pair otherwise
-    return f"{pair.name}: ran in {time.perf_counter() - start:.0f} s, {size / 1e3:.0f} kB"
+    notebook, commit, start = read_notebook(ipynb), runs.git_revision(), time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="notebook-") as name:
+        scratch = Path(name).resolve()
+        client = NotebookClient(
+            notebook, kernel_name=KERNEL["name"], timeout=None, record_timing=False, store_widget_state=False,
+            coalesce_streams=True, resources={"metadata": {"path": str(mirror(root, scratch, py.parent.resolve()))}})
+        client.execute(env={key: value for key, value in os.environ.items() if key not in REMOVED} | SETTINGS)
+        tidy(notebook, {str(scratch): ".", str(root.resolve()): ".", sys.prefix: ".venv", str(Path.home()): "~"})
+    made = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": runs.machine()}
+    notebook.metadata |= {"kernelspec": KERNEL, "language_info": {"name": "python"}, "executed": made}
+    write_text(ipynb, nbformat.writes(notebook).rstrip("\n") + "\n")
+    if py.parent.name == "notebooks":
+        write_thumbnail(notebook, py.parent / "thumbnails" / f"{py.stem}.png")
+    os.utime(py)  # keep the script the newer side: JupyterLab refuses the pair otherwise
+    return f"{py.stem}: ran in {time.perf_counter() - start:.0f} s, {ipynb.stat().st_size / 1e3:.0f} kB"
 
 
 def mirror(root: Path, scratch: Path, folder: Path) -> Path:
@@ -79,82 +67,56 @@ def mirror(root: Path, scratch: Path, folder: Path) -> Path:
     return inside
 
 
-def run(notebook: NotebookNode, folder: Path, name: str) -> None:
-    """Execute all cells in place, in a fresh kernel that starts in `folder`; ExecutionError where one fails."""
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-    environment = {key: value for key, value in os.environ.items() if key not in REMOVED} | SETTINGS
-    client = NotebookClient(
-        notebook, kernel_name=KERNEL["name"], timeout=None, record_timing=False, store_widget_state=False,
-        coalesce_streams=True, resources={"metadata": {"path": str(folder)}},
-    )
-    try:
-        client.execute(env=environment)
-    except CellExecutionError as error:
-        failed = next(i for i, cell in enumerate(notebook.cells, start=1)
-                      if any(output.output_type == "error" for output in cell.get("outputs", [])))
-        raise ExecutionError(f"{name}, cell {failed}: {str(error).rstrip()}") from None
-    except DeadKernelError:
-        raise ExecutionError(f"{name}: the kernel died; was there enough memory?") from None
-    notebook.metadata["kernelspec"] = KERNEL
-    notebook.metadata["language_info"] = {"name": "python"}
-
-
 def tidy(notebook: NotebookNode, paths: dict[str, str]) -> None:
     """Leave what a reader came for: no stderr, no widgets, of a progress bar its last state, no path of this machine.
 
-    `paths` maps folders to what stands for them, such as "~". Raises ExecutionError if one is left.
+    `paths` maps folders to what stands for them, such as "~". Pictures are left alone.
     """
     notebook.metadata.pop("widgets", None)
-    for number, cell in enumerate(notebook.cells, start=1):
-        if cell.cell_type != "code":
-            continue
-        kept = [output for output in cell.outputs if output.get("name") != "stderr" and WIDGET not in
-                output.get("data", {})]
-        cell.outputs = [_scrubbed(output, paths, f"cell {number}") for output in kept]
+    for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"
+                        and "application/vnd.jupyter.widget-view+json" not in output.get("data", {})]
+        for holder in [holder for output in cell.outputs for holder in (output, output.get("data", {}))]:
+            for kind, text in holder.items():
+                if isinstance(text, str) and kind not in ("image/png", "image/jpeg"):
+                    holder[kind] = scrub(text, paths)
 
 
-def _scrubbed(value: Any, paths: dict[str, str], where: str) -> Any:
-    """`value` (an output or a part of it) with paths, kernel file names and addresses replaced, pictures left alone."""
-    if isinstance(value, dict):
-        return type(value)({key: item if str(key).startswith("image/") and key != "image/svg+xml"
-                            else _scrubbed(item, paths, where) for key, item in value.items()})
-    if isinstance(value, list):
-        return [_scrubbed(item, paths, where) for item in value]
-    if not isinstance(value, str):
-        return value
-    folders = sorted((path for path in paths if path != "/"), key=len, reverse=True)
-    for path in folders:
-        value = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w-])", paths[path].replace("\\", r"\\"), value)
-    for path in folders:
-        if path in value:
-            raise ExecutionError(f"{where} shows {path}, a folder of this machine, inside another word.")
-    value = re.sub(r"\S*/ipykernel_\d+/\d+\.py", "<cell>", value)
-    value = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", value)
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in value.split("\n"))
+def scrub(text: str, paths: dict[str, str]) -> str:
+    """The text with paths and addresses replaced, and of each line what stands behind its last carriage return."""
+    for path in sorted(paths, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w-])", lambda _, path=path: paths[path], text)
+    text = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", re.sub(r"\S*/ipykernel_\d+/\d+\.py", "<cell>", text))
+    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
 
-def chosen_pairs(root: Path, notebooks: list[Path]) -> list[Pair]:
-    """The pairs that `notebooks` (.ipynb or .py paths) name, or all; PairError for a path that is none."""
-    pairs = find_pairs(root)
-    for path in notebooks:
-        if not any(path.resolve() in (pair.ipynb.resolve(), pair.py.resolve()) for pair in pairs):
-            names = ", ".join(str(pair.ipynb.relative_to(root)) for pair in pairs)
-            raise PairError(f"{path} is none of the notebooks; they are {names}.")
-    wanted = {path.resolve().with_suffix("") for path in notebooks}
-    return [pair for pair in pairs if not wanted or pair.py.resolve().with_suffix("") in wanted]
+def write_thumbnail(notebook: NotebookNode, path: Path) -> None:
+    """The last picture of the cell tagged `thumbnail`, or else of the notebook, small and on white; none: no file."""
+    tagged = [cell for cell in notebook.cells if "thumbnail" in cell.metadata.get("tags", ())]
+    pictures = [output.data[kind] for cell in tagged or notebook.cells for output in cell.get("outputs", ())
+                for kind in ("image/png", "image/jpeg") if kind in output.get("data", {})]
+    if pictures:
+        image = Image.open(io.BytesIO(base64.b64decode(pictures[-1]))).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image.thumbnail((360, 360))
+        path.parent.mkdir(exist_ok=True)
+        image.quantize(64).save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m helpers.dev.execute", description=__doc__.split("\n")[0])
-    parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
-    chosen, root = parser.parse_args(arguments), Path.cwd()
+    parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK", help="all where not given")
+    root, pairs = Path.cwd(), find_pairs(Path.cwd())
+    wanted = [path.resolve().with_suffix(".py") for path in parser.parse_args(arguments).notebooks] or pairs
     try:
-        for pair in chosen_pairs(root, chosen.notebooks):
-            print(f"{pair.name}: running", flush=True)
-            print(execute(pair, root), flush=True)
-    except (PairError, ExecutionError) as error:
+        for py in wanted:
+            if py not in pairs:
+                names = ", ".join(str(pair.with_suffix(".ipynb").relative_to(root)) for pair in pairs)
+                raise PairError(f"{py.with_suffix('.ipynb').name} is none of the notebooks; they are {names}.")
+            print(f"{py.stem}: running", flush=True)
+            print(execute(py, root), flush=True)
+    except (PairError, CellExecutionError, DeadKernelError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -1,0 +1,54 @@
+"""pyproject.toml is the one list of dependencies: everything imported stands there, and the lock follows from it."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+
+def pinned(repo: Path) -> dict[str, str]:
+    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+    pins = [*project["dependencies"], *(pin for extra in project["optional-dependencies"].values() for pin in extra)]
+    return {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, pins)}
+
+
+def test_the_lock_agrees_with_the_pins_and_names_no_place(repo):
+    text = (repo / "requirements.lock").read_text()
+    entries = re.split(r"\n(?=[a-z0-9])", text)
+    locked = {canonicalize_name(entry.split("==")[0]): re.match(r"\S+?==(\S+)", entry)[1] for entry in entries}
+    for name, specifier in pinned(repo).items():
+        assert specifier == f"=={locked.get(name)}", f"{name}{specifier} is locked at {locked.get(name)}"
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    left = re.sub(r"--hash=sha256:[0-9a-f]{64}|\\", "", text)
+    assert not re.search(r"[/@]|--(?!hash)", left), "only names, versions, markers and hashes belong there"
+    assert len(locked) > len(pinned(repo))  # what the dependencies pull in is locked too
+
+
+def test_everything_that_is_imported_is_declared(repo):
+    sources = [path for folder in ("helpers/**", "tests", "notebooks", ".") for path in repo.glob(f"{folder}/*.py")]
+    distributions = packages_distributions()
+    # imported only where they are there: torch brings Triton on a GPU, the benchmark compares with the others
+    apart = {"triton", "liger_kernel", "unsloth"}
+    own = {"helpers", *apart, *(path.stem for path in repo.glob("tests/*.py"))} | set(sys.stdlib_module_names)
+    missing = set()
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            tops = {name.split(".")[0] for name in names} - own
+            owners = {top: {canonicalize_name(name) for name in distributions.get(top, [top])} for top in tops}
+            missing |= {f"{top} in {path.relative_to(repo)}" for top in tops if not owners[top] & set(pinned(repo))}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", ["helpers/tiny", "helpers/scenes/fonts"])
+def test_the_data_files_of_the_package_are_declared(repo, name):
+    declared = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert (repo / name).is_dir()
+    assert f"helpers.{name.split('/')[1]}" in declared
