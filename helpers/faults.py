@@ -46,7 +46,8 @@ class StopNotice(TrainerCallback):
             raise KeyboardInterrupt
         self.came = signal.Signals(number).name
         if number == signal.SIGINT:  # a person waits; `print` is not for a signal's handler
-            os.write(2, b"\nSIGINT: this step is finished and saved first; a second one ends at once, without.\n")
+            with contextlib.suppress(OSError):  # `| tee` has ended by the same Ctrl-C
+                os.write(2, b"\nSIGINT: this step is finished and saved first; a second one ends at once, without.\n")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """A whole step is done: the one point at which weights, optimizer and data order agree."""

@@ -59,7 +59,7 @@ def prompt_text() -> Rule:
     def test(value: Any) -> bool:
         return isinstance(value, str) and bool(value.strip()) and not special_token(value)
 
-    return Rule("the question asked of every picture, without special tokens such as <|image_pad|>", test, is_text=True)
+    return Rule("text for every picture, without special tokens such as <|image_pad|>", test, is_text=True)
 
 
 def flag() -> Rule:

@@ -1,5 +1,6 @@
 """A merged model exported: both copies load as they are, the card says what the run says, bad input is one sentence."""
 
+import ast
 import json
 import re
 import shutil
@@ -235,3 +236,14 @@ def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, export
     Hub.upload_folder = refuse
     with pytest.raises(SystemExit, match="^me/tables cannot be written on the Hub: 403 Forbidden$"):
         export.main([*words, "--push", "me/tables"])
+
+
+@pytest.mark.parametrize("prompt", ['Say "where", or \'none\'.', "One line\nand {{ another }} *here*", "C:\\table?"])
+def test_the_card_writes_any_prompt_so_that_it_can_be_copied(prompt, merged):
+    run = merged.with_name("tables-r4-joint")
+    text = model_card("bf16", run, json.loads((merged / "parity.json").read_text()) | {"prompt": prompt}, 10, {})
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    (chat,) = (node.value for node in ast.walk(ast.parse(code))
+               if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "chat")
+    assert ast.literal_eval(chat)[0]["content"][1]["text"] == prompt
+    assert f"```text\n{prompt}\n```" in text

@@ -25,7 +25,7 @@ from helpers.trainlog import read_log
 
 SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",
-         "predict_batch_size=2", "max_new_tokens=48", "report_to=none")
+         "predict_batch_size=2", "max_new_tokens=64", "report_to=none")
 SEED = os.environ.get("KILL_TEST", "")  # set by `make test-all`
 MOMENTS = ("start", "step", "checkpoint", "step", "evaluation", "saving") if SEED else ("step", "checkpoint", "saving")
 PATIENCE = 600  # seconds until a run that does not end counts as hung

@@ -79,7 +79,7 @@ def test_r3_has_two_folders(defaults, monkeypatch):
         ("learning_rate=nan", ["learning_rate=nan"]),
         ("epochs=inf", ["epochs=inf", "number above 0"]),
         ("lora_dropout=-nan", ["lora_dropout=nan", "from 0 to below 1"]),
-        ("prompt=None", ["prompt=None", "the question"]),
+        ("prompt=None", ["prompt=None", "text for every picture"]),
         ("prompt=Where is <|image_pad|>?", ["prompt='Where is <|image_pad|>?'", "without special tokens"]),
         ("prompt=Boxes.<|im_end|>", ["prompt='Boxes.<|im_end|>'", "without special tokens"]),
         ("run_name=\udce9", [r"'run_name=\udce9'", "not UTF-8"]),

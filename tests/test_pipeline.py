@@ -1,6 +1,7 @@
 """The whole pipeline, small: every recipe from photos to a model on disk."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import evaluate, merge, model, predict, runs, trainer
+from helpers.parity import ParityError
 from helpers.settings import TINY_BASE
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
@@ -122,6 +124,24 @@ def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(monkeypa
         run("recipe=r1-llm-only", "learning_rate=0.01")
     names = run("recipe=r1-llm-only", "learning_rate=0.01", "run_name=faster")
     assert names["run"].folder.name.endswith("-faster") and names["trained"]
+
+
+@pytest.mark.slow
+def test_the_longest_answer_belongs_to_the_run(capsys, monkeypatch):
+    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut answers: .* set max_new_tokens=58 or"):
+        run("recipe=r2-vision-only", "max_new_tokens=20")
+    assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
+    limit = re.compile(r"predictions: (\d) of 8 answers never stopped: they are cut at max_new_tokens=64\.")
+    capsys.readouterr()
+    names = run("recipe=r2-vision-only")
+    unstopped = sum(not line["stopped"] for line in names["predictions"])
+    assert [int(count) for count in limit.findall(capsys.readouterr().out)] == [unstopped] * (unstopped > 0)
+    parity_file = f"{PREFIX}r2-vision-only/model/parity.json"
+    assert read(parity_file)["max_new_tokens"] == 64
+    assert run("recipe=r2-vision-only", "max_new_tokens=80")["trained"] == {}
+    assert read(parity_file)["max_new_tokens"] == 80
+    with pytest.raises(ParityError, match="model was made with max_new_tokens=80 and would be used with 64"):
+        run("recipe=r2-vision-only")
 
 
 def test_wandb_offline_and_tensorboard_keep_the_curve(monkeypatch):

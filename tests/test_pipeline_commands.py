@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jupyter_client
 import numpy as np
 import papermill
 import psutil
@@ -111,6 +112,35 @@ def test_sigterm_to_papermill_saves_before_the_kernel_ends(repo):
     step = trainer.read_log(log)[-1]["step"]
     last = checkpoints.last_checkpoint(log.parent)
     assert 2 <= step < 16 and last and last.endswith(f"checkpoint-{step}")
+
+
+IN_A_NOTEBOOK = """
+import sys
+sys.path[:0] = ["{tests}"]
+from small_training import build, small_processor, squares
+build("r1-llm-only", "run", small_processor(), squares(), num_train_epochs=100, save_steps=1000).train()
+"""
+
+
+@pytest.mark.slow
+def test_the_stop_button_of_a_notebook_saves_first_and_leaves_the_kernel(repo):
+    """As JupyterLab presses it: the kernel's processes get a SIGINT."""
+    manager, client = jupyter_client.manager.start_new_kernel()
+    try:
+        client.execute(IN_A_NOTEBOOK.format(tests=repo / "tests"))
+        waits(lambda: len(losses("run")) >= 2)
+        manager.interrupt_kernel()
+        said = client.get_shell_msg(timeout=60)["content"]
+        step = losses("run")[-1][0]
+        assert said["ename"] == "Stopped" and f"checkpoint-{step} is saved, and the same" in said["evalue"]
+        assert 2 <= step < 400 and checkpoints.last_checkpoint(Path("run")).endswith(f"checkpoint-{step}")
+        client.execute("import time; time.sleep(60)")
+        time.sleep(1)
+        manager.interrupt_kernel()  # the button is the kernel's own again
+        assert client.get_shell_msg(timeout=30)["content"]["ename"] == "KeyboardInterrupt"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 def test_sigterm_to_a_script_ends_with_a_word_and_the_same_command_goes_on(repo):
