@@ -1,9 +1,10 @@
 """Trains the tiny base from random weights: `python -m helpers.tiny.train runs/tiny` does all of it.
 
-About an hour on a GPU, days on a CPU; called again, it goes on from its last checkpoint.
+Called again, it goes on from its last checkpoint. It takes a GPU: on a CPU it would be days.
 """
 
 import argparse
+import inspect
 import json
 import math
 import random
@@ -214,7 +215,7 @@ def retrain(
     """
     processor = make_processor()
     model = make_model(processor.tokenizer, seed).to("cuda" if torch.cuda.is_available() else "cpu")
-    pool, val = load_pool("base", scenes, workers), load_pool("val", SPLITS["val"], workers)
+    pool, val = load_pool("base", scenes, workers), load_pool("val", min(checked, SPLITS["val"]), workers)
     model = train(model, processor, pool, Path(out), steps=steps, batch=batch, each=each, seed=seed, workers=workers)
     save(model, processor, out)
     prompts = {"things": check.thing_prompts(val, checked), "zero_shot": check.table_prompts(val)[:checked]}
@@ -226,6 +227,6 @@ def retrain(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", help="folder of the model, its log and its checkpoint")
-    for name, default in retrain.__kwdefaults__.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name, option in list(inspect.signature(retrain).parameters.items())[1:]:
+        parser.add_argument(f"--{name}", type=int, default=option.default)
     print(json.dumps(retrain(**vars(parser.parse_args())), indent=1))
