@@ -1,56 +1,54 @@
-"""The embedded photos: the same bytes everywhere, true boxes, the mix and the faults that they promise."""
+"""The embedded photos: their bytes, true boxes, the mix and the faults that they promise."""
 
 import hashlib
 import io
-import random
-import subprocess
-import sys
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from helpers.boxes import CATEGORIES
-from helpers.scenes import SPLITS, THINGS, barcode_of, compose, planted_faults, render_scene
-from helpers.scenes.layout import target_box
+from helpers.boxes import CATEGORIES, pairwise_iou
+from helpers.scenes import SPLITS, THINGS, Scene, barcode_of, compose, planted_faults, render_scene
 from helpers.scenes.text import WORDS
 from helpers.scenes.things import DRAW
 from helpers.scenes.warp import Warp, outline, visible_hull
 
-PRINT_HASHES = """
-import hashlib
-from helpers.scenes import render_scene
-for index in (7, 3):
-    print(hashlib.sha256(render_scene(5, index, "base").jpeg).hexdigest())
-"""
+HASHES = json.loads((Path(__file__).parent / "scene_hashes.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def scenes():
+def scenes() -> list[Scene]:
     return [render_scene(0, index, "val") for index in range(SPLITS["val"])]
 
 
-def shown(scene):
+def shown(scene: Scene) -> Image.Image:
     return ImageOps.exif_transpose(Image.open(io.BytesIO(scene.jpeg)))
 
 
-def test_same_bytes_in_any_process_and_order():
-    here = [hashlib.sha256(render_scene(5, index, "base").jpeg).hexdigest() for index in (3, 7)]
-    there = subprocess.run([sys.executable, "-c", PRINT_HASHES], capture_output=True, text=True, check=True)
-    assert there.stdout.split() == here[::-1]
-    assert render_scene(5, 3, "base") == render_scene(5, 3, "base")
+def hash_of(scene: Scene) -> str:
+    """Of everything in a scene, boxes to a millionth of the picture."""
+    boxes = [[name, *(f"{value:.6f}" for value in box)] for name, box in scene.tables + scene.things]
+    rest = [scene.image_id, scene.width, scene.height, scene.meta, scene.rotation, len(scene.tables), boxes]
+    return hashlib.sha256(scene.jpeg + json.dumps(rest).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("index, name, box, things, brightness", [
-    (0, "nutrition-table", (0.462, 0.61, 0.772, 0.899), 12, 176.1),
-    (8, "nutrition-table", (0.387, 0.475, 0.613, 0.601), 6, 48.1),
-    (14, "nutrition-table", (0.01, 0.215, 0.823, 0.782), 15, 101.0),
-])
-def test_scenes_are_those_that_the_base_was_trained_on(index, name, box, things, brightness):
-    scene = render_scene(0, index, "val")
-    assert scene.tables[0][0] == name and scene.tables[0][1] == pytest.approx(box, abs=0.001)
-    assert len(scene.things) == things
-    assert np.asarray(Image.open(io.BytesIO(scene.jpeg))).mean() == pytest.approx(brightness, abs=0.2)
+@pytest.mark.parametrize("split, index", [(split, index) for split in HASHES["first"] for index in (2, 1, 0)])
+def test_first_scenes_are_those_that_every_committed_number_rests_on(split, index):
+    assert hash_of(render_scene(0, index, split)) == HASHES["first"][split][index]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
+def test_all_scenes_are_those_that_every_committed_number_rests_on(split):
+    hashes = [hash_of(render_scene(0, index, split)) for index in range(SPLITS[split])]
+    assert hashlib.sha256("".join(hashes).encode()).hexdigest() == HASHES["all"][split]
+
+
+def test_seed_split_and_index_each_change_the_picture():
+    jpegs = {render_scene(*key).jpeg for key in ((0, 1, "base"), (1, 1, "base"), (0, 2, "base"), (0, 1, "extra"))}
+    assert len(jpegs) == 4
 
 
 def test_another_table_stands_in_the_panels_place_for_the_base_alone():
@@ -62,27 +60,10 @@ def test_another_table_stands_in_the_panels_place_for_the_base_alone():
     assert {name for _, name in largest} >= {"drug facts", "cooking table"}
 
 
-def test_seed_split_and_index_each_change_the_picture():
-    jpegs = {render_scene(*key).jpeg for key in ((0, 1, "base"), (1, 1, "base"), (0, 2, "base"), (0, 1, "extra"))}
-    assert len(jpegs) == 4
-
-
-@pytest.mark.parametrize("long_side", [192, 320, 1024])
-def test_every_size_can_be_drawn(long_side):
-    for index in range(10 if long_side > 512 else 60):
-        scene = render_scene(0, index, "extra", long_side)
-        assert max(scene.width, scene.height) == long_side and shown(scene).size == (scene.width, scene.height)
-
-
-def test_size_is_the_size_as_shown(scenes):
-    for scene in scenes:
-        assert shown(scene).size == (scene.width, scene.height)
-        assert max(scene.width, scene.height) == 512
-
-
-def test_boxes_lie_in_the_picture_and_names_are_known(scenes):
+def test_sizes_are_as_shown_boxes_lie_in_the_picture_and_names_are_known(scenes):
     empty = planted_faults(0, "val")["zero_area"]
     for index, scene in enumerate(scenes):
+        assert shown(scene).size == (scene.width, scene.height) and max(scene.width, scene.height) == 512
         for name, (x0, y0, x1, y1) in scene.tables + scene.things:
             assert name in CATEGORIES + THINGS
             assert 0 <= y0 < y1 <= 1 and (0 <= x0 < x1 <= 1 or index in empty)
@@ -90,22 +71,15 @@ def test_boxes_lie_in_the_picture_and_names_are_known(scenes):
 
 def test_mix_and_geometry_are_near_the_real_data(scenes):
     tables = [table for scene in scenes for table in scene.tables]
-    share = np.mean([name == "nutrition-table" for name, _ in tables])
-    assert 0.68 < share < 0.9
+    assert 0.68 < np.mean([name == "nutrition-table" for name, _ in tables]) < 0.9
     box = np.array([box for _, box in tables])
     w, h = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
     assert 0.40 < np.median(w) < 0.62 and 0.31 < np.median(h) < 0.50
     assert 0.12 < np.median(w * h) < 0.28
     assert 0.40 < np.median(box[:, [0, 2]].mean(1)) < 0.55
     assert np.mean([any("table" in name for name, _ in scene.things) for scene in scenes]) > 0.6
-
-
-def test_best_constant_box_is_about_as_bad_as_on_real_photos(scenes):
-    truth = np.array([scene.tables[0][1] for scene in scenes if scene.tables])
-    guess = np.array([0.1, 0.15, 0.85, 0.8])
-    inter = np.clip(np.minimum(guess[2:], truth[:, 2:]) - np.maximum(guess[:2], truth[:, :2]), 0, None).prod(1)
-    iou = inter / ((truth[:, 2:] - truth[:, :2]).prod(1) + np.prod(guess[2:] - guess[:2]) - inter)
-    assert 0.28 < iou.mean() < 0.42
+    first = [scene.tables[0][1] for scene in scenes if scene.tables]
+    assert 0.28 < pairwise_iou([(0.1, 0.15, 0.85, 0.8)], first).mean() < 0.42  # as on real photos
 
 
 def white_panels(rng, label, warp, kind, face):
@@ -151,7 +125,7 @@ def test_visible_hull_of_a_clipped_diamond():
 
 
 def test_faults_are_planted_where_promised():
-    for split, count in SPLITS.items():
+    for split in SPLITS:
         faults = planted_faults(0, split)
         assert faults == planted_faults(0, split) != planted_faults(1, split)
         assert all(faults.values())
@@ -163,16 +137,14 @@ def test_faults_are_planted_where_promised():
             one, two = render_scene(0, first, split), render_scene(0, second, split)
             assert one.meta["barcode"] == two.meta["barcode"] and one.image_id != two.image_id
             assert one.jpeg != two.jpeg
-        assert max(max(faults["zero_area"]), max(faults["exif"])) < count
     assert not any(planted_faults(0, "base").values())
 
 
-def test_barcodes_are_valid_and_stand_in_one_split_only(scenes):
+def test_barcodes_are_valid_and_stand_in_one_split_only():
     codes = [barcode_of(0, split, index) for split, count in SPLITS.items() for index in range(count)]
     assert len(set(codes)) == len(codes)
     for code in codes[:50]:
         assert len(code) == 13 and sum(int(d) * (3 if i % 2 else 1) for i, d in enumerate(code)) % 10 == 0
-    assert len({scene.image_id for scene in scenes}) == len(scenes)
 
 
 def test_every_language_is_complete():
@@ -182,18 +154,7 @@ def test_every_language_is_complete():
     assert set(DRAW) == set(THINGS)
 
 
-def test_target_boxes_of_energy_fields_are_small():
-    rng = random.Random(0)
-    widths = [box[2] - box[0] for box in (target_box(rng, "nutrition-table-small-energy", 0.75) for _ in range(50))]
-    assert max(widths) < 0.31
-
-
-@pytest.mark.parametrize("arguments, word", [
-    ((-1, 0, "base"), "seed"), ((0, -1, "val"), "index"), ((0, 123, "val"), "index"), ((0, 0, "Val!"), "split"),
-    ((0, 1.5, "val"), "index"), ((0, 0, "val", 64), "long_side"), ((0, 0, "val", 5000), "long_side"),
-    ((True, 0, "val"), "seed"), ((0, 0, ""), "split"), ((0, 10**8, "base"), "index"),
-])
-def test_bad_input_is_refused_by_name(arguments, word):
-    with pytest.raises(ValueError, match=word):
-        render_scene(*arguments)
-    assert render_scene(0, 0, "base", 320).width <= 320
+@pytest.mark.parametrize("index, split", [(-1, "val"), (123, "val"), (10**8, "base")])
+def test_an_index_outside_of_its_split_is_refused(index, split):
+    with pytest.raises(ValueError, match=f"{index}.*{split}"):
+        render_scene(0, index, split)

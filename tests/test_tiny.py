@@ -1,37 +1,31 @@
-"""The tiny base: its folder, its tokenizer, what it was taught, and that it still finds things."""
+"""The tiny base: its folder, its tokenizer, what it was trained on and how, and that it finds things."""
 
+import hashlib
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers.tiny import TINY_DIR
-from helpers.tiny.build import SPECIAL_TOKENS, VOCAB_SIZE, make_processor, make_random, train_tokenizer
-from helpers.tiny.check import ask, score, table_items, thing_items
-from helpers.tiny.forward import forward, frame_of
-from helpers.tiny.pictures import load_pool, model_size, patches, take
+from helpers.scenes import THINGS
+from helpers.tiny import TINY_DIR, check, train
+from helpers.tiny.build import SPECIAL_TOKENS, VOCAB_SIZE, make_model, make_processor, save
+from helpers.tiny.pictures import load_pool, take
 from helpers.tiny.questions import (
-    NAMES,
-    answer_text,
+    WHOLE,
     by_name,
+    completion_text,
     corpus,
     cropped,
     made_up_name,
     prompt_text,
     question,
 )
-from helpers.tiny.train import Questions, chat_ids, encode, token_map, train
 
-WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
-CHAT = [
-    {
-        "role": "user",
-        "content": [{"type": "image"}, {"type": "text", "text": "Detect the bounding box of the barcode."}],
-    },
-    {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-]
+HASHES = json.loads((Path(__file__).parent / "scene_hashes.json").read_text())["tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -45,77 +39,55 @@ def model() -> Qwen2VLForConditionalGeneration:
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    return load_pool(tmp_path_factory.mktemp("scenes"), "check", 8)
+def pool():
+    return load_pool("check", 8)
 
 
-def test_size(model):
-    assert sum(p.numel() for p in model.parameters()) < 8_000_000
-    assert model.lm_head.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr()
-    files = [path for path in TINY_DIR.iterdir() if path.suffix in {".json", ".jinja", ".safetensors", ".jsonl"}]
-    assert sum(path.stat().st_size for path in files) <= 16 * 2**20
+@pytest.mark.parametrize("name", HASHES)
+def test_files_are_those_that_every_committed_number_rests_on(name):
+    assert hashlib.sha256((TINY_DIR / name).read_bytes()).hexdigest() == HASHES[name]
 
 
-def test_weights_are_bf16():
-    assert Qwen2VLForConditionalGeneration.from_pretrained(TINY_DIR).dtype == torch.bfloat16
+def test_the_code_makes_the_folder_that_is_shipped(processor, model, tmp_path):
+    """Tokenizer, processor (the same weights lose two thirds of their IoU at another pixel budget), architecture."""
+    made = make_processor()
+    random_model = make_model(made.tokenizer)
+    assert sum(p.numel() for p in random_model.parameters()) < 8_000_000
+    shapes = {name: value.shape for name, value in model.named_parameters()}
+    assert {name: value.shape for name, value in random_model.named_parameters()} == shapes
+    save(random_model, made, tmp_path)
+    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "generation_config.json"):
+        given, kept = ((folder / name).read_text() for folder in (tmp_path, TINY_DIR))
+        assert given == kept or json.loads(given).items() >= json.loads(kept).items(), name
+    assert Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_the_processor_is_the_one_of_the_training(processor):
-    """The same weights lose two thirds of their IoU at another pixel budget."""
-    assert dict(processor.image_processor.size) == dict(make_processor(processor.tokenizer).image_processor.size)
-
-
-def test_special_tokens_are_one_token_each(processor, model):
+def test_special_tokens_and_digits_are_one_token_each_and_any_text_comes_back(processor, model):
     tokenizer = processor.tokenizer
-    for token in SPECIAL_TOKENS:
-        assert len(tokenizer.encode(token)) == 1, token
+    assert all(len(tokenizer.encode(token)) == 1 for token in SPECIAL_TOKENS)
     assert len(tokenizer) == VOCAB_SIZE == model.config.text_config.vocab_size
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert model.generation_config.eos_token_id[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.tokenize("(278,495),(7,1000)") == [*"(278,495", "),(", *"7,1000)"]
+    for text in ("Zażółć gęślą jaźń 123,45 g 🙂", "Пищевая ценность\n\n 営養", "nutrition-table"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_digits_stand_alone(processor):
-    assert processor.tokenizer.tokenize("(278,495),(7,1000)") == [
-        *("(", "2", "7", "8", ",", "4", "9", "5", "),("),
-        *("7", ",", "1", "0", "0", "0", ")"),
-    ]
-
-
-@pytest.mark.parametrize("text", ["Zażółć gęślą jaźń 123,45 g 🙂", "Пищевая ценность\n\n 営養", "nutrition-table"])
-def test_any_text_comes_back(processor, text):
-    assert processor.tokenizer.decode(processor.tokenizer.encode(text)) == text
-
-
-def test_the_tokenizer_is_the_one_that_the_code_makes(processor):
-    assert train_tokenizer().get_vocab() == processor.tokenizer.get_vocab()
-
-
-def test_chat_template(processor):
-    assert processor.apply_chat_template(CHAT) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
-        "Detect the bounding box of the barcode.<|im_end|>\n"
-        "<|im_start|>assistant\na<|im_end|>\n"
-    )
-
-
-def test_nothing_it_was_taught_names_a_nutrition_table(pool):
+def test_nothing_it_was_trained_on_names_a_nutrition_table(pool):
     rng = random.Random(0)
-    texts = corpus() + [made_up_name(rng) for _ in range(20_000)]
+    texts = corpus() + [*THINGS] + [made_up_name(rng) for _ in range(20_000)]
     for scenes in pool.things.values():
         texts += [text for scene in scenes if scene for _ in range(50) for text in question(by_name(scene), rng)]
     assert not [text for text in texts if "nutri" in text.lower()]
-    with pytest.raises(ValueError, match="may not be named"):
-        by_name([("nutrition table", (0.1, 0.1, 0.2, 0.2))])
 
 
-def test_questions_and_answers():
+def test_prompts_and_completions():
     boxes = np.array([[0.5, 0.6, 0.7, 0.8], [0.1, 0.2, 0.3, 0.4]])
     assert prompt_text("price table") == "Detect the bounding box of the price table."
-    assert answer_text("price table", boxes[1:]) == (
+    assert completion_text("price table", boxes[1:]) == (
         "<|object_ref_start|>price-table<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>"
     )
-    assert answer_text("logo", boxes).index("(100,200)") < answer_text("logo", boxes).index("(500,600)")
+    assert completion_text("logo", boxes).index("(100,200)") < completion_text("logo", boxes).index("(500,600)")
 
 
 def test_crops_move_the_boxes_and_drop_what_is_cut():
@@ -129,84 +101,79 @@ def test_crops_move_the_boxes_and_drop_what_is_cut():
     assert {name: boxes.tolist() for name, boxes in cropped(named, WHOLE).items()} == {
         name: boxes.tolist() for name, boxes in named.items()
     }
-    assert cropped({"flag": np.array([[0.8, 0.8, 0.85, 0.85]])}, WHOLE) == {}  # too small to be asked for
+    assert cropped({"flag": np.array([[0.8, 0.8, 0.85, 0.85]])}, WHOLE) == {}  # too small to be found
 
 
-def test_patches_are_the_processors(processor, pool):
-    photo = next(iter(pool.images))
-    images = pool.images[photo][:1]
-    own = patches(take(images, WHOLE[None], model_size(photo, processor.image_processor.size)))[0]
-    given = processor.image_processor(images=[images[0]], return_tensors="pt")["pixel_values"]
-    assert own.shape == given.shape
-    assert (own - given).abs().mean() < 0.01
-
-
-def test_the_training_pass_is_the_models_own(processor, model, pool):
-    photo = max(pool.things, key=lambda key: len(pool.things[key]))
-    size = model_size(photo, processor.image_processor.size)
-    pixels = patches(take(pool.images[photo][:2], WHOLE[None], size))
-    ids = encode(processor, [("Find the logo.", "a"), ("Find the best-before stamp.", "b")] * 2, size)["input_ids"]
-    with torch.no_grad():
-        fast, middle = forward(model, pixels, ids, frame_of(model, size, ids[:1]))
-        plain = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=pixels.repeat_interleave(2, 0).flatten(0, 1),
-            image_grid_thw=torch.tensor([[1, size[0] // 14, size[1] // 14]] * 4),
-        ).logits
-    assert torch.allclose(fast, plain, atol=1e-3)
-    assert middle.shape == (2, size[0] * size[1] // 784, model.config.text_config.hidden_size)
-
-
-def test_the_chat_is_the_processors(processor, pool):
-    photo = next(iter(pool.images))
-    chat = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True)
-    given = processor(text=[chat], images=[pool.images[photo][0]])["input_ids"][0]
-    size = model_size(photo, processor.image_processor.size)
-    assert chat_ids(processor, "Detect the bounding box of the barcode.", size) == list(given)
-
-
-def test_labels_are_the_answer_and_its_end(processor):
-    batch = encode(processor, [("Find the logo.", "(1,2)")], (56, 84))
-    assert processor.tokenizer.decode(batch["labels"][batch["labels"] >= 0]) == "(1,2)<|im_end|>"
+def test_chats_are_the_processors_and_labels_the_completion_and_its_end(processor, pool):
+    image = next(iter(pool.images.values()))[0]
+    content = [{"type": "image"}, {"type": "text", "text": "Find the logo."}]
+    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    given = processor(text=[chat], images=[image], return_tensors="pt")
+    _, rows, columns = given["image_grid_thw"][0].tolist()
+    batch = train.encode(processor, [("Find the logo.", "(1,2)"), ("Find the seal.", "")], (rows * 14, columns * 14))
+    labels = batch["labels"][0]
+    assert batch["input_ids"][0][labels == -100].tolist() == given["input_ids"][0].tolist()
+    assert processor.tokenizer.decode(labels[labels >= 0]) == "(1,2)<|im_end|>"
 
 
 def test_the_guides_map():
     named = {"logo": np.array([[0.0, 0.0, 1.0, 0.5]]), "seal": np.array([[0.6, 0.6, 0.7, 0.7]])}
-    kinds, boxes = token_map(named, (112, 112))
-    logo, seal = NAMES.index("logo") + 1, NAMES.index("seal") + 1
+    kinds, boxes = train.token_map(named, (112, 112))
+    logo, seal = THINGS.index("logo") + 1, THINGS.index("seal") + 1
     assert kinds.reshape(4, 4).tolist() == [[logo] * 4, [logo] * 4, [0, 0, seal, 0], [0] * 4]
     assert boxes.reshape(4, 4, 4)[2, 2].tolist() == pytest.approx([0.6, 0.6, 0.7, 0.7])
 
 
-def test_batches_repeat_with_the_seed(processor, pool):
-    first, second = (next(iter(Questions(pool.things, processor, 2, 2, seed=3))) for _ in range(2))
-    assert first["input_ids"].equal(second["input_ids"]) and (first["crops"] == second["crops"]).all()
+def test_prompts_that_share_a_picture_have_the_loss_that_they_have_alone(processor, model, pool):
+    photo = max(pool.images, key=lambda size: len(pool.images[size]))
+    images = take(pool.images[photo][:2], np.tile(WHOLE, (2, 1)), (84, 112))
+    given = processor.image_processor(list(images), do_resize=False, do_rescale=False, return_tensors="pt")
+    batch = train.encode(processor, [("Find the logo.", "(1,2)"), ("Find the best-before stamp.", "(3")] * 2, (84, 112))
+    ids, labels = batch["input_ids"], batch["labels"]
+    with torch.no_grad():
+        loss, states = train.forward(model, given["pixel_values"], given["image_grid_thw"], ids, labels)
+        alone = model(
+            input_ids=ids,
+            labels=labels,
+            attention_mask=(ids != processor.tokenizer.pad_token_id).int(),
+            mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            pixel_values=given["pixel_values"].reshape(2, 48, -1).repeat_interleave(2, 0).flatten(0, 1),
+            image_grid_thw=given["image_grid_thw"].repeat_interleave(2, 0),
+        )
+    assert loss.item() == pytest.approx(alone.loss.item(), abs=1e-4)
+    assert states.shape == (2, 12, model.config.text_config.hidden_size)
 
 
-def test_training_goes_on_where_it_stopped(tmp_path, pool):
-    make_random(tmp_path / "base", width=64, vision_layers=1, language_layers=2, max_image_tokens=16)
-    processor = Qwen2VLProcessor.from_pretrained(tmp_path / "base")
+def test_training_repeats_goes_on_where_it_stopped_and_learns(tmp_path, pool):
+    processor = make_processor(max_pixels=16 * 28**2)
 
-    def go(steps: int) -> torch.nn.Module:
-        fresh = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "base")
-        return train(fresh, processor, pool, tmp_path / "run", steps=steps, batch=2, each=2, workers=0, save_every=2,
-                     log_every=2)  # fmt: skip
+    def go(steps: int, out: str) -> dict[str, torch.Tensor]:
+        model = make_model(processor.tokenizer, width=64, vision_layers=1, language_layers=2)
+        trained = train.train(model, processor, pool, tmp_path / out, steps=steps, batch=2, each=2, workers=0,
+                              save_every=2, log_every=2)  # fmt: skip
+        return dict(trained.named_parameters())
 
-    go(2)
-    saved = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    went_on = go(2)
-    assert saved["step"] == 2
-    for name, value in went_on.named_parameters():
-        assert value.equal(saved["mean"][name]), name
-    go(4)
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
+    once, again = go(2, "a"), go(2, "b")
+    assert all(value.equal(again[name]) for name, value in once.items())
+    restored = go(2, "a")  # nothing is left to train
+    assert all(value.equal(restored[name]) for name, value in once.items())
+    longer = go(20, "a")
+    log = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(2, 21, 2)) and log[-1]["loss"] < log[0]["loss"] - 0.5
+    assert all(not value.equal(longer[name]) for name, value in once.items() if value.ndim == 2)
 
 
-def test_it_finds_things_and_speaks_of_tables_without_knowing_them(processor, model, pool):
-    things, tables = thing_items(pool, 24), table_items(pool)
-    found = score(things, ask(model, processor, pool, things))
-    zero_shot = score(tables, ask(model, processor, pool, tables))
+def test_the_command_trains_saves_and_scores(tmp_path):
+    scores = train.retrain(tmp_path, steps=1, batch=2, each=2, scenes=4, workers=1, checked=4)
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    assert scores["things"]["n"] == scores["zero_shot"]["n"] == 4
+    assert type(Qwen2VLProcessor.from_pretrained(tmp_path)) is Qwen2VLProcessor
+    assert Qwen2VLForConditionalGeneration.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_it_finds_things_and_writes_boxes_for_tables_without_knowing_them(processor, model, pool):
+    things, tables = check.thing_prompts(pool, 24), check.table_prompts(pool)
+    found = check.score(things, check.generate(model, processor, pool, things))
+    zero_shot = check.score(tables, check.generate(model, processor, pool, tables))
     assert found["mean_iou"] > 0.5 and found["well_formed"] >= 0.95
     assert zero_shot["well_formed"] >= 0.8

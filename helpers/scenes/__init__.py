@@ -1,13 +1,12 @@
 """The embedded photos: rendered packaging with nutrition tables, a function of (seed, split, index) alone.
 
-`render_scene` draws one; `SPLITS` says how many there are; `THINGS` are the names of everything else on the packs
-that can be asked for; `planted_faults` says where the audit has something to find.
+`render_scene` draws one; `SPLITS` says how many there are; `THINGS` are the names of everything else on the packs;
+`planted_faults` says where the audit has something to find.
 """
 
 import random
-import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from helpers.scenes.compose import compose_scene
 from helpers.scenes.things import SHAPES
@@ -31,9 +30,9 @@ class Scene:
     width: int
     height: int
     meta: dict[str, str]
-    tables: list[tuple[str, tuple[float, float, float, float]]] = field(default_factory=list)
-    things: list[tuple[str, tuple[float, float, float, float]]] = field(default_factory=list)
-    rotation: int = 0
+    tables: list[tuple[str, tuple[float, float, float, float]]]
+    things: list[tuple[str, tuple[float, float, float, float]]]
+    rotation: int
 
 
 def planted_faults(seed: int, split: str) -> dict[str, list]:
@@ -42,7 +41,6 @@ def planted_faults(seed: int, split: str) -> dict[str, list]:
     zero_area: one box there has no area. exif: stored unrotated with an EXIF orientation tag; width, height and boxes
     follow the picture as shown. same_product: pairs (first, second), two photos of one barcode.
     """
-    _check(seed, 0, split)
     if split not in SPLITS:
         return {"zero_area": [], "exif": [], "same_product": []}
     empty, turned, pairs = (2, 3, 2) if split == "train" else (1, 1, 1)
@@ -50,17 +48,6 @@ def planted_faults(seed: int, split: str) -> dict[str, list]:
     twins = indices[empty + turned:]
     return {"zero_area": sorted(indices[:empty]), "exif": sorted(indices[empty:empty + turned]),
             "same_product": sorted(tuple(sorted(twins[i:i + 2])) for i in range(0, 2 * pairs, 2))}
-
-
-def _check(seed: int, index: int, split: str) -> None:
-    whole = isinstance(seed, int) and isinstance(index, int) and not isinstance(seed, bool)
-    if not whole or seed < 0:
-        raise ValueError(f"scenes: seed and index must be whole numbers from 0, got seed={seed!r}, index={index!r}.")
-    if not isinstance(split, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,30}", split):
-        raise ValueError(f"scenes: split {split!r} is no name; use {', '.join(SPLITS)} or another in lower case.")
-    count = SPLITS.get(split, _MOST)
-    if not 0 <= index < count:
-        raise ValueError(f"scenes: index {index} is outside of split {split!r}; it holds 0 to {count - 1}.")
 
 
 def barcode_of(seed: int, split: str, product: int) -> str:
@@ -72,24 +59,22 @@ def barcode_of(seed: int, split: str, product: int) -> str:
     return digits + str(-total % 10)
 
 
-def render_scene(seed: int, index: int, split: str, long_side: int = 512) -> Scene:
-    """Draw scene `index` of `split`: the same bytes for the same arguments in any process, in any order.
+def render_scene(seed: int, index: int, split: str) -> Scene:
+    """Draw scene `index` of `split`, 512 pixels on its long side: the same bytes in any process, in any order.
 
-    seed >= 0. index: below SPLITS[split], or below 10**8 for a split of another name (such as "base"). long_side: of
-    the photo in pixels, 192 to 1024. Raises ValueError for anything else.
+    index: below SPLITS[split], or below 10**8 for a split of another name (such as "base"); ValueError otherwise.
     """
-    _check(seed, index, split)
-    if not isinstance(long_side, int) or not 192 <= long_side <= 1024:
-        raise ValueError(f"scenes: long_side must be 192 to 1024 pixels, got {long_side!r}.")
+    count = SPLITS.get(split, _MOST)
+    if not 0 <= index < count:
+        raise ValueError(f"scenes: index {index} is outside of split {split!r}, whose scenes are 0 to {count - 1}.")
     faults = planted_faults(seed, split)
     product = next((a for a, b in faults["same_product"] if b == index), index)
-    digits = barcode_of(seed, split, product)
-    drawn = compose_scene(f"{seed}/{split}", index, product, digits, long_side, stored_turned=index in faults["exif"],
-                          needs_panel=index in faults["zero_area"], stand_ins=split not in SPLITS)
-    tables = drawn.tables
+    digits, number = barcode_of(seed, split, product), 1 if product == index else 2
+    jpeg, (width, height), tables, things, rotation = compose_scene(
+        f"{seed}/{split}", index, product, digits, stored_turned=index in faults["exif"],
+        needs_panel=index in faults["zero_area"], stand_ins=split not in SPLITS)
     if index in faults["zero_area"]:
-        name, (x0, y0, _, y1) = tables[-1] if tables else ("nutrition-table", (0.3, 0.3, 0.7, 0.6))
-        tables[-1:] = [(name, (x0, y0, x0, y1))]
-    number = 1 if product == index else 2
+        name, (x0, y0, _, y1) = tables.pop() if tables else ("nutrition-table", (0.3, 0.3, 0.7, 0.6))
+        tables.append((name, (x0, y0, x0, y1)))
     meta = {"barcode": digits, "off_image_id": str(number), "image_url": f"embedded://scenes/{seed}/{split}/{index}"}
-    return Scene(f"{digits}_{number}", drawn.jpeg, *drawn.size, meta, tables, drawn.things, drawn.rotation)
+    return Scene(f"{digits}_{number}", jpeg, width, height, meta, tables, things, rotation)

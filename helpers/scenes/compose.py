@@ -1,14 +1,13 @@
 """One scene from end to end: camera, label, photo, boxes."""
 
 import random
-from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from helpers.scenes import photo
+from helpers.scenes import layout, photo
 from helpers.scenes.label import Label, Product
-from helpers.scenes.layout import ASPECTS, MIX, Rect, around, camera, face_of, shown_boxes, target_box, turned, unwarped
+from helpers.scenes.layout import Rect
 from helpers.scenes.warp import Warp, outline
 
 #: what stands where a nutrition panel would, in the scenes of the tiny base: thing -> how often
@@ -16,61 +15,46 @@ STAND_INS = {"drug facts": 7, "cooking table": 4, "price table": 4, "dosage tabl
              "directions": 1}
 
 
-@dataclass
-class Drawn:
-    """What `compose_scene` gives back: size (width, height) as shown, boxes xyxy in 0-1 of it."""
-
-    jpeg: bytes
-    size: tuple[int, int]
-    rotation: int
-    tables: list = field(default_factory=list)
-    things: list = field(default_factory=list)
-
-
-def compose_scene(key: str, index: int, product_index: int, digits: str, long: int, stored_turned: bool,
-                  needs_panel: bool, stand_ins: bool) -> Drawn:
+def compose_scene(key: str, index: int, product_index: int, digits: str, *, stored_turned: bool, needs_panel: bool,
+                  stand_ins: bool) -> tuple[bytes, tuple[int, int], list, list, int]:
     """Draw one scene; `key` names seed and split, `product_index` the design, `index` the photo.
 
-    `stand_ins`: in most pictures a thing of STAND_INS takes the place and the style of the nutrition panel.
+    `stand_ins`: in most pictures a thing of STAND_INS takes the place and the style of the nutrition panel. Returns
+    the JPEG, its (width, height) as shown, tables and things with boxes xyxy in 0-1 of it, and the rotation.
     """
     product = Product(random.Random(f"{key}/product/{product_index}"))
     rng = random.Random(f"{key}/photo/{index}")
-    aspect = rng.choices([a for a, _ in ASPECTS], [n for _, n in ASPECTS])[0]
-    category = rng.choices(list(MIX), list(MIX.values()))[0]
+    aspect = rng.choices([a for a, _ in layout.ASPECTS], [n for _, n in layout.ASPECTS])[0]
+    category = rng.choices(list(layout.MIX), list(layout.MIX.values()))[0]
     category = category or ("nutrition-table" if needs_panel else "")
     if stand_ins and rng.random() < 0.65:
         category = rng.choices(list(STAND_INS), list(STAND_INS.values()))[0]
     turn = rng.choice([90, 180, 270]) if rng.random() < 0.1 else 0
-    shown = (long, round(long / aspect)) if aspect > 1 else (round(long * aspect), long)
+    shown = (layout.LONG, round(layout.LONG / aspect)) if aspect > 1 else (round(layout.LONG * aspect), layout.LONG)
     size = shown[::-1] if turn in (90, 270) else shown
-    box = turned(target_box(rng, category, aspect), (360 - turn) % 360)
+    box = layout.turned(layout.target_box(rng, category, aspect), (360 - turn) % 360)
     target = (box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1])
-    face = face_of(rng, target, size)
-    warp, kind = camera(rng, size, face, target)
-    label = print_label(rng, product, digits, warp, kind, face, target if category else None, category, long)
-    tables = shown_boxes(label.tables, warp, turn, 0.1)
-    things = shown_boxes(label.things, warp, turn, 0.35)
+    face = layout.face_of(rng, target, size)
+    warp, kind = layout.camera(rng, size, face, target)
+    label = print_label(rng, product, digits, warp, kind, face, target if category else None, category)
+    tables = layout.shown_boxes(label.tables, warp, turn, 0.1)
+    things = layout.shown_boxes(label.things, warp, turn, 0.35)
     image = photograph(rng, label, warp, kind, face)
-    if turn:
-        image = image.transpose({90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180,
-                                 270: Image.Transpose.ROTATE_270}[turn])
     orientation = rng.choice([3, 6, 8]) if stored_turned else 1
-    if stored_turned:
-        image = image.transpose({3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90,
-                                 8: Image.Transpose.ROTATE_270}[orientation])
-    return Drawn(photo.to_jpeg(rng, image, orientation), shown, turn, tables, things)
+    image = image.rotate(turn + {1: 0, 3: 180, 6: 90, 8: 270}[orientation], expand=True)
+    return photo.to_jpeg(rng, image, orientation), shown, tables, things, turn
 
 
 def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, kind: str, face: Rect,
-                target: Rect | None, category: str, long: int) -> Label:
+                target: Rect | None, category: str) -> Label:
     """The flat label: the panel where the camera will show it at `target`, things around it."""
     w, h = warp.size
     seen = warp.inverse(outline((0, 0, w, h), 24))
     seen = (*(seen.min(0) - 12), *(seen.max(0) + 12))
-    flat = unwarped(warp, face)
+    flat = layout.unwarped(warp, face)
     if warp.radius:
         flat = (max(flat[0], -warp.rim()), flat[1], min(flat[2], warp.rim()), flat[3])
-    panel = unwarped(warp, target) if target else None
+    panel = layout.unwarped(warp, target) if target else None
     if panel:
         panel = tuple(min(max(v, 1.5 * seen[i % 2]), 1.5 * seen[2 + i % 2]) for i, v in enumerate(panel))
     label = Label(rng, product, flat, seen, digits)
@@ -79,7 +63,7 @@ def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, k
     extra = [] if not category or category in STAND_INS or draw > 0.055 else [category] * (2 if draw < 0.009 else 1)
     inner = (max(flat[0], seen[0] - 40) + 4, max(flat[1], seen[1] - 40) + 4,
              min(flat[2], seen[2] + 40) - 4, min(flat[3], seen[3] + 40) - 4)
-    label.fill(around(rng, inner, panel), extra, long)
+    label.fill(layout.around(rng, inner, panel), extra)
     if panel:
         label.panel(panel, category)
     return label

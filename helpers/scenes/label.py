@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageChops, ImageDraw
 
-from helpers.scenes.layout import Rect, cells
+from helpers.scenes.layout import LONG, Rect, cells
 from helpers.scenes.panels import draw_panel
 from helpers.scenes.photo import gradient, shade
 from helpers.scenes.text import WORDS, Color, Style, luma
@@ -157,16 +157,16 @@ class Label:
         if hull := self.paint(rect, draw, ground, 0, style):
             found.append((name, hull))
 
-    def fill(self, rects: list[Rect], extra: list[str], long: float) -> None:
+    def fill(self, rects: list[Rect], extra: list[str]) -> None:
         """Print things, and the panels of `extra` categories, into free rectangles of the face."""
         rng = self.rng
-        most = rng.uniform(0.18, 0.5) * long
-        free = [cell for rect in rects for cell in cells(rng, rect, most, 0.035 * long)]
+        most = rng.uniform(0.18, 0.5) * LONG
+        free = [cell for rect in rects for cell in cells(rng, rect, most, 0.035 * LONG)]
         free = [c for c in free if c[0] < self.bounds[2] and c[2] > self.bounds[0] and c[1] < self.bounds[3]
                 and c[3] > self.bounds[1]]
         free.sort(key=lambda c: -min(c[2] - c[0], c[3] - c[1]))
         for category in extra:
-            if free and min(free[0][2] - free[0][0], free[0][3] - free[0][1]) > 0.08 * long:
+            if free and min(free[0][2] - free[0][0], free[0][3] - free[0][1]) > 0.08 * LONG:
                 x0, y0, x1, y1 = free.pop(0)
                 self.panel((x0 + 4, y0 + 4, x1 - 4, y1 - 4), category)
         weights = dict(WEIGHTS)
@@ -175,22 +175,22 @@ class Label:
             if number and rng.random() < 0.12:
                 continue
             name = decoy if decoy and number == 0 else rng.choices(list(weights), list(weights.values()))[0]
-            if self.thing(name, cell, long):
+            if self.thing(name, cell):
                 weights[name] = weights[name] * (0.0 if name in ("barcode", "qr code") else 0.25)
 
-    def thing(self, name: str, cell: Rect, long: float) -> bool:
+    def thing(self, name: str, cell: Rect) -> bool:
         """Print one thing into a cell at a shape that suits it; False where there is no room."""
         rng, (low, high) = self.rng, SHAPES[name]
         quarter = rng.choice([Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270]) if rng.random() < 0.1 else 0
         low, high = (1 / high, 1 / low) if quarter else (low, high)
         room = 0.94 * (cell[2] - cell[0]) - 3, 0.94 * (cell[3] - cell[1]) - 3
-        if min(room) < 0.03 * long:
+        if min(room) < 0.03 * LONG:
             return False
         ratio = min(max(room[0] / room[1], low), high)
         dense = name.endswith(("table", "list")) or name == "directions"
         w = min(room[0], room[1] * ratio) * (rng.uniform(0.9, 1) if dense else rng.uniform(0.55, 1))
         h = w / ratio
-        if min(w, h) < 0.025 * long:
+        if min(w, h) < 0.025 * LONG:
             return False
         x = cell[0] + rng.uniform(0.2, 0.8) * (cell[2] - cell[0] - w)
         y = cell[1] + rng.uniform(0.2, 0.8) * (cell[3] - cell[1] - h)

@@ -8,6 +8,7 @@ import numpy as np
 from helpers.scenes.warp import Warp, outline, visible_hull
 
 Rect = tuple[float, float, float, float]
+LONG = 512  # pixels of a photo's long side
 #: share of the pictures by category of their (first) panel; the rest have none
 MIX = {"nutrition-table": 0.795, "nutrition-table-small": 0.08, "nutrition-table-small-energy": 0.055,
        "nutrition-table-text": 0.05, "": 0.02}
@@ -62,7 +63,6 @@ def face_of(rng: random.Random, target: Rect, size: tuple[int, int]) -> Rect:
 
 def camera(rng: random.Random, size: tuple[int, int], face: Rect, target: Rect) -> tuple[Warp, str]:
     """A camera that sees a flat pack, a bag or a can or bottle."""
-    long = max(size)
     kind = rng.choices(["box", "bag", "can"], [4, 2.5, 3.5])[0]
     angles = (rng.gauss(0, 0.15), rng.gauss(0, 0.15), rng.gauss(0, rng.choice([0.02, 0.05, 0.12])))
     middle = ((target[0] + target[2]) / 2, (target[1] + target[3]) / 2)
@@ -73,10 +73,10 @@ def camera(rng: random.Random, size: tuple[int, int], face: Rect, target: Rect) 
         middle = (middle[0] + rng.uniform(-0.15, 0.15) * radius, middle[1])
         angles = (0.0, rng.gauss(0, 0.12), rng.gauss(0, 0.06))
     elif kind == "bag" or rng.random() < 0.1:
-        wave = rng.uniform(2, 6) / long
-        wrinkle = (rng.uniform(0.05, 0.22) / max(2 * wave, 8 / long), wave * rng.uniform(-2, 2),
+        wave = rng.uniform(2, 6) / LONG
+        wrinkle = (rng.uniform(0.05, 0.22) / max(2 * wave, 8 / LONG), wave * rng.uniform(-2, 2),
                    wave * rng.uniform(-2, 2), rng.uniform(0, 6.28))
-    return Warp(size, middle, radius, angles, rng.uniform(1.3, 3.0) * long, wrinkle), kind
+    return Warp(size, middle, radius, angles, rng.uniform(1.3, 3.0) * LONG, wrinkle), kind
 
 
 def unwarped(warp: Warp, rect: Rect) -> Rect:

@@ -47,10 +47,7 @@ def crumple(rng: random.Random, pack: Image.Image) -> Image.Image:
 def add_noise(rng: random.Random, image: Image.Image, levels: list[int]) -> Image.Image:
     """Grey or coloured, fine or coarse noise of one of the `levels` (standard deviation of 255)."""
     tile, (w, h) = _noise(rng.choice(levels), rng.random() < 0.4, rng.random() < 0.5), image.size
-    x, y = rng.random(), rng.random()
-    if w > _TILE or h > _TILE:
-        return ImageChops.add(image, tile.resize((w, h)), 1, -128)
-    x, y = int(x * (_TILE - w)), int(y * (_TILE - h))
+    x, y = int(rng.random() * (_TILE - w)), int(rng.random() * (_TILE - h))
     return ImageChops.add(image, tile.crop((x, y, x + w, y + h)), 1, -128)
 
 

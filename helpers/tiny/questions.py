@@ -1,8 +1,8 @@
-"""What the tiny base is asked and what it must answer: things in the scenes by their name, never a nutrition panel.
+"""The tiny base's prompts and completions: things in the scenes by their name, never a nutrition panel.
 
-A question is a name, the answer all boxes of that name in the grounding format, with the name in hyphens. One
-question in ten carries a made-up name for one of the things: so the base learns to copy a name that it does not
-know, letter by letter, and to answer with a box all the same.
+A prompt names a thing; the completion is all boxes of that name in the grounding format, with the name in hyphens. One
+prompt in ten carries a made-up name for one of the things: so the base learns to copy a name that it does not know,
+letter by letter, and to give a box all the same.
 """
 
 import random
@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from helpers.boxes import area, xyxy_unit_to_yxyx_unit
+from helpers.boxes import xyxy_unit_to_yxyx_unit
 from helpers.messages import target_text
+from helpers.scenes import THINGS
 
 PROMPTS = (
     "Detect the bounding box of the {name}.",
@@ -21,17 +22,12 @@ PROMPTS = (
     "Locate the {name} and give its box.",
 )
 PROMPT_WEIGHTS = (0.85, 0.05, 0.05, 0.05)
-MADE_UP_SHARE = 0.1
-MOST_BOXES = 3
+MADE_UP_SHARE, MOST_BOXES = 0.1, 3
 SMALLEST = 0.08  # of the picture's side: an image token is about .1 wide
-FORBIDDEN = re.compile(r"nutri", re.IGNORECASE)  # what the base must never be told
+WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
+TABLES = frozenset(("cooking table", "price table", "dosage table", "drug facts"))  # drawn twice as often
 
-# the tokenizer's training text, beside prompts and answers
-NAMES = (
-    "barcode", "qr code", "logo", "product name", "ingredient list", "directions", "cooking table", "price table",
-    "dosage table", "best-before stamp", "recycling mark", "flag", "seal", "food picture", "drug facts",
-)  # fmt: skip
-TABLES = frozenset(("cooking table", "price table", "dosage table", "drug facts"))  # asked for twice as often
+# the tokenizer's training text, beside prompts and completions
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu zen bra clo dri fle gno pri stu tra".split()
 WORDS = "table list text small energy label panel sign mark box line note seal code area block part".split()
 TEXTS = (
@@ -42,13 +38,13 @@ TEXTS = (
 
 
 def prompt_text(name: str, rng: random.Random | None = None) -> str:
-    """The question for a name; without `rng` in the first phrasing, which is the project's own."""
+    """The prompt for a name; without `rng` in the first phrasing, which is the project's own."""
     form = PROMPTS[0] if rng is None else rng.choices(PROMPTS, PROMPT_WEIGHTS)[0]
     return form.format(name=name)
 
 
-def answer_text(name: str, boxes: np.ndarray) -> str:
-    """The answer for `boxes` [N, 4] (x0, y0, x1, y1 in 0-1), N >= 1: `price table` is written `price-table`."""
+def completion_text(name: str, boxes: np.ndarray) -> str:
+    """The completion for `boxes` [N, 4] (x0, y0, x1, y1 in 0-1), N >= 1: `price table` is written `price-table`."""
     label = name.replace(" ", "-")
     return target_text({"bbox": xyxy_unit_to_yxyx_unit(boxes).tolist(), "category_name": [label] * len(boxes)})
 
@@ -71,28 +67,24 @@ def corpus() -> list[str]:
     """The texts that the tokenizer is trained on; none names a nutrition table."""
     rng, box = random.Random(0), np.array([[0.1, 0.2, 0.3, 0.4]])
     texts = [text for text in TEXTS for _ in range(50)]
-    for name in NAMES:
+    for name in THINGS:
         texts += [form.format(name=name) for form in PROMPTS for _ in range(10)]
-        texts += [re.sub(r"<\|.*?\|>", " ", answer_text(name, box))] * 10
+        texts += [re.sub(r"<\|.*?\|>", " ", completion_text(name, box))] * 10
     texts += [f" {word}-{word}" for word in WORDS for _ in range(10)]
     return texts + [made_up_name(rng) for _ in range(300)]
 
 
 def by_name(things: Sequence[tuple[str, Sequence[float]]]) -> dict[str, np.ndarray]:
-    """Name -> boxes [N, 4] (x0, y0, x1, y1 in 0-1) of a scene's things; boxes without area are left out."""
+    """Name -> boxes [N, 4] (x0, y0, x1, y1 in 0-1) of a scene's things."""
     names = sorted({name for name, _ in things})
-    if bad := [name for name in names if FORBIDDEN.search(name)]:
-        raise ValueError(f"the thing {bad[0]!r} may not be named to the tiny base; it belongs among the tables")
-    grouped = {name: np.array([box for other, box in things if other == name], dtype=np.float64) for name in names}
-    grouped = {name: boxes[area(boxes) > 0] for name, boxes in grouped.items()}
-    return {name: boxes for name, boxes in grouped.items() if len(boxes)}
+    return {name: np.array([box for other, box in things if other == name]) for name in names}
 
 
 def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5) -> dict[str, np.ndarray]:
     """The same inside `crop` [4] (x0, y0, x1, y1 in 0-1), in the crop's own units.
 
     A name is kept when each of its boxes lies either outside the crop or inside it by at least `visible` of its area,
-    when they are `MOST_BOXES` at most, and none is too small to be seen (sides of `SMALLEST` on average).
+    when they are `MOST_BOXES` at most, and none is too small to be found (sides of `SMALLEST` on average).
     """
     if not named:
         return {}
@@ -104,17 +96,16 @@ def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5
     kept, start = {}, 0
     for name, boxes in named.items():
         part = slice(start, start := start + len(boxes))
-        seen = inside[part][share[part] > 0]
-        if fits[part].all() and 0 < len(seen) <= MOST_BOXES:
-            kept[name] = seen
+        shown = inside[part][share[part] > 0]
+        if fits[part].all() and 0 < len(shown) <= MOST_BOXES:
+            kept[name] = shown
     return kept
 
 
 def question(named: dict[str, np.ndarray], rng: random.Random) -> tuple[str, str]:
-    """One (prompt, answer) about a thing of `named` (at least one), sometimes under a made-up name."""
+    """One (prompt, completion) about a thing of `named` (at least one), sometimes under a made-up name."""
     names = sorted(named)
     (name,) = rng.choices(names, [2 if name in TABLES else 1 for name in names])
     shown = made_up_name(rng) if rng.random() < MADE_UP_SHARE else name
-    if FORBIDDEN.search(shown):
-        shown = name
-    return prompt_text(shown, rng), answer_text(shown, named[name])
+    shown = name if "nutri" in shown else shown  # the base is never told of nutrition
+    return prompt_text(shown, rng), completion_text(shown, named[name])
