@@ -44,7 +44,7 @@ def test_collators_are_compared_over_seeds_and_shown_in_the_readme(tmp_path):
         collators.compare(tmp_path, 3)
     make_run(tmp_path, "all-text-s2", 0.054, recipe="r4-joint")
     result = collators.compare(tmp_path, 3)
-    assert result["verdict"] == "told apart" and result["difference"]["seeds"] == 3
+    assert result["verdict"] == "significant at 95 %" and result["difference"]["seeds"] == 3
     assert result["difference"]["value"] == pytest.approx(result["assistant"]["value"] - result["all-text"]["value"])
-    assert "loss on the answer alone minus on all text (r4-joint, 3 seeds each): ." in ledger.readme_block(
+    assert "loss on the answer alone minus on all text (r4-joint, 3 seeds each): ." in ledger.results(
         {"collators": result})

@@ -14,9 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import evaluate, runs
-from helpers.evaluate.intervals import told_apart
-from helpers.evaluate.seeds import difference_over_seeds, iou_matrix, over_seeds
+from helpers import runs
+from helpers.evaluate.intervals import over_seeds, significance
+from helpers.evaluate.reports import find_runs
+from helpers.evaluate.seeds import difference_over_seeds, iou_matrix
 
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
 SCOPES = ("assistant", "all-text")
@@ -38,7 +39,7 @@ def compare(folder: Path, seeds: int) -> dict:
     The three in the middle are `over_seeds`' intervals of mean IoU; the difference is `assistant` minus `all-text`.
     Raises ValueError that names a run which is missing.
     """
-    found = {run["run"].removesuffix("-stage2"): run for run in evaluate.find_runs(folder)}
+    found = {run["run"].removesuffix("-stage2"): run for run in find_runs(folder)}
     groups = {scope: [f"{scope}-s{seed}" for seed in range(seeds)] for scope in SCOPES}
     missing = [name for names in groups.values() for name in names if name not in found]
     if missing:
@@ -47,8 +48,8 @@ def compare(folder: Path, seeds: int) -> dict:
     difference = difference_over_seeds(a, b)
     return {"seeds": seeds, "recipe": a[0]["recipe"], "commit": a[0]["commit"],
             "command": [run["command"] for run in (*a, *b)],
-            "assistant": over_seeds(iou_matrix(a)[0]), "all-text": over_seeds(iou_matrix(b)[0]),
-            "difference": difference, "verdict": told_apart(difference)}
+            "assistant": over_seeds(iou_matrix(a)), "all-text": over_seeds(iou_matrix(b)),
+            "difference": difference, "verdict": significance(difference)}
 
 
 def main() -> None:
