@@ -1,6 +1,6 @@
 """Every number of a run, from its truth and predictions alone. The definitions stand in `score`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -46,11 +46,11 @@ def score(truth: list[dict], predictions: list[dict], *, resamples: int = RESAMP
         "summary": _summary(records, **options),
         "first_50": _summary(records[:50], **options),
         "by_category": {
-            name: _over_boxes(records, lambda r, i, name=name: r["box_categories"][i] == name, **options)
+            name: _over_boxes(records, [[kind == name for kind in r["box_categories"]] for r in records], **options)
             for name in sorted({name for record in records for name in record["box_categories"]})
         },
         "by_size": {
-            name: _over_boxes(records, lambda r, i, low=low, high=high: low <= r["box_areas"][i] < high, **options)
+            name: _over_boxes(records, [[low <= area < high for area in r["box_areas"]] for r in records], **options)
             for name, (low, high) in SIZES.items()
         },
         "by_rotation": {  # degrees, "unknown" where the truth does not say
@@ -75,7 +75,7 @@ def _summary(records: list[dict], **options) -> dict:
     found = np.array([sum(record["box_found"]) for record in records], dtype=float)
     return {
         **_over_pictures([record for record in records if record["true"]], **options),
-        **_over_boxes(records, lambda record, i: True, **options),
+        **_over_boxes(records, [[True] * len(record["true"]) for record in records], **options),
         "precision": interval(ratio, found, predicted, n=int(predicted.sum()), rate=True, **options),
         "f1": interval(ratio, 2 * found, true + predicted, n=int(true.sum()), rate=True, **options),
         **average_precision(records, **options),
@@ -102,14 +102,15 @@ def _over_pictures(tables: list[dict], **options) -> dict:
     }
 
 
-def _over_boxes(records: list[dict], belongs: Callable[[dict, int], bool], **options) -> dict:
-    """Mean IoU, recall at .5 and right names over the true boxes that belong, resampled by picture."""
+def _over_boxes(records: list[dict], chosen: list[list[bool]], **options) -> dict:
+    """Mean IoU, recall at .5 and right names over the chosen true boxes of each picture, resampled by picture."""
 
     def total(key: str) -> np.ndarray:
-        return np.array([sum(value for i, value in enumerate(r[key]) if belongs(r, i)) for r in records], dtype=float)
+        each = [np.compress(boxes, record[key]).sum() for record, boxes in zip(records, chosen, strict=True)]
+        return np.array(each, dtype=float)
 
-    count = np.array([sum(belongs(r, i) for i in range(len(r["true"]))) for r in records], dtype=float)
-    found, n = total("box_found"), int(count.sum())
+    count, found = np.array([sum(boxes) for boxes in chosen], dtype=float), total("box_found")
+    n = int(count.sum())
     return {
         "mean_iou_boxes": interval(ratio, total("box_ious"), count, n=n, **options),
         "recall": interval(ratio, found, count, n=n, rate=True, **options),
