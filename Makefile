@@ -10,6 +10,8 @@ INPUT ?=
 OUTPUT ?=
 ARGS ?=
 PYTEST_ARGS ?=
+# Paths reach the shell in its environment and as they were typed, so that spaces, quotes and dollars stay what they are.
+$(foreach name,MODEL INPUT OUTPUT RUN,$(eval override export $(name) := $$(value $(name))))
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -47,15 +49,15 @@ demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU,
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo $(ARGS)
 
 app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newest where left out) PORT=7860
-	$(BIN)/python -m helpers.app $(MODEL) --port $(or $(PORT),7860) $(ARGS)
+	$(BIN)/python -m helpers.app $(if $(MODEL),"$$MODEL") --port $(or $(PORT),7860) $(ARGS)
 
 serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/...-merged PORT=8000
-	$(BIN)/python -m helpers.serve $(MODEL) --port $(or $(PORT),8000) $(ARGS)
+	$(BIN)/python -m helpers.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
 
 predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
-	$(BIN)/python -m helpers.many $(if $(INPUT),$(INPUT),$(error INPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
-		$(if $(OUTPUT),$(OUTPUT),$(error OUTPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
-		$(if $(MODEL),--model $(MODEL)) $(ARGS)
+	$(BIN)/python -m helpers.many $(if $(INPUT),"$$INPUT",$(error INPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
+		$(if $(OUTPUT),"$$OUTPUT",$(error OUTPUT= is missing; make predict INPUT=photos OUTPUT=boxes)) \
+		$(if $(MODEL),--model "$$MODEL") $(ARGS)
 
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 
@@ -86,7 +88,7 @@ run-%: sync
 	$(ON_GPUS) $(PAPERMILL) pipeline.ipynb runs/$*.ipynb -p recipe $* -p scale $(SCALE) $(ARGS)
 
 rerun: sync ## repeat a run from its manifest: RUN=runs/qwen2vl-nutrition-detection-r4-joint
-	$(BIN)/python -m helpers.dev.rerun $(if $(RUN),$(RUN),$(error RUN= is missing; make rerun RUN=runs/qwen2vl-nutrition-detection-r4-joint)) $(ARGS)
+	$(BIN)/python -m helpers.dev.rerun $(if $(RUN),"$$RUN",$(error RUN= is missing; make rerun RUN=runs/qwen2vl-nutrition-detection-r4-joint)) $(ARGS)
 
 table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
 	$(BIN)/python -m helpers.evaluate table $(ARGS)
@@ -96,8 +98,8 @@ compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-
 		$(if $(B),$(B),$(error B= is missing; make compare A=r4-joint B=r1-llm-only))
 
 export: $(STAMP) ## bf16 and 4-bit copies of a merged model, each with its model card: MODEL=runs/...-merged (OUTPUT= PUSH=user/name)
-	$(BIN)/python -m helpers.export $(if $(MODEL),$(MODEL),$(error MODEL= is missing; make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged)) \
-		$(if $(OUTPUT),--output $(OUTPUT)) $(if $(RUN),--run $(RUN)) $(if $(PUSH),--push $(PUSH)) $(ARGS)
+	$(BIN)/python -m helpers.export $(if $(MODEL),"$$MODEL",$(error MODEL= is missing; make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged)) \
+		$(if $(OUTPUT),--output "$$OUTPUT") $(if $(RUN),--run "$$RUN") $(if $(PUSH),--push $(PUSH)) $(ARGS)
 
 prompts: $(STAMP) ## ask several prompts without training, in NF4 and bf16 (ARGS='--scale 7b')
 	$(BIN)/python -m helpers.dev.prompts $(ARGS)

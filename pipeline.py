@@ -37,7 +37,7 @@ max_pixels = None
 # training
 epochs = None
 learning_rate = None
-batch_size = None  # pictures a step and process
+batch_size = None  # pictures a step; with several processes all together
 accumulation = None  # steps whose gradients are added up
 lora_rank = None
 lora_alpha = None
@@ -88,10 +88,10 @@ import torch
 import transformers
 from IPython.display import display
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import boxes, budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
+from helpers import budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
 from helpers import model, parity, plots, predict, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
@@ -170,8 +170,9 @@ display({"from the text": parsed.boxes_xyxy_unit.tolist(), "truth (y first)": ex
 # %%
 processor = Qwen2VLProcessor.from_pretrained(run.model_path, revision=run.model_revision,
                                              min_pixels=run.min_pixels, max_pixels=run.max_pixels)
-made_with = parity.record(processor, run.prompt)
+made_with = parity.record(processor, run.prompt, run.max_new_tokens)
 collator = collate.Collator(processor, run.prompt, run.loss_scope)
+collate.check_limits(rows, collator, run)  # the longest answer and the longest sequence
 print(collator.texts([example])[0])
 
 # %% [markdown]
@@ -201,14 +202,14 @@ nf4 = BitsAndBytesConfig(
 
 def load_base(precision, path=run.model_path, device_map=None):
     """A frozen Qwen2-VL in `nf4` or `bf16`, on all GPUs of this process, or on the CPU where there is none."""
-    parity.check(path, made_with, required=path != run.model_path)
     model.patches_as_product()
-    base = Qwen2VLForConditionalGeneration.from_pretrained(
+    base = model.load(
         path,
+        made_with,
+        ours=path != run.model_path,
         revision=run.model_revision if path == run.model_path else None,
         quantization_config=nf4 if precision == "nf4" else None,
         dtype=model.compute_dtype(),  # bf16, where the machine has it
-        use_safetensors=True,  # never a pickle
         attn_implementation=model.attention(),
         device_map=device_map or model.device_map(),
     )
@@ -217,7 +218,8 @@ def load_base(precision, path=run.model_path, device_map=None):
 
 
 # %% [markdown]
-# `check_precision` stops the run if a layer is held otherwise than it should be. The table shows what is really NF4.
+# `model.load` is `from_pretrained`, and stops the run where a weight is missing, unexpected or of another shape;
+# `check_precision` where a layer is held otherwise than it should be. The table shows what is really NF4.
 
 # %%
 first_precision = run.stages[0].stage.precision if run.stages else run.precision or "nf4"
@@ -233,8 +235,7 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # only the names below and the digits are left to choose: the form is given.
 
 # %%
-named = {name for row in data.truth_rows(rows["train"]) for name in row["objects"]["category_name"]}
-names = sorted({*boxes.CATEGORIES, *named}) if run.constrained else None
+names = data.names_in(rows["train"]) if run.constrained else None
 
 
 def ask(vlm, path, **inputs):
@@ -242,7 +243,7 @@ def ask(vlm, path, **inputs):
     key = runs.key(pixels=[run.min_pixels, run.max_pixels], val=runs.rows_hash(rows["val"]),
                    max_new_tokens=run.max_new_tokens, names=names, **inputs)
     with runs.exclusive(path):
-        if not runs.is_done(path.parent, path.name, key):
+        if not (runs.is_done(path.parent, path.name, key) and path.is_file()):
             vlm.set_attn_implementation(model.attention(training=False))
             with runs.timed(run.folder, path.stem):
                 predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
@@ -304,7 +305,7 @@ def checkpointing(tuned):
     """Whether to work activations out twice, and the layers that keep theirs all the same."""
     if run.gradient_checkpointing is not None:
         return run.gradient_checkpointing, []
-    rows_of = budget.longest(rows["train"], run.batch_size, run.min_pixels, run.max_pixels)
+    rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collate.Collator(processor, run.prompt, run.loss_scope)(rows_of)
     if model.fits_whole(tuned, longest):
         return False, []
@@ -325,12 +326,13 @@ workers = 4 if torch.cuda.is_available() else 0  # processes that open pictures
 
 
 def sft_config(stage_run, checkpointed):
-    """How a stage is trained; the effective batch is batch_size x accumulation x processes."""
+    """How a stage is trained; an update is of batch_size x accumulation pictures, which all processes share."""
+    batch_size, accumulation = run.share
     return SFTConfig(
         output_dir=str(stage_run.folder),
         num_train_epochs=run.epochs,
-        per_device_train_batch_size=run.batch_size,
-        gradient_accumulation_steps=run.accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         learning_rate=stage_run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -509,9 +511,8 @@ def merge_into(kind):
     if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
         base = load_base("nf4", base_path, place).dequantize().to(dtype)
     else:
-        base = Qwen2VLForConditionalGeneration.from_pretrained(
-            base_path, dtype=dtype, use_safetensors=True, device_map=place,
-            revision=run.model_revision if base_path == run.model_path else None)
+        base = model.load(base_path, made_with, dtype=dtype, device_map=place,
+                          revision=run.model_revision if base_path == run.model_path else None)
     adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
     if run.memory == "low":  # logits of a 7B model can take hours on a CPU; each layer's weights are compared
         return merge.merge_adapter(adapted, None)[0]
@@ -523,7 +524,7 @@ def merge_into(kind):
 
 # %%
 merges = bool(run.stages) and run.stages[-1].stage.trains == "lora"
-if merges and not runs.is_done(run.folder, "merge", key + run.merge_base):
+if merges and not (runs.is_done(run.folder, "merge", key + run.merge_base) and run.merged_folder.is_dir()):
     with runs.timed(run.folder, "merge"), runs.exclusive(run.merged_folder):
         if runs.is_main():
             merged = merge_into(run.merge_base)
@@ -534,6 +535,8 @@ if merges and not runs.is_done(run.folder, "merge", key + run.merge_base):
             parity.write(run.merged_folder, made_with, parity.base_of(base_path, run.model_revision))
     runs.mark_done(run.folder, "merge", key + run.merge_base)
 shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if run.stages else run.model_path
+if run.stages and runs.is_main():
+    parity.note_longest(shipped, run.max_new_tokens)
 
 # %% [markdown]
 # The merged folder is loaded like any other model, by its path, and asked the same questions.
@@ -557,6 +560,7 @@ if merges:
 # %%
 print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
 for name, score in metrics["scores"].items():
-    print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}")
+    print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}{evaluate.unstopped_note(score)}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
+runs.leave()
 pd.DataFrame(runs.report(run))

@@ -12,11 +12,13 @@ from helpers.files import write_text
 def join(output: Path, parts: list[Path], coco: bool) -> dict[str, int]:
     """All `parts` (JSON lines) as `output/predictions.jsonl`, and with `coco` as COCO results; counts what is in them.
 
+    An answer that never stopped was cut off at the limit of tokens: it may lack boxes.
+
     `coco_images.json` numbers pictures and categories as COCO's `loadRes` wants them, and `coco_results.json` has the
     boxes, [x, y, width, height] in pixels, with the confidence as score; boxes of other names than `CATEGORIES` are
     left out of it.
     """
-    counts = {"pictures": 0, "with a box": 0, "without": 0, "unreadable": 0}
+    counts = {"pictures": 0, "with a box": 0, "without": 0, "unreadable": 0, "never stopped": 0}
     images, results = [], []
     joined = output / f"predictions.jsonl.part-{os.getpid()}"
     try:
@@ -27,6 +29,7 @@ def join(output: Path, parts: list[Path], coco: bool) -> dict[str, int]:
                 for line in (json.loads(written) for written in text.split("\n") if written):
                     counts["pictures"] += 1
                     counts["unreadable" if "error" in line else "with a box" if line["boxes"] else "without"] += 1
+                    counts["never stopped"] += "error" not in line and not line["stopped"]
                     if coco:
                         images.append({"id": counts["pictures"], "file_name": line["image_id"],
                                        "width": line["width"], "height": line["height"]})

@@ -35,7 +35,7 @@ def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Fo
         except ValueError as error:
             raise gr.Error(f"{Path(photo).name}: {error}.", print_exception=False) from None
         (line,) = generate_lines(model, processor, [finished.as_row("photo", picture)], prompt,
-                                 {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False})
+                                 {"do_sample": False})
         boxes = [finished.to_pixels(box, picture.size) for box in line["boxes"]]
         labels = [f"{label or 'box'} {confidence:.0%}" for label, confidence
                   in zip(line["labels"], line["confidences"], strict=True)]
@@ -85,11 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         page = build_page(chosen.model or finished.newest())
     except ParameterError as error:
         sys.exit(str(error))
-    try:
-        page.launch(server_name=chosen.host, server_port=chosen.port, show_error=True)
-    except OSError as error:  # gradio's own words advise to change its call
-        sys.exit(f"--port {chosen.port}: no page can be opened there ({str(error).partition('.')[0]}); name another, "
-                 "PORT=7861.")
+    page.launch(server_name=chosen.host, server_port=chosen.port, show_error=True)
 
 
 if __name__ == "__main__":

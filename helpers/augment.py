@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from helpers.boxes import xyxy_px_to_xyxy_unit, xyxy_unit_to_xyxy_px, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
 from helpers.data.checks import MOST_ASPECT
+from helpers.data.pictures import as_rgb
 
 GREY = 114  # what lies beyond the edge of a turned or moved picture
 LEAST_SIDE = 2.0  # pixels: a draw that leaves a box thinner than this is drawn again
@@ -112,7 +113,7 @@ class Augment(TrainerCallback):
         with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if nothing were drawn
             # not torch.manual_seed: that would also reset the GPU's
             torch.default_generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7]))
-            picture, boxes = warp(tv_tensors.Image(row["image"].convert("RGB")), row["objects"]["bbox"])
+            picture, boxes = warp(tv_tensors.Image(as_rgb(row["image"])), row["objects"]["bbox"])
             picture = functional.to_pil_image(LOOK(picture))
         unit = xyxy_unit_to_yxyx_unit(xyxy_px_to_xyxy_unit(boxes, *picture.size).clip(0, 1))
         objects = {**row["objects"], "bbox": unit.tolist()}

@@ -1,7 +1,6 @@
 """IoU while the model trains, on pictures of `selection`: a run that goes wrong is seen early, the best step kept."""
 
 from accelerate.utils import gather_object
-from bitsandbytes.nn import Linear4bit
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -49,29 +48,20 @@ class IoUDuringTraining(TrainerCallback):
         mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
         was_training, lines = model.training, []
         model.eval()
-        _keep_4bit_weights_trainable(model)
         try:
             for start in range(0, len(mine), self.batch_size):
                 batch = [self.rows[i] for i in mine[start : start + self.batch_size]]
                 with accelerator.autocast():
                     lines += predict.generate_lines(model, self.sft.processing_class, batch, self.prompt,
                                                     self.generation)
-            score = evaluate.score(self.truth, gather_object(lines), resamples=0)
+            lines = gather_object(lines)
+            score = evaluate.score(self.truth, lines, resamples=0)
             iou = score["summary"]["mean_iou"]["value"]
             self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
         finally:
             model.train(was_training)
         if accelerator.is_main_process:
-            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures")
+            unstopped = sum(not line["stopped"] for line in lines)
+            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures"
+                       + (f", {unstopped} answers never stopped" if unstopped else ""))
         return iou
-
-
-def _keep_4bit_weights_trainable(model) -> None:
-    """Leave 4-bit layers in training mode, which changes nothing but this.
-
-    On some CPUs bitsandbytes repacks the weights of such a layer at its first use in eval mode, for good, and no
-    gradient passes through a repacked layer.
-    """
-    for layer in model.modules():
-        if isinstance(layer, Linear4bit):
-            layer.train()

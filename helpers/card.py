@@ -1,5 +1,6 @@
 """The model card of an exported model: its README.md with the Hub's YAML head, written from the run's own files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ TEMPLATE = """---
 # {{ title }}
 
 Qwen2-VL, fine-tuned to answer one question about a photo of food packaging with a box around each nutrition table:
-*{{ prompt }}*
+
+```text
+{{ prompt }}
+```
 
 {{ held }} {{ size }}
 
@@ -36,8 +40,9 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 folder = "{{ name }}"
 model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype="auto", device_map="auto")
 processor = Qwen2VLProcessor.from_pretrained(folder)
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
-chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{{ prompt }}"}]}]
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": {{ prompt_literal }}}]}]
 text = processor.apply_chat_template(chat, add_generation_prompt=True)
 batch = processor(images=[image], text=[text], return_tensors="pt").to(model.device)
 answer = model.generate(**batch, max_new_tokens={{ max_new_tokens }}, do_sample=False)
@@ -88,7 +93,8 @@ def model_card(copy: str, run: Path, parity: dict[str, Any], size: int, compared
     card = ModelCard.from_template(
         _head(copy, name, manifest, shipped, scored_in), template_str=TEMPLATE, title=name, name=name, held=HELD[copy],
         size=f"The weights take {size / 1e9:.3g} GB." if size > 1e8 else f"The weights take {size / 1e6:.3g} MB.",
-        prompt=parity["prompt"], example=parity["box_format"].partition(" is ")[2],
+        prompt=parity["prompt"], prompt_literal=json.dumps(parity["prompt"], ensure_ascii=False),
+        example=parity["box_format"].partition(" is ")[2],
         max_new_tokens=values["max_new_tokens"], min_pixels=parity["min_pixels"], max_pixels=parity["max_pixels"],
         tokens=f"{parity['min_pixels'] // 784} to {parity['max_pixels'] // 784}",
         scored=f"All {metrics['truth']['pictures']} pictures of `val`, {metrics['truth']['tables']} with a table",

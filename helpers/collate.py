@@ -1,10 +1,19 @@
 """Rows -> batches with a label mask. What the loss sees is decided here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import datasets
+import numpy as np
 import torch
 
-from helpers.messages import to_messages
+from helpers.budget import image_tokens
+from helpers.data import names_in
+from helpers.data.pictures import as_rgb
+from helpers.grammar import longest_unit
+from helpers.messages import END_OF_TURN, target_text, to_messages
+from helpers.parameters import ParameterError
+from helpers.recipes import IMAGE_TOKEN
+from helpers.settings import Run
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 MAX_TOKENS = 2048  # a longer sequence is refused by name, never cut: a cut would lose image tokens
@@ -46,7 +55,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         rows = [self.augment(row) for row in rows] if self.augment else rows
-        images = [row["image"].convert("RGB") for row in rows]
+        images = [as_rgb(row["image"]) for row in rows]
         batch = self.processor(images=images, text=self.texts(rows), padding=True, padding_side="right",
                                return_tensors="pt")
         lengths = batch["attention_mask"].sum(1)
@@ -89,3 +98,49 @@ def check_end_token(labels: torch.Tensor, end: int) -> None:
         if not (row == end).any():
             raise ValueError(f"row {number} of the batch has no <|im_end|> in its labels: the model would never "
                              "learn to stop.")
+
+
+def check_limits(rows: Mapping[str, datasets.Dataset], collator: Collator, run: Run) -> None:
+    """Refuse a run whose limits do not fit its data; by arithmetic, so no picture is opened.
+
+    `rows`: train, selection and val, prepared. Raises ParameterError where the true answer of a picture of train or
+    val does not fit into `max_new_tokens`; where a picture of train makes more than 2048 tokens (with `augment` each
+    may become as large as `max_pixels`); where `eval_steps` would find no box on its pictures of selection.
+    """
+    for split in (name for name in ("train", "val") if len(rows[name])):
+        need = _answer_tokens(rows[split]["objects"], collator)
+        if run.constrained:  # leaves each box the room that it takes at most
+            unit = longest_unit(collator.processor.tokenizer, names_in(rows["train"]))
+            need = np.maximum(need, [len(objects["bbox"]) * unit + 1 for objects in rows[split]["objects"]])
+        longest = int(need.argmax())
+        if need[longest] > run.max_new_tokens:
+            raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut answers: the true one of image_id="
+                                 f"{rows[split]['image_id'][longest]!r} in {split} needs {need[longest]}; set "
+                                 f"max_new_tokens={need[longest]} or more.")
+    if run.stages:
+        _check_sequences(rows["train"], collator, run)
+    few = rows["selection"]["objects"][: run.eval_pictures] if run.stages and run.eval_steps else None
+    if few is not None and not any(objects["bbox"] for objects in few):
+        raise ParameterError(f"eval_steps={run.eval_steps} finds no box on {len(few)} pictures of selection; leave it "
+                             "out, raise eval_pictures, or give the data set pictures for a split named selection.")
+
+
+def _check_sequences(train: datasets.Dataset, collator: Collator, run: Run) -> None:
+    """Raise ParameterError for the longest sequence of `train`, where it has more than 2048 tokens."""
+    answers = _answer_tokens(train["objects"], collator)
+    chat = collator.texts([{"image": None, "objects": train["objects"][0]}])[0]
+    text = len(collator.processor.tokenizer(chat)["input_ids"]) - 1 - answers[0] + answers  # 1: the image token itself
+    images = (np.full(len(train), run.max_pixels // IMAGE_TOKEN) if run.augment else
+              image_tokens(zip(train["width"], train["height"], strict=True), run.min_pixels, run.max_pixels))
+    longest = int((text + images).argmax())
+    tokens, room = text[longest] + images[longest], IMAGE_TOKEN * (MAX_TOKENS - text[longest])
+    if tokens > MAX_TOKENS:
+        raise ParameterError(f"image_id={train['image_id'][longest]!r} in train makes {tokens} tokens, {text[longest]} "
+                             f"of them text, and at most {MAX_TOKENS} are allowed; "
+                             + (f"set max_pixels={room} or less." if room > 0 else "take it out."))
+
+
+def _answer_tokens(objects: Sequence[Mapping], collator: Collator) -> np.ndarray:
+    """Tokens of each true answer, with the `<|im_end|>` that ends it: int64 [N]."""
+    texts = [target_text(one) + END_OF_TURN for one in objects]
+    return np.array([len(ids) for ids in collator.processor.tokenizer(texts)["input_ids"]], dtype=np.int64)

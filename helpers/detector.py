@@ -24,6 +24,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from helpers import evaluate
 from helpers.augment import Augment
 from helpers.boxes import area, clip_unit, xyxy_px_to_xywh_px, xyxy_unit_to_xyxy_px, yxyx_unit_to_xyxy_unit
+from helpers.data.pictures import as_rgb
 from helpers.files import write_json
 from helpers.parameters import ParameterError
 
@@ -85,7 +86,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Mapping]) -> dict:
         rows = [self.augment(row) for row in rows] if self.augment else rows
-        images = [row["image"].convert("RGB") for row in rows]
+        images = [as_rgb(row["image"]) for row in rows]
         annotations = [self.annotation(row["objects"], image.size) for row, image in zip(rows, images, strict=True)]
         batch = self.image_processor(images, annotations=annotations, return_tensors="pt")
         labels = [{name: label[name] for name in ("class_labels", "boxes")} for label in batch["labels"]]
@@ -120,7 +121,7 @@ def predict(model, image_processor, rows, batch_size: int = 32, least: float = 0
     lines = []
     for start in range(0, len(rows), batch_size):
         few = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        pixels = image_processor([row["image"].convert("RGB") for row in few], return_tensors="pt")["pixel_values"]
+        pixels = image_processor([as_rgb(row["image"]) for row in few], return_tensors="pt")["pixel_values"]
         found = image_processor.post_process_object_detection(model(pixels.to(model.device)), threshold=least)
         lines += [line(row["image_id"], one, model.config.id2label) for row, one in zip(few, found, strict=True)]
     return lines

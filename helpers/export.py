@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 
 from helpers import data, evaluate, finished, merge, model, parity, predict, runs
 from helpers.card import model_card
@@ -36,7 +36,7 @@ def export(source: str | Path, output: str | Path | None = None, run: str | Path
     source = Path(source).expanduser()
     check_model(source)
     run = run_of(source, run)
-    output = Path(output) if output else source.with_name(f"{source.name.removesuffix('-merged')}-export")
+    output = Path(output).expanduser() if output else source.with_name(f"{source.name.removesuffix('-merged')}-export")
     if not _exported(source, output):
         _check_room(source, output)
         part = output.with_name(output.name + ".part")
@@ -75,7 +75,8 @@ def check_model(folder: Path) -> None:
 def run_of(source: Path, run: str | Path | None = None) -> Path:
     """The run that made the model in `source`, with manifest.json and metrics.json; ParameterError if there is none."""
     name = source.name.removesuffix("-merged")
-    places = [Path(run)] if run else [source.with_name(name), source.with_name(f"{name}-stage2"), source.parent]
+    beside = [source.with_name(name), source.with_name(f"{name}-stage2"), source.parent]
+    places = [Path(run).expanduser()] if run else beside
     for place in places:
         if (place / "manifest.json").is_file() and (place / "metrics.json").is_file():
             return place
@@ -125,8 +126,7 @@ def _quantise(source: Path, folder: Path) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["model.visual", "lm_head"],
     )
-    vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-        source, quantization_config=nf4, dtype=torch.bfloat16, use_safetensors=True, device_map=model.device_map())
+    vlm = model.load(source, quantization_config=nf4, dtype=torch.bfloat16, device_map=model.device_map())
     model.check_precision(vlm, "nf4")
     vlm.save_pretrained(folder)
     Qwen2VLProcessor.from_pretrained(source).save_pretrained(folder)
@@ -145,7 +145,7 @@ def write_cards(output: Path, run: Path) -> None:
                                                            read_json(output / COMPARED)))
 
 
-def compare(output: str | Path, rows, batch_size: int = 16, max_new_tokens: int = 128) -> dict:
+def compare(output: str | Path, rows, batch_size: int = 16) -> dict:
     """Ask both copies about `rows` (prepared; of the project's schema), in turns of one batch; kept in `COMPARED`.
 
     Returns `{"bf16"|"nf4": {"bytes", "seconds" a picture, "mean_iou", "ap" (both with intervals)},
@@ -154,16 +154,16 @@ def compare(output: str | Path, rows, batch_size: int = 16, max_new_tokens: int 
     output = Path(output)
     asked, lines, seconds = {}, {copy: [] for copy in COPIES}, dict.fromkeys(COPIES, 0.0)
     for copy in COPIES:
-        vlm = Qwen2VLForConditionalGeneration.from_pretrained(output / copy, device_map=model.device_map()).eval()
+        vlm = model.load(output / copy, inference=True, device_map=model.device_map()).eval()
         asked[copy] = vlm, Qwen2VLProcessor.from_pretrained(output / copy)
-    prompt = read_json(output / "bf16" / parity.FILE)["prompt"]
+    made_with = read_json(output / "bf16" / parity.FILE)
+    greedy = {"max_new_tokens": made_with.get("max_new_tokens", finished.MAX_NEW_TOKENS), "do_sample": False}
     batches = [[rows[i] for i in range(start, min(start + batch_size, len(rows)))]
                for start in range(0, len(rows), batch_size)]
     for number, batch in enumerate([batches[0][:4], *batches]):  # the first only warms up
         for copy in COPIES if number % 2 else reversed(COPIES):
             start = time.perf_counter()
-            found = predict.generate_lines(*asked[copy], batch, prompt,
-                                           {"max_new_tokens": max_new_tokens, "do_sample": False})
+            found = predict.generate_lines(*asked[copy], batch, made_with["prompt"], greedy)
             if number:
                 seconds[copy] += time.perf_counter() - start
                 lines[copy] += found

@@ -4,16 +4,16 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import TrainerCallback
 
 from helpers import checkpoints
 from helpers.model import KeepActivations
+from helpers.settings import take_signals
 
 
 class Stopped(SystemExit):
@@ -21,7 +21,7 @@ class Stopped(SystemExit):
 
 
 class StopNotice(TrainerCallback):
-    """SIGTERM, or in a notebook the end of the program that runs it: finish the step, save a checkpoint, stop.
+    """SIGTERM, Ctrl-C, a notebook's stop button or the end of the program that runs it: finish the step, save, stop.
 
     `came` names what came, and is empty where nothing did. Under a launcher all processes stop at the same step.
     """
@@ -30,21 +30,23 @@ class StopNotice(TrainerCallback):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Take SIGTERM (where this is the main thread) until the block ends."""
-        self.came, self.kernel_of = "", _kernel_parent()
+        """Take SIGTERM and SIGINT (where this is the main thread: Python hands it all signals) until the block ends."""
+        self.came, poller = "", _kernel_poller()
+        self.kernel_of = os.getppid() if poller else 0
+        before = take_signals(self._on_signal) if threading.current_thread() is threading.main_thread() else {}
         try:
-            before = signal.signal(signal.SIGTERM, self._on_signal)
-        except ValueError:  # Python hands signals to the main thread alone
-            yield
-            return
-        try:
-            with _kernel_outlives_its_parent() if self.kernel_of else contextlib.nullcontext():
+            with _kernel_outlives_its_parent(poller) if before and poller else contextlib.nullcontext():
                 yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, taker in before.items():
+                signal.signal(number, taker)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if self.came and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.came = signal.Signals(number).name
+        if number == signal.SIGINT:  # a person waits; `print` is not for a signal's handler
+            os.write(2, b"\nSIGINT: this step is finished and saved first; a second one ends at once, without.\n")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """A whole step is done: the one point at which weights, optimizer and data order agree."""
@@ -58,21 +60,30 @@ class StopNotice(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def _kernel_parent() -> int:
-    """In a notebook's kernel the process that started it (JupyterLab, papermill), else 0."""
+def _kernel_poller() -> Any:
+    """In a notebook's kernel its thread that looks whether the program that started it still runs, else None."""
     kernels = sys.modules.get("ipykernel.kernelapp")
-    return os.getppid() if kernels and kernels.IPKernelApp.initialized() else 0
+    return kernels.IPKernelApp.instance().poller if kernels and kernels.IPKernelApp.initialized() else None
 
 
-def _kernel_outlives_its_parent() -> Any:
+class _AnyProcess:
+    """Stands for a process id, and differs from none."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _kernel_outlives_its_parent(poller: Any) -> Iterator[None]:
     """papermill dies of a SIGTERM at once, and its kernel within a second of it, in the middle of a step.
 
-    While this holds the kernel's own watch sees its parent alive; `StopNotice` looks itself, after each step.
+    Until the block ends any parent is right for the kernel; `StopNotice` looks itself, after each step.
     """
-    from ipykernel import parentpoller
-
-    parent = os.getppid()
-    return mock.patch.object(parentpoller, "os", SimpleNamespace(getppid=lambda: parent, _exit=os._exit))
+    parent, poller.parent_pid = poller.parent_pid, _AnyProcess()
+    try:
+        yield
+    finally:
+        poller.parent_pid = parent
 
 
 class ForgivingReporter(TrainerCallback):

@@ -1,20 +1,21 @@
 """A finished model, to use: found in runs/, checked against what it was made with, opened; a picture read as shown."""
 
 import argparse
-import io
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
 from helpers import parity
-from helpers.data.pictures import as_rgb
+from helpers.data.pictures import as_rgb, open_picture
 from helpers.files import read_json
 from helpers.parameters import ParameterError
+from helpers.settings import check_architecture
 
 RUNS = Path(__file__).parents[1] / "runs"
-MAX_NEW_TOKENS = 128  # the pipeline's default: room for five boxes
-KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no EPS and its like: reading them starts programs
+MAX_NEW_TOKENS = 128  # the pipeline's default, room for five boxes: of models whose parity.json holds none
 MAX_RATIO = 200  # the processor takes no picture whose long side is more times its short one
 
 
@@ -27,12 +28,23 @@ def newest(runs: Path = RUNS) -> Path:
 
 
 def parse(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
-    """`model` (None: the newest is meant), `host` and `port` of a program that opens a finished model at a port."""
+    """`model` (None: the newest is meant), `host` and `port` of a program that opens a finished model at a port.
+
+    A port that cannot be opened ends the program with a sentence: before a model is loaded, which takes minutes at 7B.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m helpers.{program}", description=description)
     parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
     parser.add_argument("--port", type=int, default=port)
-    return parser.parse_args(given)
+    chosen = parser.parse_args(given)
+    try:
+        family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
+        socket.create_server((chosen.host, chosen.port or -1), family=family).close()  # 0 would be any port
+    except (OSError, OverflowError) as error:  # taken, not allowed, no such host; no such number
+        why = (str(error.strerror).partition(" (")[0] if isinstance(error, OSError)
+               else "a port is a number from 1 to 65535")
+        sys.exit(f"PORT={chosen.port} cannot be opened on {chosen.host} ({why}); name another, like PORT={port + 1}.")
+    return chosen
 
 
 def check(model: str | Path) -> dict[str, Any]:
@@ -60,8 +72,10 @@ def check(model: str | Path) -> dict[str, Any]:
         from transformers import Qwen2VLProcessor
 
         made_with = read_json(folder / parity.FILE)
-        read_json(folder / "config.json")
+        check_architecture(f"MODEL={model}", read_json(folder / "config.json"))
         parity.check(folder, parity.record(Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]))
+    except ParameterError:
+        raise
     except parity.ParityError as error:
         raise ParameterError(f"MODEL={model} is refused: {error}") from None
     except (OSError, ValueError, KeyError) as error:  # no right to read, a broken disk, half a file
@@ -80,33 +94,34 @@ def _merged_of(run: Path) -> str:
 def load(model: str | Path) -> tuple[Any, Any, str]:
     """(model, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
 
-    In `compute_dtype`, bf16 on a GPU. A 4-bit export loads the same way: its config.json says how it is held.
+    In `compute_dtype`, bf16 on a GPU. A 4-bit export loads the same way: its config.json says how it is held. Its
+    `generation_config.max_new_tokens` is that of the run that made it.
     """
     made_with = check(model)
-    from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers import Qwen2VLProcessor
 
-    from helpers.model import attention, compute_dtype, device_map, patches_as_product
+    from helpers import model as models
 
-    patches_as_product()
+    models.patches_as_product()
     folder = Path(model).expanduser()
-    loaded = Qwen2VLForConditionalGeneration.from_pretrained(
-        folder, dtype=compute_dtype(), use_safetensors=True, attn_implementation=attention(training=False),
-        device_map=device_map())
+    loaded = models.load(folder, inference=True, dtype=models.compute_dtype(),
+                         attn_implementation=models.attention(training=False), device_map=models.device_map())
+    loaded.generation_config.max_new_tokens = made_with.get("max_new_tokens", MAX_NEW_TOKENS)
     return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
 
 
 def open_upright(source: str | Path | bytes) -> Image.Image:
-    """A picture, from a path or its file's bytes, as its EXIF tag shows it, in RGB.
+    """A picture, from a path or its file's bytes, as its EXIF tag shows it, in RGB (`as_rgb`).
 
     Raises ValueError that says why it cannot be used.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=KINDS) as picture:
-            upright = ImageOps.exif_transpose(picture)
-        upright = as_rgb(upright)
+        in_memory = isinstance(source, bytes)
+        with open_picture({"bytes": source if in_memory else None, "path": source}) as picture:
+            upright = as_rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # Pillow's readers raise many kinds
-        why = "its content is no picture" if isinstance(error, Image.UnidentifiedImageError) else \
-            f"{type(error).__name__}: {error}"
+        said = isinstance(error, ValueError | Image.UnidentifiedImageError)
+        why = str(error) if said else f"{type(error).__name__}: {error}"
         raise ValueError(f"not a picture that can be read ({why})") from None
     if max(upright.size) > MAX_RATIO * min(upright.size):
         raise ValueError(f"{upright.width} x {upright.height} pixels: no side may be more than {MAX_RATIO} times the "

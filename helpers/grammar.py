@@ -12,7 +12,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from helpers.boxes import CATEGORIES
-from helpers.messages import END_OF_TURN, NO_TABLE, target_text
+from helpers.messages import END_OF_TURN, NO_TABLE, check_tokenizer, target_text
 
 Steps = Generator[list[int], int, None]  # gives the token ids that may follow, is sent the one that did
 
@@ -23,32 +23,27 @@ class Grammar:
     Args:
         tokenizer: one with Qwen2-VL's special tokens, where each digit is a token.
         names: what may be named.
-        max_new_tokens: the limit of `generate`; an answer gets only as many units as surely fit.
-        max_boxes: units an answer may have at most.
+        max_new_tokens: the limit of `generate`; an answer gets only as many units (`max_boxes`) as surely fit.
     Raises ValueError where a digit is not one token, there is no name, or no box fits into `max_new_tokens`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = CATEGORIES, *, max_new_tokens: int,
-                 max_boxes: int = 8):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str] = CATEGORIES, *, max_new_tokens: int):
         def ids(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)
 
-        digits = [ids(str(digit)) for digit in range(10)]
-        if any(len(digit) != 1 for digit in digits) or len(ids("1000")) != 4:
-            raise ValueError(f"this tokenizer writes 1000 as {tokenizer.tokenize('1000')}; each digit must be a token.")
+        check_tokenizer(tokenizer)
         if not names:
             raise ValueError("an answer needs names to choose from; give at least one.")
-        self.digits = {token: str(digit) for digit, (token,) in enumerate(digits)}
+        self.digits = {ids(digit)[0]: digit for digit in "0123456789"}
         self.end, self.no_table = tokenizer.convert_tokens_to_ids(END_OF_TURN), ids(NO_TABLE)
         self.start, self.names = ids("<|object_ref_start|>"), [ids(name) for name in names]
         self.open, self.close = ids("<|object_ref_end|><|box_start|>("), ids(")<|box_end|>")
         self.comma, self.corner = ids(","), ids("),(")
-        name = max(names, key=lambda name: len(ids(name)))
-        longest = len(ids(target_text({"bbox": [[0, 0, 1, 1]], "category_name": [name]}))) + 4  # 0 may be 999
-        self.max_boxes = min(max_boxes, (max_new_tokens - 1) // longest)
+        longest = longest_unit(tokenizer, names)
+        self.max_boxes = (max_new_tokens - 1) // longest
         if self.max_boxes < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} and max_boxes={max_boxes} leave no room for a box: it "
-                             f"takes up to {longest} tokens, and one more to stop.")
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a box: it takes up to {longest} "
+                             "tokens, and one more to stop.")
 
     def answer(self) -> Steps:
         """The steps of one answer: gives the token ids that may stand next and is sent the one that does, on and on.
@@ -100,6 +95,12 @@ def _leads_to(written: str, low: int, high: int) -> bool:
     if written[0] == "0":
         return written == "0" and low == 0
     return any(int(written) * tail <= high and (int(written) + 1) * tail > low for tail in (1, 10, 100, 1000))
+
+
+def longest_unit(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> int:
+    """Tokens that a box with one of these names takes at most."""
+    units = [target_text({"bbox": [[0, 0, 1, 1]], "category_name": [name]}) for name in names]
+    return max(len(tokenizer.encode(unit, add_special_tokens=False)) for unit in units) + 4  # 0 may be 999
 
 
 class GrammarConstraint(LogitsProcessor):

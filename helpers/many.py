@@ -6,7 +6,8 @@
 
 The work is cut into parts of 64 pictures, each one file in `out/parts`, written whole or not at all. A part that is
 there is done: the same command goes on after a kill, a share that is run twice changes nothing, and whoever finds all
-parts there joins them into `out/predictions.jsonl`.
+parts there joins them into `out/predictions.jsonl`. A part's name says which files it was made from: where a photo is
+replaced under its name, its part is made anew.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from PIL.Image import Image
 from helpers import finished, runs
 from helpers.answers import join
 from helpers.data import DataError, load_raw
-from helpers.data.pictures import Pictures
+from helpers.data.pictures import escaped, files_below, is_picture, open_picture
 from helpers.files import read_json, write_json, write_text
 from helpers.parameters import ParameterError
 from helpers.progress import progress_bar
@@ -34,29 +35,54 @@ from helpers.settings import end_with_a_word
 
 PART = 64  # pictures of one file: what a kill costs at most
 LINE = 1024  # bytes of room a picture's answer needs, generously
-Source = tuple[list[str], Callable[[int], Image]]  # (image ids, what opens the i-th picture or raises ValueError)
+# (image ids; what changes where a picture does; what opens the i-th picture or raises ValueError)
+Source = tuple[list[str], list[Any], Callable[[int], Image]]
 
 
 def find_pictures(source: str, split: str, output: Path) -> Source:
-    """The pictures of a folder (whatever lies in `output` left out), else of a data set's split.
+    """The pictures of a folder (but those that were written into `output`) or a file, else of a data set's split.
 
-    A picture of a folder has its path in it as image_id. Raises ParameterError where there are none, or no right to
-    read; `DataError` of `load_raw`.
+    A picture of a folder has its path in it as image_id. Raises ParameterError where there are none or none can be
+    opened; `DataError` without the right to read, and that of `load_raw`.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        try:
-            os.listdir(folder)
-        except OSError as error:
-            raise ParameterError(f"INPUT={source} cannot be read ({error.strerror}); check its rights.") from None
-        files = [file for file in Pictures(folder).files if output.resolve() not in file.resolve().parents]
-        if files:
-            return [file.relative_to(folder).as_posix() for file in files], lambda i: finished.open_upright(files[i])
-    elif not folder.exists() and source.startswith((".", "/", "~")):
+    place = Path(source).expanduser()
+    if not place.exists() and source.startswith((".", "/", "~")):
         raise ParameterError(f"INPUT={source} is not there; name a folder of photos, a Hub id, or embedded.")
+    found = files_below(place, links=True) if place.is_dir() else [place] if place.exists() else []
+    own = output.resolve() if place.resolve() in output.resolve().parents else output.resolve() / "crops"
+    found = [file for file in found if not file.parent.resolve().is_relative_to(own)]
+    if place.is_dir() and not found:
+        raise ParameterError(f"INPUT={source} is a folder without files; name one of photos, a Hub id, or embedded.")
+    files = [file for file in found if is_picture(file)]
+    if not files:
+        return _of_data_set(source, split)
+    _check_that_one_opens(source, files)
+    if other := sorted({*found} - {*files}):
+        print(f"{len(other):,} files are no pictures by name or content, such as {escaped(other[0].name)}")
+    folder = place if place.is_dir() else place.parent
+    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in files]
+    return [file.relative_to(folder).as_posix() for file in files], stamps, lambda i: finished.open_upright(files[i])
+
+
+def _check_that_one_opens(source: str, files: list[Path]) -> None:
+    for file in files:
+        try:
+            open_picture({"bytes": None, "path": file}).close()
+            return
+        except Exception as error:  # Pillow's readers raise many kinds
+            why = f"{escaped(file.name)}: {error}"
+    raise ParameterError(f"INPUT={source} holds no picture that can be opened: {len(files)} files, such as {why}.")
+
+
+def _of_data_set(source: str, split: str) -> Source:
     import datasets
 
-    rows = load_raw(source)
+    try:
+        rows = load_raw(source)
+    except DataError as error:
+        here = Path(source).expanduser().exists()
+        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
+            from None
     if split not in rows or not len(rows[split]):
         there = ", ".join(name for name in rows if len(rows[name]))
         raise ParameterError(f"INPUT={source} has no pictures in the split {split!r}; there is {there or 'none'}.")
@@ -66,7 +92,7 @@ def find_pictures(source: str, split: str, output: Path) -> Source:
         image = stored[i]["image"]
         return finished.open_upright(image["bytes"] or image["path"])
 
-    return list(stored["image_id"]), opened
+    return list(stored["image_id"]), [stored._fingerprint] * len(stored), opened
 
 
 def open_job(output: Path, job: dict[str, Any]) -> None:
@@ -92,8 +118,7 @@ def answer(model: Any, processor: Any, rows: list[dict], prompt: str) -> list[di
     from helpers.predict import generate_lines
 
     try:
-        return generate_lines(model, processor, rows, prompt,
-                              {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False})
+        return generate_lines(model, processor, rows, prompt, {"do_sample": False})
     except Exception as error:
         if len(rows) == 1 or not should_reduce_batch_size(error):
             raise
@@ -137,7 +162,7 @@ def lines_of(batch: list[tuple[str, Image | ValueError]], ask: Callable[[list[di
 
 def save_crops(line: dict, picture: Image, number: int, folder: Path) -> list[str]:
     """Cut the line's boxes out of `picture`, the `number`-th of all; the files' paths below `folder`."""
-    name = f"{number:07}-" + re.sub(r"[^\w.-]", "_", line["image_id"])[-80:]
+    name = f"{number:07}-" + re.sub(r"[^\w.-]", "_", line["image_id"])[-60:]
     files = [f"crops/{number // 1000:04}/{name}-{i}.jpg" for i in range(len(line["boxes"]))]
     for file, box in zip(files, line["boxes"], strict=True):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +177,12 @@ def predict_many(source: str, output: Path, model: str | Path, *, split: str = "
     Returns the counts of `join`, or None where other shards are not done yet.
     """
     made_with = finished.check(model)
-    ids, opened = find_pictures(source, split, output)
+    ids, stamps, opened = find_pictures(source, split, output)
     open_job(output, {"model": made_with["weights"], "prompt": made_with["prompt"], "pictures": len(ids),
-                      "names": runs.key(ids=ids), "crops": crops})
-    parts = [output / "parts" / f"{number:07}.jsonl" for number in range(-(-len(ids) // PART))]
+                      "names": runs.key(ids=ids), "crops": crops,
+                      "max_new_tokens": made_with.get("max_new_tokens", finished.MAX_NEW_TOKENS)})
+    parts = [output / "parts" / f"{start // PART:07}-{runs.key(stamps=stamps[start : start + PART])}.jsonl"
+             for start in range(0, len(ids), PART)]
     mine = range(len(parts))[shard[0] :: shard[1]]
     sizes = {number: len(range(len(ids))[number * PART : (number + 1) * PART]) for number in mine}
     todo = [number for number in mine if not parts[number].exists()]
@@ -173,7 +200,7 @@ def predict_many(source: str, output: Path, model: str | Path, *, split: str = "
                     line["crops"] = save_crops(line, picture, numbers[len(lines) + i], output)
             lines += new
             bar.update(len(batch))
-        write_text(parts[number], "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_text(parts[number], "".join(json.dumps(line) + "\n" for line in lines))
     bar.close()
     missing = sum(not part.exists() for part in parts)
     if missing:
@@ -194,7 +221,7 @@ def _shard(written: str | None) -> tuple[int, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.many", description="Boxes for many photos.")
-    parser.add_argument("input", help="a folder of photos, or a data set: a Hub id, a local one, or embedded")
+    parser.add_argument("input", help="a folder of photos, a photo, or a data set: a Hub id, a local one, or embedded")
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", help="a merged model's folder; the newest in runs/ where it is left out")
     parser.add_argument("--split", default="val", help="of a data set")
@@ -203,6 +230,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--shard", help="this share of the work alone, such as 3/16")
     chosen = parser.parse_args(arguments)
+    chosen.output = chosen.output.expanduser()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # names that are not UTF-8
     runs.quiet_libraries()
     end_with_a_word()
     try:

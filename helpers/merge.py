@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import Qwen2VLForConditionalGeneration
+
+from helpers import model as models
 
 ROWS = 16  # rows of each layer's matrix that are checked weight by weight
 COMPARED = 64  # last tokens whose logits are compared: at 7B those of a whole batch would take 1.5 GiB, twice
@@ -20,8 +21,10 @@ def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor] | None) -> tu
 
     `batch` is a collated batch. Returns the plain model and the relative difference of the logits, before against
     after: ||before - after|| / ||before||, over the last `COMPARED` tokens; None without a batch. Raises ValueError
-    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are held in.
+    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are held in, or one
+    that is quantized and was repacked.
     """
+    models.check_4bit(model)
     before = _last_logits(model, batch) if batch is not None else None
     expected = {name: _exact_rows(layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     merged = model.merge_and_unload(safe_merge=True)
@@ -83,7 +86,7 @@ def fingerprints(model: torch.nn.Module) -> dict[str, str]:
 
 def check_reload(kept: dict[str, str], folder: Path) -> None:
     """Raise ValueError unless `folder` loads to exactly the weights of `fingerprints` (bf16): none lost or changed."""
-    again = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": "cpu"})
+    again = models.load(folder, dtype=torch.bfloat16, device_map={"": "cpu"})
     loaded = fingerprints(again)
     for name in sorted(set(kept) | set(loaded)):
         if kept.get(name) != loaded.get(name):

@@ -16,9 +16,12 @@ from helpers.boxes import area, reading_order, xyxy_unit_to_xyxy_1000, yxyx_unit
 
 NO_TABLE = "no nutrition table"  # the whole answer for a picture without one
 END_OF_TURN = "<|im_end|>"  # ends the answer; the chat template adds it to a target
+SPECIAL = ("<|im_start|>", END_OF_TURN, "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|object_ref_start|>",
+           "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
 _NAME = re.compile(r"[^\W_][\w /&'-]*")
-_MARKUP = re.compile(r"<\|\w+\|>|</?(?:box|ref|obj)>")
+_SPECIAL = re.compile(r"<\|\w+\|>")
+_MARKUP = re.compile(_SPECIAL.pattern + r"|</?(?:box|ref|obj)>")
 _PAIR = r"\(\s*(-?[0-9]+)\s*,\s*(-?[0-9]+)\s*\)"
 _BOX = re.compile(_PAIR + r"\s*(?:,\s*)?" + _PAIR)  # white space in one place only, or a long gap takes minutes
 
@@ -32,6 +35,18 @@ class Parsed:
     spans: list[tuple[int, int]]  # N ranges of characters: where in the text each box's coordinates stand
     rejected: list[str]  # each piece of text that was not used, and why
     empty_answer: bool  # the answer says that there is no table
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Raise ValueError unless `tokenizer` has Qwen2-VL's special tokens, and each digit is a token of its own."""
+    for token in SPECIAL:
+        if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ValueError(f"its tokenizer has no token {token}, which prompts and completions need")
+    pairs = ",".join(f"{pair:02}" for pair in range(100))
+    pieces = tokenizer.tokenize(pairs)
+    if pieces != list(pairs):
+        raise ValueError(f"its tokenizer writes {pairs[:8]} as {tokenizer.tokenize(pairs[:8])}, and each digit must be "
+                         "a token of its own (is tokenizer.json there?)")
 
 
 def target_text(objects: Mapping) -> str:
@@ -69,12 +84,21 @@ def _unit(name: str, box: np.ndarray) -> str:
     return f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>"
 
 
+def special_token(prompt: str) -> str | None:
+    """The first special token written out in a prompt, such as `<|image_pad|>`: the tokenizer would take it for one."""
+    found = _SPECIAL.search(prompt)
+    return found.group() if found else None
+
+
 def to_messages(row: Mapping, prompt: str) -> dict:
     """One row as TRL's conversational prompt and completion, with the picture.
 
     Returns `{"prompt": [user message], "completion": [assistant message], "images": [PIL image]}`. The picture
-    stands before the text. The chat template adds system message and end-of-turn tokens.
+    stands before the text. The chat template adds system message and end-of-turn tokens. Raises `ValueError` for a
+    prompt with a special token in it.
     """
+    if special_token(prompt):
+        raise ValueError(f"the prompt {prompt!r} has the special token {special_token(prompt)} in it; leave it out")
     question = [{"type": "image"}, {"type": "text", "text": prompt}]
     answer = [{"type": "text", "text": target_text(row["objects"])}]
     return {

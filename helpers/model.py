@@ -1,24 +1,95 @@
-"""The model at a stated precision: where it lives, what is quantised, what trains, whether an adapter really loaded."""
+"""The model at a stated precision: loaded whole or refused, where it lives, what is quantized, what trains."""
 
 import gc
 import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
 from helpers import parity
 from helpers.collate import IGNORED
+from helpers.parameters import ParameterError
 from helpers.recipes import Stage
+from helpers.settings import check_architecture
 
 TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
+
+
+def load(path: str | Path, made_with: dict[str, Any] | None = None, *, ours: bool = False, inference: bool = False,
+         revision: str | None = None, **options) -> Qwen2VLForConditionalGeneration:
+    """`from_pretrained` of a Qwen2-VL (a folder or Hub id), from safetensors; every model is loaded here, whole.
+
+    `made_with` is the `parity.record` of what it will be used with; `ours`: a run of this project made the folder, so
+    that its parity.json must be there. `inference`: it only generates, so that its 4-bit layers may be repacked
+    (`keep_4bit_trainable`). `options` are `from_pretrained`'s own.
+
+    Raises ParityError for a folder that was made with something else. ParameterError that names some of them where
+    weights are missing, unexpected or of another shape (transformers would fill them with random numbers and only
+    warn), for another architecture, for a file that cannot be read.
+    """
+    if made_with is not None:
+        parity.check(path, made_with, required=ours)
+    try:
+        check_architecture(str(path), PreTrainedConfig.get_config_dict(path, revision=revision)[0])
+        loaded, found = Qwen2VLForConditionalGeneration.from_pretrained(
+            path, revision=revision, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options)
+    except (OSError, SafetensorError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ParameterError(f"{path} cannot be loaded ({why}); copy or download it again.") from error
+    shapes = [f"{name} is {list(has)} in place of {list(needed)}" for name, has, needed in found["mismatched_keys"]]
+    for name, layer in linear_4bit(loaded).items():  # transformers quantizes a weight of any shape
+        state = getattr(layer.weight, "quant_state", None)
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            needed = [layer.out_features, layer.in_features]
+            shapes.append(f"{name}.weight is {list(state.shape)} in place of {needed}")
+    wrong = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"], "of another shape": shapes}
+    if any(wrong.values()):
+        some = "; ".join(f"{len(names)} {kind}, such as {min(names)}" for kind, names in wrong.items() if names)
+        raise ParameterError(f"{path} does not hold the weights that its config.json describes: {some}; copy it again "
+                             "whole, or take the model that it was made from.")
+    if not inference:
+        keep_4bit_trainable(loaded)
+    return loaded
+
+
+def linear_4bit(model: nn.Module) -> dict[str, Linear4bit]:
+    """`{full name: layer}` of the layers that bitsandbytes holds in 4 bits."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
+
+
+def keep_4bit_trainable(model: nn.Module) -> None:
+    """From now on no 4-bit layer is repacked: the model may generate, in any mode, and train or be merged afterwards.
+
+    On a CPU with AVX512-bf16 bitsandbytes repacks the weights of such a layer when it computes in eval mode. That is
+    faster for a token at a time in large layers, and final: no gradient passes through it, dequantizing it gives wrong
+    numbers, and its scales are rounded to bf16 (other boxes in 7 of 32 pictures at the tiny scale).
+
+    Raises ValueError where a layer is repacked already.
+    """
+    check_4bit(model)
+    for layer in linear_4bit(model).values():
+        layer.support_avx512bf16_for_cpu = False
+
+
+def check_4bit(model: nn.Module) -> None:
+    """Raise ValueError that names a 4-bit layer which bitsandbytes has repacked for inference."""
+    for name, layer in linear_4bit(model).items():
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError(f"{name} was repacked when it computed in eval mode (bitsandbytes on a CPU with "
+                             "AVX512-bf16) and can be neither trained nor merged: load the model again, with "
+                             "model.load, or call model.keep_4bit_trainable on it before it generates.")
 
 
 def device_map() -> str | dict[str, int | str]:
@@ -126,10 +197,7 @@ def dtypes_by_tower(model: nn.Module) -> dict[str, str]:
 
 def nf4_layers(model: nn.Module) -> list[str]:
     """Full names of the layers that are really held in NF4."""
-    from bitsandbytes.nn import Linear4bit
-
-    return [name for name, layer in model.named_modules()
-            if isinstance(layer, Linear4bit) and layer.weight.quant_type == "nf4"]
+    return [name for name, layer in linear_4bit(model).items() if layer.weight.quant_type == "nf4"]
 
 
 def check_precision(model: nn.Module, precision: str) -> list[str]:
@@ -148,10 +216,11 @@ def check_precision(model: nn.Module, precision: str) -> list[str]:
 
 
 def check_trainable(model: nn.Module, stage: Stage) -> dict[str, dict[str, int]]:
-    """`parameters_by_tower`, after a check: what should train does, nothing else does, all of it in fp32.
+    """`parameters_by_tower`, after a check: what should train does and can, nothing else does, all of it in fp32.
 
-    Raises ValueError that names the tower or the parameter.
+    Raises ValueError that names the tower, the parameter or the layer.
     """
+    check_4bit(model)
     table = parameters_by_tower(model)
     for tower, row in table.items():
         if tower in stage.towers and not row["trainable"]:
@@ -217,7 +286,7 @@ def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 
 
 def gpus() -> list[int]:
     """Numbers of the GPUs that this process uses: its own under a launcher, else all that it sees."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return [int(os.environ.get("LOCAL_RANK", 0))]
     return list(range(torch.cuda.device_count()))
 
@@ -237,9 +306,11 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
         torch.cuda.reset_peak_memory_stats(device)
     try:
         given = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
-        given["logits_to_keep"] = given.pop("labels") != IGNORED
+        labels, base = given.pop("labels"), vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
         with torch.autocast("cuda", torch.bfloat16):
-            vlm.train()(**given, use_cache=False).logits.sum().backward()
+            vlm.train()
+            hidden = base.model(**given, use_cache=False).last_hidden_state  # may end on another GPU than it began
+            base.lm_head(hidden[(labels != IGNORED).to(hidden.device)]).sum().backward()
         took = max(torch.cuda.max_memory_allocated(device) for device in devices)
     except torch.OutOfMemoryError:
         took = math.inf

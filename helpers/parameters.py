@@ -6,11 +6,18 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from helpers.messages import special_token
 from helpers.recipes import RECIPES, SCALES
 
-Rule = tuple[str, Callable[[Any], bool]]  # (what is expected, as a reader would say it; the test)
+
+class Rule(NamedTuple):
+    """What a parameter may be."""
+
+    expected: str  # as a reader would say it
+    accepts: Callable[[Any], bool]
+    is_text: bool = False  # a value that is written like a number, as in run_name=2024, is text all the same
 
 
 class ParameterError(ValueError):
@@ -18,39 +25,51 @@ class ParameterError(ValueError):
 
 
 def one_of(*choices: str) -> Rule:
-    return f"one of {', '.join(choices)}", lambda value: value in choices
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in choices, is_text=True)
 
 
 def whole(low: int, high: int) -> Rule:
-    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
+    return Rule(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
 def number(low: float, high: float) -> Rule:
     def test(value: Any) -> bool:
         return type(value) in (int, float) and low < value <= high
 
-    return f"a number above {low} and at most {high}", test
+    return Rule(f"a number above {low} and at most {high}", test)
 
 
 def share() -> Rule:
-    return "a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1
+    return Rule("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
 
 
 def text(expected: str) -> Rule:
-    return expected, lambda value: isinstance(value, str) and bool(value.strip())
+    return Rule(expected, lambda value: isinstance(value, str) and bool(value.strip()), is_text=True)
+
+
+def matching(pattern: str, expected: str) -> Rule:
+    """Text that is a whole match of the regular expression."""
+    def test(value: Any) -> bool:
+        return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+    return Rule(expected, test, is_text=True)
+
+
+def prompt_text() -> Rule:
+    def test(value: Any) -> bool:
+        return isinstance(value, str) and bool(value.strip()) and not special_token(value)
+
+    return Rule("the question asked of every picture, without special tokens such as <|image_pad|>", test, is_text=True)
 
 
 def flag() -> Rule:
-    return "True or False", lambda value: type(value) is bool
-
-
-def gpu_list() -> Rule:
-    return "GPU numbers such as 0 or 0,1", lambda value: re.fullmatch(r"\d+(,\d+)*", str(value)) is not None
+    return Rule("True or False", lambda value: type(value) is bool)
 
 
 def default(rule: Rule) -> Rule:
     """The rule, or None for the scale's own value."""
-    return f"{rule[0]} (or None for the default)", lambda value: value is None or rule[1](value)
+    return rule._replace(expected=f"{rule.expected} (or None for the default)",
+                         accepts=lambda value: value is None or rule.accepts(value))
 
 
 PARAMETERS: dict[str, Rule] = {
@@ -60,7 +79,7 @@ PARAMETERS: dict[str, Rule] = {
     "model_revision": default(text("a commit, branch or tag")),
     "dataset_id": default(text("a Hub id, a local folder or file, or embedded")),
     "dataset_revision": default(text("a commit, branch or tag")),
-    "prompt": text("the question asked of every picture"),
+    "prompt": prompt_text(),
     "loss_scope": one_of("assistant", "all-text"),
     "precision": default(one_of("nf4", "bf16")),
     "memory": default(one_of("low")),
@@ -86,19 +105,16 @@ PARAMETERS: dict[str, Rule] = {
     "max_new_tokens": whole(8, 4096),
     "constrained": flag(),
     "merge_base": one_of("full", "dequantised"),
-    "gpus": default(gpu_list()),
+    "gpus": default(matching(r"[0-9]+(,[0-9]+)*", "GPU numbers such as 0 or 0,1")),
     "output_root": text("a folder that can be written"),
     "hf_home": default(text("a folder for the Hub's downloads and caches")),
-    "run_name": default((
-        "letters, digits, dots, dashes and underscores",
-        lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
-    )),
+    "run_name": default(matching(r"[\w.-]+", "text of letters, digits, dots, dashes and underscores")),
     "report_to": one_of("auto", "wandb", "tensorboard", "none"),
 }
 
 
 def read_value(written: str) -> Any:
-    """A value from the command line as papermill reads it: whole number, number, True, False, None, else text."""
+    """A value as papermill's `-p` reads it: whole number, number, True, False, None, else text."""
     named = {"True": True, "False": False, "None": None}
     if written in named:
         return named[written]
@@ -123,30 +139,44 @@ def given(namespace: dict, known: dict[str, Rule] = PARAMETERS) -> dict[str, Any
     """The parameters that someone set from outside: papermill's injected cell, or `key=value` of a script.
 
     papermill only warns about names that the notebook does not have, so its cell is read from IPython's `In`
-    (`globals()` would show a reader's own names too). A script's values are also put into `namespace`.
+    (`globals()` would show a reader's own names too). A script's values are also put into `namespace`. What is text by
+    its rule stays as it was written: of papermill, which has read `-p run_name 2024` as a number before, whole numbers
+    and True and False become text again, and other numbers, whose spelling is lost, are refused.
     """
     if "In" in namespace:
         injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
-        nodes = [node for cell in injected for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
-        values = {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in nodes}
+        names = [ast.unparse(node.targets[0]) for cell in injected for node in ast.parse(cell).body
+                 if isinstance(node, ast.Assign)]
+        refuse_unknown(names, known)
+        values = {name: _as_text(name, namespace[name]) if known[name].is_text else namespace[name] for name in names}
+    else:
+        values = {}
+        for argument in sys.argv[1:]:
+            name, equals, written = argument.partition("=")
+            if not equals:
+                raise ParameterError(f"{argument!r} is not of the form name=value, such as recipe=r4-joint.")
+            if not written.encode(errors="ignore").decode() == written:
+                raise ParameterError(f"{argument!r} is not UTF-8 text, so it cannot be written into the run's files.")
+            values[name] = written
         refuse_unknown(list(values), known)
-        return values
-    values = {}
-    for argument in sys.argv[1:]:
-        name, equals, written = argument.partition("=")
-        if not equals:
-            raise ParameterError(f"{argument!r} is not of the form name=value, such as recipe=r4-joint.")
-        values[name] = read_value(written)
-    refuse_unknown(list(values), known)
+        values = {name: written if known[name].is_text and written != "None" else read_value(written)
+                  for name, written in values.items()}
     namespace.update(values)
     return values
 
 
+def _as_text(name: str, value: Any) -> Any:
+    if isinstance(value, float):
+        raise ParameterError(f"{name} is text, and papermill has read it as the number {value}; give it with -r in the "
+                             f"place of -p: -r {name} TEXT.")
+    return str(value) if isinstance(value, int) else value
+
+
 def check(values: dict[str, Any], known: dict[str, Rule] = PARAMETERS) -> None:
     """Raise ParameterError for the first value that its rule does not accept."""
-    for name, (expected, accepts) in known.items():
-        if not accepts(values[name]):
-            raise ParameterError(f"{name}={values[name]!r} is not valid: expected {expected}.")
+    for name, rule in known.items():
+        if not rule.accepts(values[name]):
+            raise ParameterError(f"{name}={values[name]!r} is not valid: expected {rule.expected}.")
     low, high = values.get("min_pixels"), values.get("max_pixels")
     if low and high and low > high:
         raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
@@ -156,11 +186,10 @@ def check(values: dict[str, Any], known: dict[str, Rule] = PARAMETERS) -> None:
         raise ParameterError("keep='best' needs eval_steps: the best step is found by measuring every so many steps.")
 
 
-def choose_gpus(gpus: Any) -> None:
-    """Make only `gpus` visible. Must run before CUDA starts in this process, or raises ParameterError."""
-    if gpus is None:
+def choose_gpus(wanted: str | None) -> None:
+    """Make only the GPUs of this list visible. Must run before CUDA starts here, or raises ParameterError."""
+    if wanted is None:
         return
-    wanted = str(gpus)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != wanted:
         raise ParameterError(f"gpus={wanted} comes too late: CUDA has started in this process; restart the kernel.")

@@ -18,12 +18,16 @@ class ParityError(ValueError):
     """One sentence: the folder, what differs, the value it was made with and the value here."""
 
 
-def record(processor, prompt: str) -> dict[str, Any]:
-    """What answers depend on besides the weights: prompt, pixel budget, tokenizer with chat template, box format."""
+def record(processor, prompt: str, max_new_tokens: int | None = None) -> dict[str, Any]:
+    """What answers depend on besides the weights: prompt, pixel budget, tokenizer with chat template, box format.
+
+    `max_new_tokens`, the longest answer, is part of it where it is given; folders without it were made for 128.
+    """
     size = dict(processor.image_processor.size)
     example = target_text({"bbox": [[0.1, 0.2, 0.3, 0.4]], "category_name": ["nutrition-table"]})
+    longest = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     return {"prompt": prompt, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"],
-            "tokenizer": tokenizer_hash(processor), "box_format": f"[0.1, 0.2, 0.3, 0.4] is {example}"}
+            "tokenizer": tokenizer_hash(processor), "box_format": f"[0.1, 0.2, 0.3, 0.4] is {example}"} | longest
 
 
 def tokenizer_hash(processor) -> str:
@@ -69,10 +73,18 @@ def write(folder: str | Path, made_with: dict[str, Any], base: dict[str, str] | 
     write_json(Path(folder) / FILE, content)
 
 
+def note_longest(folder: str | Path, max_new_tokens: int) -> None:
+    """Put a `max_new_tokens` that was raised after the training into `parity.json`, for whoever uses the model."""
+    stored = read_json(Path(folder) / FILE)
+    if stored and stored.get("max_new_tokens") != max_new_tokens:
+        write_json(Path(folder) / FILE, stored | {"max_new_tokens": max_new_tokens})
+
+
 def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None = None, required: bool = True) -> None:
     """Raise ParityError where `folder` was made with something else than `here` (a `record`) or on another `base`.
 
     A folder without `parity.json` is refused where it is `required`, and is someone else's model otherwise.
+    `max_new_tokens` may be larger here, which cuts no answer, and is not checked where the folder does not name it.
     """
     path = Path(folder) / FILE
     if required and not Path(folder).is_dir():
@@ -84,7 +96,7 @@ def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None 
         return
     stored = read_json(path)
     for name, value in here.items():
-        if stored.get(name) != value:
+        if stored.get(name) != value and (name != "max_new_tokens" or value < stored.get(name, 0)):
             raise ParityError(f"{folder} was made with {name}={stored.get(name)!r} and would be used with {value!r}; "
                               "give the same, or make it again.")
     if base:

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Subset
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from helpers.data.pictures import as_rgb
 from helpers.grammar import Grammar, GrammarConstraint
 from helpers.messages import parse_text, to_messages
 from helpers.progress import progress_bar
@@ -73,7 +74,12 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     if rank == 0:
         _join(parts, key, ids, path)
     _wait_for_all(world)
-    return read_jsonl(path)
+    lines = read_jsonl(path)
+    unstopped = sum(not line["stopped"] for line in lines)
+    if unstopped:
+        print(f"{path.stem}: {unstopped} of {len(lines)} answers never stopped: they are cut at "
+              f"max_new_tokens={generation['max_new_tokens']}.")
+    return lines
 
 
 def _answers(model, processor, pieces: Iterable[dict], generation: dict, names: Sequence[str] | None,
@@ -116,7 +122,7 @@ def prepare(rows: Sequence[dict], processor, prompt: str) -> dict:
     `mm_token_type_ids` [N, T], `pixel_values` [patches, 1176], `image_grid_thw` [N, 3]; and `image_id`, a list."""
     chats = [to_messages(row, prompt)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    images = [row["image"].convert("RGB") for row in rows]
+    images = [as_rgb(row["image"]) for row in rows]
     batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
     return {**batch, "image_id": [row["image_id"] for row in rows]}
 
@@ -219,7 +225,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def _as_text(line: dict) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    return json.dumps(line) + "\n"
 
 
 def _whole_lines(path: Path) -> Iterator[dict]:

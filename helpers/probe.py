@@ -13,6 +13,7 @@ from peft import PeftModel
 from PIL.Image import Image
 from torch import nn
 
+from helpers.data.pictures import as_rgb
 from helpers.messages import parse_text
 from helpers.sizes import part_of
 
@@ -149,7 +150,7 @@ def look(model: nn.Module, processor, image: Image, prompt: str, max_new_tokens:
                          "no weights to look at.")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(images=[image.convert("RGB")], text=[text], return_tensors="pt").to(model.device)
+    inputs = processor(images=[as_rgb(image)], text=[text], return_tensors="pt").to(model.device)
     length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     pieces = [processor.tokenizer.decode([token]) for token in ids[0].tolist()]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import Qwen2VLProcessor
 from trl import SFTConfig
 
 from helpers import collate, data, merge, model, parity, trainer
@@ -25,9 +25,8 @@ def finished_model(folder: Path, prompt: str, steps: int, seed: int = 0) -> Path
     processor = Qwen2VLProcessor.from_pretrained(TINY_BASE, **budget)
     transformers.set_seed(seed)
     model.patches_as_product()
-    base = Qwen2VLForConditionalGeneration.from_pretrained(
-        TINY_BASE, dtype=model.compute_dtype(), attn_implementation=model.attention(),
-        device_map=model.device_map())
+    base = model.load(TINY_BASE, dtype=model.compute_dtype(), attn_implementation=model.attention(),
+                      device_map=model.device_map())
     tuned = get_peft_model(base.requires_grad_(False), LoraConfig(
         r=tiny["lora_rank"], lora_alpha=tiny["lora_alpha"], target_modules=stage.lora_targets, task_type="CAUSAL_LM"))
     arguments = SFTConfig(

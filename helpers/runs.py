@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from helpers import parity
 from helpers.files import file_hash, read_json, write_json
-from helpers.parameters import ParameterError
+from helpers.parameters import ParameterError, read_value
 from helpers.settings import Run, is_main
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -85,6 +85,11 @@ def _processes() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
+
+
+def leave() -> None:
+    """Leave the group of processes, at the end: PyTorch warns of one that is still open when a process ends."""
+    _processes().destroy_process_group()
 
 
 def key(**inputs: Any) -> str:
@@ -219,8 +224,10 @@ def mark_done(folder: Path, step: str, step_key: str) -> None:
 def command(run: Run) -> str:
     """The command that makes this run again."""
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
-        words = [word for name, value in run.given.items() for word in ("-p", name, str(value))]
-        return shlex.join(["papermill", "pipeline.ipynb", "out.ipynb", *words])
+        words = ["papermill", "pipeline.ipynb", "out.ipynb"]
+        for name, value in run.given.items():  # -r: text that papermill would otherwise take for a number
+            words += ["-r" if isinstance(value, str) and read_value(value) != value else "-p", name, str(value)]
+        return shlex.join(words)
     return shlex.join(["python", "pipeline.py", *(f"{name}={value}" for name, value in run.given.items())])
 
 

@@ -4,7 +4,7 @@
 
 `transformers serve` itself opens files and addresses that a request names, answers 500 to what is no picture, and
 takes any prompt. Here a request is one picture as a data URL, with the model's own prompt or none, and the answer is
-greedy; anything else gets a 4xx with one sentence, and the server goes on.
+greedy, whatever it says about drawing (`DRAWING`); anything else gets a 4xx with one sentence, and the server goes on.
 """
 
 import asyncio
@@ -29,6 +29,9 @@ from helpers.parameters import ParameterError
 MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000  # of a picture
 MAX_TOKENS = 1024
+DRAWING = ("temperature", "top_p", "top_k", "seed")
+OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", *DRAWING)
+AS_IT_IS = [("n", 1), ("skip_special_tokens", False)]  # what is done anyway; the second is what vLLM has to be told
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")  # MPO: a JPEG with more in it, as phones write it
 
 log = logging.getLogger("uvicorn.error")
@@ -61,25 +64,32 @@ async def read_body(request: Request) -> Any:
         raise Refused(400, "the request's body is not JSON.") from None
 
 
-def check_request(body: Any, name: str, prompt: str) -> dict[str, Any]:
+def check_request(body: Any, name: str, prompt: str, tokens: int) -> dict[str, Any]:
     """The request that goes on to the model: one picture, its prompt, greedy. Raises Refused otherwise.
 
-    `name` is the model's name here, `prompt` the question that it was trained with.
+    `name` is the model's name here, `prompt` the question that it was trained with, `tokens` the limit of its answers
+    where the request gives none.
     """
     if not isinstance(body, dict):
         raise Refused(400, "the request is not a JSON object with model and messages.")
     if body.get("model", name) != name:
         raise Refused(404, f"the model {str(body['model'])[:200]!r} is not served here, {name!r} alone is.")
+    for option, value in body.items():
+        if option not in OPTIONS and value is not None and (option, value) not in AS_IT_IS:
+            raise Refused(400, f"the option {option[:40]!r} is not known here; send some of {', '.join(OPTIONS)}.")
+    if type(body.get("stream") or False) is not bool:
+        raise Refused(400, f"stream is {str(body['stream'])[:40]!r}; send true or false.")
     url, text = _picture_and_text(body.get("messages"))
     if text not in ("", prompt):
         raise Refused(400, f"this model was trained with one prompt; send {prompt!r}, or the picture alone.")
     url = check_picture(url)
-    limit = body.get("max_completion_tokens") or body.get("max_tokens") or finished.MAX_NEW_TOKENS
-    if type(limit) is not int or not 1 <= limit <= MAX_TOKENS:
-        raise Refused(400, f"max_tokens is {str(limit)[:40]!r}; send a whole number from 1 to {MAX_TOKENS}.")
+    limits = [body[given] for given in ("max_completion_tokens", "max_tokens") if body.get(given) is not None]
+    limit, most = [*limits, tokens][0], max(MAX_TOKENS, tokens)
+    if type(limit) is not int or not 1 <= limit <= most:
+        raise Refused(400, f"max_tokens is {str(limit)[:40]!r}; send a whole number from 1 to {most}.")
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
     return {"messages": [{"role": "user", "content": content}], "max_tokens": limit,
-            "stream": body.get("stream") is True}
+            "stream": bool(body.get("stream"))}
 
 
 def _picture_and_text(messages: Any) -> tuple[str, str]:
@@ -102,16 +112,16 @@ def _picture_and_text(messages: Any) -> tuple[str, str]:
 
 
 def check_picture(url: str) -> str:
-    """The data URL of a whole picture, as the model's input takes it: of a moving one its first frame, 16 bits as 8.
+    """The data URL of a whole picture, as the model's input takes it: a JPEG as it is, others as `open_upright`'s PNG.
 
     Raises Refused for anything else.
     """
     head, comma, written = url.partition(",")
-    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
+    if not (head.lower().startswith("data:image/") and head.lower().endswith(";base64") and comma):
         raise Refused(400, "the picture must come as a data URL, data:image/jpeg;base64,…; addresses and files are not "
                            "opened.")
     try:
-        content = base64.b64decode(written, validate=True)
+        content = base64.b64decode("".join(written.split()), validate=True)  # MIME's has lines
     except (binascii.Error, ValueError):
         raise Refused(400, "what follows data:image/…;base64, is not base64.") from None
     try:
@@ -130,12 +140,13 @@ def check_picture(url: str) -> str:
                            "times the other.")
     from transformers.image_utils import load_image_as_tensor
 
-    try:
-        seen = load_image_as_tensor(url)  # [3, height, width] bytes, unless it moves or has 16 bits
-        if seen.ndim == 3 and seen.element_size() == 1:
+    if kind in ("JPEG", "MPO"):
+        url = "data:image/jpeg;base64," + base64.b64encode(content).decode()
+        try:
+            load_image_as_tensor(url)
             return url
-    except Exception:  # torchvision raises RuntimeError for all kinds of broken files
-        pass
+        except Exception:  # torchvision raises RuntimeError for all kinds of broken files
+            pass
     still = io.BytesIO()
     try:
         finished.open_upright(content).save(still, "PNG", compress_level=1)
@@ -181,8 +192,12 @@ def build_app(model: str | Path) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def answer(request: Request) -> Response:
-        body = await read_body(request)
-        asked = await asyncio.to_thread(check_request, body, name, prompt)  # decoding: not in the event loop
+        tokens = loaded.generation_config.max_new_tokens
+        try:
+            body = await read_body(request)
+            asked = await asyncio.to_thread(check_request, body, name, prompt, tokens)  # decodes: not in the event loop
+        except RecursionError:
+            raise Refused(400, "the request's JSON is nested too deeply.") from None
         return await chat.handle_request(asked, f"chatcmpl-{uuid.uuid4().hex}")
 
     @app.get("/v1/models")

@@ -1,10 +1,14 @@
 """Parameters -> a run that is settled: the scale, every default, the folders; refused here if it cannot work."""
 
+import functools
+import json
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from helpers.recipes import DISK_GIB, GPU_GIB, LOW_GPU_GIB, LOW_MEMORY, RECIPES,
 
 PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
+ARCHITECTURE = "qwen2_vl"  # `model_type` in config.json
 
 
 def run_folder(run: str, holds: str, runs: str | Path = "runs") -> Path | None:
@@ -42,6 +47,7 @@ class Run:
     given: dict[str, Any]
     stages: list[StageRun]
     folder: Path  # of the last stage: predictions, metrics, figures
+    share: tuple[int, int]  # batch size and accumulation of one process: all together make the recipe's update
 
     @property
     def model_path(self) -> str:
@@ -65,16 +71,44 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
+    """Make `handler` take SIGTERM and SIGINT (Ctrl-C, a notebook's stop button); returns what took them before.
+
+    One that is ignored (`nohup`, a job in the background) stays ignored. Forked workers keep none of it.
+    """
+    _free_forked_workers()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    return {number: signal.signal(number, handler) for number, old in before.items() if old != signal.SIG_IGN}
+
+
+@functools.cache
+def _free_forked_workers() -> None:
+    """From here on a forked process has the default for SIGTERM, and leaves Ctrl-C to its parent.
+
+    A pool ends its workers by SIGTERM and waits for them: a handler of Python's may never run there (while a library
+    waits for a lock), and a signal in the moment of the fork is lost to it. So SIGTERM waits until the default is back.
+    """
+    def in_child() -> None:
+        if callable(signal.getsignal(signal.SIGTERM)):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if callable(taker := signal.getsignal(signal.SIGINT)) and taker is not signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        wait(signal.SIG_UNBLOCK)
+
+    def wait(how: int) -> None:
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+    os.register_at_fork(before=lambda: wait(signal.SIG_BLOCK), after_in_child=in_child,
+                        after_in_parent=lambda: wait(signal.SIG_UNBLOCK))
+
+
 def end_with_a_word() -> None:
-    """Make a SIGTERM end this process with a sentence and status 1; a training saves first (`helpers.faults`)."""
-    me = os.getpid()
-
+    """Make SIGTERM and Ctrl-C end this process with a sentence and status 1; a training saves first (`faults`)."""
     def stop(number: int, frame: Any) -> None:
-        if os.getpid() != me:  # a process that was forked to read pictures: it ends as it would have
-            os._exit(128 + number)
-        raise SystemExit("SIGTERM: what is done so far is kept, and the same command goes on from there.")
+        raise SystemExit(f"{signal.Signals(number).name}: what is done so far is kept, and the same command goes on "
+                         "from there.")
 
-    signal.signal(signal.SIGTERM, stop)
+    take_signals(stop)
 
 
 def settle(namespace: dict) -> Run:
@@ -92,6 +126,7 @@ def settle(namespace: dict) -> Run:
     parameters.check(values)
     parameters.choose_gpus(values["gpus"])
     parameters.choose_cache(values["hf_home"])
+    _check_cache(values["hf_home"])
     values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
     low = LOW_MEMORY[values["scale"]] if values["memory"] == "low" else {}
     for name, default in (SCALES[values["scale"]] | low).items():
@@ -102,10 +137,35 @@ def settle(namespace: dict) -> Run:
     stages = [_stage_run(stage, values) for stage in RECIPES[values["recipe"]]]
     folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
     values["report_to"] = _report_target(values["report_to"], folder)
-    run = Run(values, given, stages, folder)
-    if local_model(values["model_id"]) is None:
-        _check_hub(values["model_id"], values["model_revision"])
+    run = Run(values, given, stages, folder, _share(values) if stages else (values["batch_size"], 1))
+    _check_base(run)
     return run
+
+
+def divide(batch_size: int, accumulation: int, processes: int) -> tuple[int, int] | None:
+    """(batch size, accumulation) of one of several processes that together make the same update; None: impossible.
+
+    The accumulation is divided first, because a larger batch is faster.
+    """
+    divided = math.gcd(accumulation, processes)
+    left = processes // divided
+    return None if batch_size % left else (batch_size // left, accumulation // divided)
+
+
+def _share(values: dict) -> tuple[int, int]:
+    """`divide` among the processes of this launch, said in a line; ParameterError where it does not go."""
+    batch_size, accumulation, world = values["batch_size"], values["accumulation"], int(os.environ.get("WORLD_SIZE", 1))
+    update = f"batch_size={batch_size} x accumulation={accumulation}"
+    share = divide(batch_size, accumulation, world)
+    if share is None:
+        fitting = [n for n in range(1, min(batch_size * accumulation, 1024) + 1) if divide(batch_size, accumulation, n)]
+        nearest = min(fitting, key=lambda n: (abs(n - world), -n))
+        raise ParameterError(f"{world} processes cannot share the {batch_size * accumulation} pictures of an update "
+                             f"({update}) evenly; start {nearest} instead (of {', '.join(map(str, fitting))}), or set "
+                             f"accumulation={world * max(1, round(accumulation / world))}.")
+    if world > 1:
+        print(f"{world} processes share each update ({update}): {share[0]} x {share[1]} each.")
+    return share
 
 
 def _short(values: dict) -> str:
@@ -145,14 +205,32 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     return scale
 
 
+def _check_cache(hf_home: str | None) -> None:
+    """Raise ParameterError unless `datasets` can write its cache, where prepared pictures go."""
+    from huggingface_hub.constants import HF_HOME
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
+    try:
+        _try_to_write(cache)
+    except OSError as error:
+        given = f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}"
+        raise ParameterError(f"{given} cannot be written ({error.strerror}: {cache}), and prepared pictures go there; "
+                             "give hf_home another folder, or HF_DATASETS_CACHE where the downloads shall stay.") \
+            from None
+
+
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write-test-{os.getpid()}"
+    probe.touch()
+    probe.unlink(missing_ok=True)  # a process on another machine may have the same number
+
+
 def _check_output(values: dict) -> None:
     root = Path(values["output_root"]).expanduser()
     values["output_root"] = str(root)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        _try_to_write(root)
     except OSError as error:
         raise ParameterError(f"output_root={str(root)!r} cannot be written ({error.strerror}).") from None
     need = DISK_GIB.get(values["scale"], {}).get(values["recipe"], 0.5)
@@ -172,14 +250,83 @@ def local_model(model_id: str) -> str | None:
     return str(folder)
 
 
-def _check_hub(model_id: str, revision: str | None) -> None:
-    """Raise ParameterError unless the Hub gives the model's config.json: a cheap test of access."""
+def check_architecture(name: str, config: dict[str, Any]) -> None:
+    """Raise ParameterError unless `config`, the config.json of the model called `name`, is a Qwen2-VL's."""
+    if config.get("model_type") != ARCHITECTURE:
+        raise ParameterError(f"{name} is a model of type {config.get('model_type')!r}, and only {ARCHITECTURE} works "
+                             "here, such as Qwen/Qwen2-VL-2B-Instruct or Qwen/Qwen2-VL-7B-Instruct.")
+
+
+def _check_base(run: Run) -> None:
+    """Raise ParameterError where the base cannot work with this recipe, from its small files alone.
+
+    Those are config.json, the processor's, and the heads of a local folder's safetensors.
+    """
+    path, revision, name = run.model_path, run.values["model_revision"], f"model_id={run.values['model_id']!r}"
+    local = Path(path).is_dir()
+    file = Path(path) / "config.json" if local else _hub_config(path, revision)
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ParameterError(f"{name} has a config.json that cannot be read ({error}); copy it again.") from None
+    check_architecture(name, config)
+    stored = config.get("quantization_config")
+    if stored and run.stages:
+        raise ParameterError(f"{name} is quantized already ({stored.get('quant_method')}), and recipe={run.recipe} "
+                             "trains and merges on the full weights; take the model it was made from, or recipe=base.")
+    if stored and not (stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"):
+        raise ParameterError(f"{name} is quantized ({stored.get('quant_method')}) and not to bitsandbytes' NF4, the "
+                             "one that works here; take the model it was made from.")
+    if local:
+        _check_files(name, Path(path))
+    _check_processor(name, path, revision)
+
+
+def _check_files(name: str, folder: Path) -> None:
+    """Raise ParameterError where a folder's safetensors are not all there, or one of them was cut."""
+    from safetensors import SafetensorError, safe_open
+
+    if (folder / "adapter_config.json").exists():
+        raise ParameterError(f"{name} holds an adapter, which transformers would load in place of the model; name a "
+                             "folder without adapter_config.json.")
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for file in sorted(names):
+        try:
+            with safe_open(folder / file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ParameterError(f"{name} is not whole: {file} cannot be read ({error}); copy it again, in "
+                                 "safetensors.") from None
+
+
+def _check_processor(name: str, path: str, revision: str | None) -> None:
+    """Raise ParameterError unless the base has a processor that can write prompts and completions."""
+    from transformers import Qwen2VLConfig, Qwen2VLProcessor
+
+    from helpers.messages import check_tokenizer
+
+    try:
+        processor = Qwen2VLProcessor.from_pretrained(path, revision=revision)
+        check_tokenizer(processor.tokenizer)
+        size = Qwen2VLConfig.from_pretrained(path, revision=revision).text_config.vocab_size
+        if len(processor.tokenizer) > size:
+            raise ValueError(f"its tokenizer has {len(processor.tokenizer)} tokens, and the model {size}")
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ParameterError(f"{name} has no processor that can be used: {why}.") from None
+    if not processor.chat_template:
+        raise ParameterError(f"{name} has no chat template; take an Instruct model, or copy its chat_template.jinja.")
+
+
+def _hub_config(model_id: str, revision: str | None) -> Path:
+    """The model's config.json from the Hub, in the cache. ParameterError where it cannot be had: a test of access."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError
 
     asked = f"model_id={model_id!r} at revision {revision or 'main'}"
     try:
-        hf_hub_download(model_id, "config.json", revision=revision)
+        return Path(hf_hub_download(model_id, "config.json", revision=revision))
     except GatedRepoError:
         raise ParameterError(f"{asked} is gated: accept its terms on its page of the Hub, and give a token with access "
                              "(HF_TOKEN, or `hf auth login`).") from None
@@ -191,10 +338,17 @@ def _check_hub(model_id: str, revision: str | None) -> None:
 
 
 def _report_target(report_to: str, folder: Path) -> str:
-    """`auto` -> `wandb` where there are credentials or WANDB_MODE=offline, else `tensorboard`; never a login prompt."""
-    mode = os.environ.get("WANDB_MODE")
+    """`auto` -> `wandb` where there are credentials or WANDB_MODE=offline, else `tensorboard`; never a login prompt.
+
+    WANDB_DISABLED=true, which transformers has given up, keeps `auto` from W&B as WANDB_MODE=disabled does.
+    """
+    off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+    mode = "disabled" if off else os.environ.get("WANDB_MODE")
     netrc = Path.home() / ".netrc"
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text())
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and b"wandb" in netrc.read_bytes())
+    if report_to == "wandb" and off:
+        raise ParameterError(f"report_to=wandb, and WANDB_DISABLED={os.environ['WANDB_DISABLED']} forbids it: unset "
+                             "it, or choose auto, tensorboard or none.")
     if report_to == "wandb" and not (logged_in or mode in ("offline", "disabled")):
         raise ParameterError("report_to=wandb finds no credentials: set WANDB_API_KEY or run `wandb login`, or set "
                              "WANDB_MODE=offline, or choose tensorboard or none.")

@@ -4,13 +4,19 @@ Trainer's own checkpoints of a full Qwen2-VL carry old key names (`visual.*`) an
 is silently the base again. Saving the trainable weights alone, in fp32, is smaller and exact, for LoRA as for a tower.
 """
 
+import contextlib
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
@@ -18,8 +24,9 @@ from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
 from helpers import checkpoints, parity, runs
+from helpers.collate import IGNORED
 from helpers.faults import ForgivingReporter, StopNotice, Stopped, explained
-from helpers.model import check_one_way
+from helpers.model import check_one_way, keep_4bit_trainable
 from helpers.trainlog import LossLog, ProgressBar, read_log
 
 __all__ = ["COMPLETE", "WEIGHTS", "BoxTrainer", "LossLog", "ProgressBar", "load_trainable", "read_log"]
@@ -41,6 +48,7 @@ class BoxTrainer(SFTTrainer):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
         check_one_way(self.model, self.args.n_gpu)
+        keep_4bit_trainable(self.model)  # it may generate between two steps
         self.made_with, self.base = made_with, base
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
@@ -79,18 +87,40 @@ class BoxTrainer(SFTTrainer):
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
         return result
 
-    def compute_loss(self, model, inputs, **kwargs):
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's own in one process; in several one that shares out the updates of one process (`UpdateShare`)."""
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return super().get_train_dataloader()
+        args, rows, collator = self.args, self.train_dataset, self.data_collator
+        share = UpdateShare(SeedableRandomSampler(rows), args.per_device_train_batch_size,
+                            args.gradient_accumulation_steps, self.accelerator.process_index, processes)
+        return DataLoader(WithFiller(rows), batch_sampler=share, num_workers=args.dataloader_num_workers,
+                          collate_fn=lambda batch: ignore_filler(batch, collator(batch)),
+                          pin_memory=args.dataloader_pin_memory)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's own; features that a frozen tower has made before (`SeenCollator`) take the place of pictures.
 
         SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
-        they stay on the CPU.
+        they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
+        a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
+        they do not wait for the head's (losses of -inf were seen). So the head's GPU is the current one, the count goes
+        there, and the loss comes back to where Trainer adds it up.
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
             inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
         features = inputs.pop("image_features", None)
         if features is not None:
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
-        return super().compute_loss(model, inputs, **kwargs)
+        place = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.device
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(place)
+        with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:  # only an evaluation asks for them, and TRL runs the model a second time for their logits
+            return computed[0].to(self.args.device), computed[1]
+        return computed.to(self.args.device)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
@@ -144,6 +174,59 @@ class BoxTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None here: the run's manifest says what a card would."""
+
+
+class UpdateShare(torch.utils.data.Sampler):
+    """The batches of one of several processes that together make the updates which one process would make.
+
+    An update is `batch_size` x `accumulation` x `processes` rows in the order of one process, the epoch's last one
+    what is left. Every process makes equally many batches of it, as DDP needs; where nothing is left for one, its batch
+    is a filler, numbered past the last row. accelerate's own sharding would repeat rows there, and train them twice.
+
+    Args:
+        order: row numbers, anew in each epoch, alike in all processes.
+    """
+
+    def __init__(self, order: SeedableRandomSampler, batch_size: int, accumulation: int, process: int, processes: int):
+        self.batch_sampler = order  # Trainer sets the epoch of an attribute of this name
+        self.set_epoch = order.set_epoch
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.process, self.processes = process, processes
+
+    def _batches(self, rows: int) -> int:
+        return math.ceil(rows / (self.batch_size * self.processes))
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.batch_sampler), self.batch_size * self.accumulation * self.processes)
+        return whole * self.accumulation + self._batches(rest)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = list(self.batch_sampler), self.batch_size * self.accumulation * self.processes
+        for start in range(0, len(order), size):
+            update = order[start : start + size]
+            mine = update[self.process :: self.processes]
+            for number in range(self._batches(len(update))):
+                yield mine[number * self.batch_size : (number + 1) * self.batch_size] or [len(order)]
+
+
+class WithFiller(torch.utils.data.Dataset):
+    """`rows`, and behind the last of them a filler: the first row again, marked, for `ignore_filler`."""
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        return self.rows[number] if number < len(self.rows) else self.rows[0] | {"filler": True}
+
+
+def ignore_filler(rows: list[dict], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`batch`, without a label where it was made of a filler: its loss and its gradients are 0."""
+    if "filler" in rows[0]:
+        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    return batch
 
 
 def load_trainable(parameters: dict[str, torch.nn.Parameter], checkpoint: Path) -> None:

@@ -80,7 +80,7 @@ rows = data.prepare(raw, **budget)["val"]
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head"])
 processor = Qwen2VLProcessor.from_pretrained(model_path, **budget)
-vlm = Qwen2VLForConditionalGeneration.from_pretrained(
+vlm = model.load(
     model_path,
     dtype=torch.bfloat16,
     quantization_config=nf4 if scale == "7b" else None,

@@ -52,13 +52,13 @@ from IPython.display import Markdown, display
 from PIL import Image
 from torchvision import ops, tv_tensors
 from torchvision.transforms import v2
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from helpers import augment, boxes, collate, data, messages, plots
+from helpers import augment, boxes, collate, data, messages, model, plots
 from helpers.budget import image_tokens, padding_share
 from helpers.data.tables import box_table
 
@@ -220,7 +220,7 @@ small loss is no proof of good boxes: only IoU is.""")
 # is what happens then, with TRL's own collator, the tiny model and a photo of a phone's size.
 
 # %%
-tiny = Qwen2VLForConditionalGeneration.from_pretrained(settings.TINY_BASE).eval()
+tiny = model.load(settings.TINY_BASE).eval()
 tiny_processor = Qwen2VLProcessor.from_pretrained(settings.TINY_BASE, min_pixels=low, max_pixels=high)
 large = Qwen2VLProcessor.from_pretrained(settings.TINY_BASE, min_pixels=budgets["7b"][0], max_pixels=budgets["7b"][1])
 

@@ -36,7 +36,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import Qwen2VLProcessor
 
 import helpers
 from helpers import data, evaluate, model, plots, predict, runs
@@ -230,8 +230,8 @@ val_answers = answers.get("merged", answers["fine-tuned"])
 
 # %%
 model.patches_as_product()
-vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-    shipped, dtype=torch.bfloat16, attn_implementation=model.attention(training=False), device_map=model.device_map())
+vlm = model.load(shipped, dtype=torch.bfloat16, attn_implementation=model.attention(training=False),
+                 device_map=model.device_map())
 processor = Qwen2VLProcessor.from_pretrained(shipped, **budget)
 selection_answers = predict.predict(
     vlm, processor, rows["selection"], made_with["prompt"], Path(tempfile.mkdtemp()) / "selection.jsonl",

@@ -56,7 +56,7 @@ import torch
 from IPython.display import display
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor, Trainer, set_seed
+from transformers import BitsAndBytesConfig, Qwen2VLProcessor, Trainer, set_seed
 from trl import SFTTrainer
 
 from helpers import bugs, collate, data, messages, model, predict, settings, trainer
@@ -83,9 +83,8 @@ def load(dtype=torch.bfloat16, skip=None):
     """The base on the CPU; `skip`: the modules that stay out of NF4 (None: no NF4)."""
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
                              llm_int8_skip_modules=skip)
-    return Qwen2VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, quantization_config=nf4 if skip else None, attn_implementation="eager",
-        device_map={"": "cpu"}).requires_grad_(False)
+    return model.load(path, dtype=dtype, quantization_config=nf4 if skip else None, attn_implementation="eager",
+                      device_map={"": "cpu"}).requires_grad_(False)
 
 
 def saw(number, bug, happened, repaired):

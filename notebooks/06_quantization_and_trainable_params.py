@@ -79,8 +79,8 @@ rows["val"] = rows["val"].select(range(min(pictures, len(rows["val"]))))
 truth = data.truth_rows(rows["val"])
 processor = Qwen2VLProcessor.from_pretrained(model_path, **budget)
 collator = collate.Collator(processor, prompt)
-exact = Qwen2VLForConditionalGeneration.from_pretrained(model_path, dtype=torch.bfloat16, attn_implementation="eager",
-                                                        device_map=model.device_map()).requires_grad_(False).eval()
+exact = model.load(model_path, dtype=torch.bfloat16, attn_implementation="eager",
+                   device_map=model.device_map()).requires_grad_(False).eval()
 with torch.device("meta"):  # 7B from its published configuration: its shapes, no memory
     seven = Qwen2VLForConditionalGeneration(random_7b.config(random_7b.PUBLISHED))
 linear_7b = sum(inputs * outputs for name, (inputs, outputs) in sizes.linear_layers(seven).items()
@@ -206,7 +206,7 @@ def load(path, how, skip=("model.visual", "lm_head"), dtype=torch.bfloat16):
         "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                   bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(skip)),
     }
-    return Qwen2VLForConditionalGeneration.from_pretrained(
+    return model.load(
         path, dtype=torch.float32 if how == "fp32" else dtype, quantization_config=quantised.get(how),
         attn_implementation="eager" if scale == "tiny" else model.attention(), device_map=model.device_map(),
     ).requires_grad_(False).eval()

@@ -64,11 +64,11 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 from PIL import Image
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig
 
 from helpers import app, data, evaluate, files, many, messages, predict, quick
 from helpers.dev.check_served import served
-from helpers.model import nf4_layers
+from helpers.model import load, nf4_layers
 from helpers.plots import serving
 from helpers.recipes import SCALES
 
@@ -388,9 +388,9 @@ sorted(path.name for path in (scratch / "boxes").iterdir())
 # %%
 nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                          bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head"])
-four_bits = Qwen2VLForConditionalGeneration.from_pretrained(folder, quantization_config=nf4, dtype=torch.bfloat16)
+four_bits = load(folder, quantization_config=nf4, dtype=torch.bfloat16)
 four_bits.save_pretrained(scratch / "nf4")
-again = Qwen2VLForConditionalGeneration.from_pretrained(scratch / "nf4")
+again = load(scratch / "nf4")
 size = {what: sum(file.stat().st_size for file in place.glob("*.safetensors")) / 1e6
         for what, place in {"bf16": folder, "NF4": scratch / "nf4"}.items()}
 layers = len(nf4_layers(again))

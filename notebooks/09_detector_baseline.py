@@ -271,9 +271,8 @@ if other_run:
 
 # %%
 model.patches_as_product()
-vlm = Qwen2VLForConditionalGeneration.from_pretrained(
-    vlm_path, dtype=torch.bfloat16, attn_implementation=model.attention(training=False), device_map=model.device_map()
-).eval()
+vlm = model.load(vlm_path, dtype=torch.bfloat16, attn_implementation=model.attention(training=False),
+                 device_map=model.device_map()).eval()
 vlm_processor = Qwen2VLProcessor.from_pretrained(
     vlm_path, min_pixels=chosen["min_pixels"], max_pixels=chosen["max_pixels"])
 prompt, options = "Detect the bounding box of the nutrition table.", {"max_new_tokens": 64, "do_sample": False}

@@ -40,6 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--avx2", action="store_true", help="all tests take the branches of a CPU with AVX2 alone")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def chosen_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--avx2` a CPU with AVX2 alone, in this process; else the machine's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--avx2"):
+            show_avx2(patch)
+        yield
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the caches that the workers shared."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -80,6 +93,21 @@ def own_environment() -> Iterator[None]:
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relative path that a test writes to lies in its own temporary folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branches that a CPU with AVX2 alone takes (not how fast they are there)."""
+    show_avx2(monkeypatch)
+
+
+def show_avx2(patch: pytest.MonkeyPatch) -> None:
+    """PyTorch and bitsandbytes see a CPU with AVX2 alone; ATEN_CPU_CAPABILITY changes neither."""
+    import torch
+
+    patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    for name in ("functional", "nn.modules", "backends.cpu.ops"):
+        patch.setattr(importlib.import_module(f"bitsandbytes.{name}"), "has_avx512bf16", lambda: False)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
 from transformers import (
     BitsAndBytesConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen2VLProcessor,
     TrainerCallback,
     set_seed,
 )
 from trl import SFTConfig
 
-from helpers import collate, parity, trainer
+from helpers import collate, model, parity, trainer
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -37,19 +36,22 @@ def squares():
 
 
 def load_tiny(**options):
-    """The tiny base, frozen, on the CPU; in bf16 if `options` do not say otherwise."""
-    options = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}} | options
-    return Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, **options).requires_grad_(False).eval()
+    """The tiny base, frozen, on the CPU; in what this machine computes in if `options` do not say otherwise."""
+    options = {"dtype": model.compute_dtype(), "device_map": {"": "cpu"}} | options
+    return model.load(TINY_BASE, **options).requires_grad_(False).eval()
 
 
-NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-                         bnb_4bit_use_double_quant=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+def nf4_config(dtype=None):
+    """The pipeline's quantization, computing in `dtype` (None: what this machine computes in)."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype or model.compute_dtype(),
+                              llm_int8_skip_modules=["model.visual", "lm_head"])
 
 
-def build(recipe, folder, processor, rows, nf4=False, dtype=torch.bfloat16, **options):
-    stage = RECIPES[recipe][0]
+def build(recipe, folder, processor, rows, nf4=False, dtype=None, **options):
+    stage, dtype = RECIPES[recipe][0], dtype or model.compute_dtype()
     set_seed(0)
-    vlm = load_tiny(quantization_config=NF4 if nf4 else None, dtype=dtype)
+    vlm = load_tiny(quantization_config=nf4_config(dtype) if nf4 else None, dtype=dtype)
     if stage.trains == "full":
         vlm.model.visual.float().requires_grad_(True)
     else:

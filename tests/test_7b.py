@@ -208,7 +208,7 @@ def test_the_hubs_processor_files_give_the_pixel_budget_and_the_token_ids(folder
 
 def check(monkeypatch, folder, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(folder), "--steps", "2", "--accumulation",
-                                      "1", "--val", "2", "--new-tokens", "16", *words])
+                                      "1", "--val", "2", "--new-tokens", "64", *words])
     return check_7b.main()
 
 
@@ -242,10 +242,12 @@ def test_the_check_made_small(monkeypatch, tmp_path, capsys):
 def test_the_time_that_is_left_stops_a_recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["check_7b", "--folder", str(tmp_path), "--minutes", "0.02"])
     options, start = check_7b.arguments(), time.monotonic()
-    assert check_7b.run_until([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", options) is None
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert check_7b.run_until(sleeping, tmp_path / "log", options, [0]) is None
     assert time.monotonic() - start < 10
     row = {"codes": [-9, None], "seconds": {"load": [1.0], "train": [2.0]}}
-    assert check_7b.wrong(options, "r1-llm-only", row) == ["not seen to its end: stopped by --minutes after 'train'"]
+    found = check_7b.wrong(options, "r1-llm-only", row, True)
+    assert found == ["not seen to its end: stopped by --minutes after 'train'"]
 
 
 @pytest.mark.parametrize(("broken", "said"), [
@@ -259,6 +261,6 @@ def test_the_check_says_what_is_wrong(monkeypatch, broken, said):
     monkeypatch.setattr(sys, "argv", ["check_7b"])
     right = {"codes": [-9, 0], "resumed_at": [10], "reserved": 23.0, "cap_gib": 24, "nf4_layers": [0, 196],
              "trainable": check_7b.EXPECTED["r1-llm-only"] * 2}
-    assert check_7b.wrong(check_7b.arguments(), "r1-llm-only", right) == []
+    assert check_7b.wrong(check_7b.arguments(), "r1-llm-only", right, True) == []
     fault, = check_7b.wrong(check_7b.arguments(), "r1-llm-only", right | broken)
     assert re.search(said, fault)

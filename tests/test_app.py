@@ -83,7 +83,7 @@ def test_without_a_model_the_command_says_what_to_do(monkeypatch, tmp_path):
 
     monkeypatch.setattr(finished, "newest", none_yet)
     with pytest.raises(SystemExit, match="run `make demo` first"):
-        app.main([])
+        app.main(["--port", "47860"])
 
 
 class Browser:

@@ -10,7 +10,7 @@ import torch
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, load_tiny, small_processor, squares
+from small_training import load_tiny, nf4_config, small_processor, squares
 from transformers import BitsAndBytesConfig, Trainer
 from trl import SFTTrainer
 
@@ -57,7 +57,7 @@ def test_an_nf4_tower_turns_pixels_into_bytes_without_an_error_and_is_refused():
 
 def test_trainer_multiplies_the_batch_where_it_sees_two_gpus_and_not_where_layers_are_spread(tmp_path):
     one, spread = {"": "cpu"}, {"model.visual": 0, "model.language_model": 1}
-    lora = get_peft_model(load(nf4=NF4), LoraConfig(r=2, target_modules=r".*\.q_proj"))
+    lora = get_peft_model(load(nf4=nf4_config(torch.bfloat16)), LoraConfig(r=2, target_modules=r".*\.q_proj"))
     for vlm, called in ((load(), "DataParallel"), (lora, "PeftModel")):
         seen = bugs.on_two_gpus(Trainer, vlm, one, tmp_path, **MATERIAL)
         assert seen == {"n_gpu": 2, "batch": 8, "model": called}, f"Trainer's larger batch {GONE}"
@@ -123,7 +123,7 @@ def test_the_chart_of_lost_updates_splits_the_weights_at_the_step(rate, as_figur
 
 def test_trl_casts_lora_on_a_quantised_base_and_trainable_to_fp32_casts_back(tmp_path):
     stage = RECIPES["r1-llm-only"][0]
-    vlm = get_peft_model(load(nf4=NF4), LoraConfig(r=2, target_modules=stage.lora_targets))
+    vlm = get_peft_model(load(nf4=nf4_config(torch.bfloat16)), LoraConfig(r=2, target_modules=stage.lora_targets))
     SFTTrainer(vlm, bugs.config(tmp_path), **MATERIAL)
     assert {p.dtype for p in vlm.parameters() if p.requires_grad} == {torch.bfloat16}, f"TRL's cast of LoRA {GONE}"
     model.trainable_to_fp32(vlm)

@@ -1,11 +1,19 @@
 """Batches and label masks: what the loss sees, as literals."""
 
+import io
+from types import SimpleNamespace
+
+import datasets
+import finished_model
 import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from helpers import collate
+from helpers import collate, predict
+from helpers.grammar import Grammar
+from helpers.messages import target_text
+from helpers.parameters import ParameterError
 from helpers.settings import TINY_BASE
 
 PROMPT = "Detect the bounding box of the nutrition table."
@@ -82,3 +90,94 @@ def test_a_sequence_that_is_too_long_is_named_and_never_cut(processor, monkeypat
     monkeypatch.setattr(collate, "MAX_TOKENS", 100)
     with pytest.raises(ValueError, match="image_id='a' makes 1.. tokens, and at most 100"):
         collate.Collator(processor, PROMPT)([row()])
+
+
+def table(bboxes, sizes=None):
+    """A split of these boxes, with pictures that nobody can open: limits are arithmetic."""
+    sizes = sizes or [(224, 224)] * len(bboxes)
+    rows = [row(bbox, size) | {"image": {"bytes": b"", "path": None}, "image_id": f"p{i}"}
+            for i, (bbox, size) in enumerate(zip(bboxes, sizes, strict=True))]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+def limits(processor, train, val=None, selection=None, **values):
+    defaults = {"stages": ["a stage"], "constrained": False, "augment": False, "max_new_tokens": 128,
+                "min_pixels": 16 * 784, "max_pixels": 64 * 784, "eval_steps": None, "eval_pictures": 2}
+    rows = {"train": train, "val": table([()]) if val is None else val, "selection": selection}
+    collate.check_limits(rows, collate.Collator(processor, PROMPT), SimpleNamespace(**defaults | values))
+
+
+BOX = (0.2, 0.1, 0.6, 0.5)
+
+
+def grid(count):
+    return [(0.07 * i, 0.1, 0.07 * i + 0.05, 0.9) for i in range(count)]
+
+
+def test_a_true_answer_that_does_not_fit_is_refused_with_the_number_that_it_needs(processor):
+    answer = target_text(row(grid(12))["objects"]) + "<|im_end|>"
+    need = len(processor.tokenizer(answer)["input_ids"])
+    train = table([(BOX,), grid(12), ()])
+    said = f"max_new_tokens=128 would cut answers: the true one of image_id='p1' in train needs {need}; set max_new_tok"
+    with pytest.raises(ParameterError, match=said):
+        limits(processor, train)
+    with pytest.raises(ParameterError, match=f"image_id='p1' in val needs {need}"):
+        limits(processor, table([(BOX,)]), val=train, stages=[])
+    with pytest.raises(ParameterError, match=f"needs {need}"):
+        limits(processor, train, max_new_tokens=need - 1)
+    limits(processor, train, max_new_tokens=need)
+    with pytest.raises(ParameterError) as refused:  # which gives each box more room
+        limits(processor, train, max_new_tokens=need, constrained=True)
+    more = int(str(refused.value).split("max_new_tokens=")[-1].split()[0])
+    limits(processor, train, max_new_tokens=more, constrained=True)
+    assert Grammar(processor.tokenizer, max_new_tokens=more).max_boxes == 12
+    assert Grammar(processor.tokenizer, max_new_tokens=more - 1).max_boxes == 11
+
+
+def test_the_longest_sequence_is_known_before_any_picture_is_opened(processor, monkeypatch):
+    """The arithmetic is the collator's own count, for each picture."""
+    whole = [row(bbox, size) for bbox, size in (((BOX,), (224, 300)), ((), (90, 800)), (grid(3), (500, 400)))]
+    counted = [collate.Collator(processor, PROMPT)([one])["input_ids"].shape[1] for one in whole]
+    for one, tokens in zip(whole, counted, strict=True):
+        split = table([one["objects"]["bbox"]], [one["image"].size])
+        monkeypatch.setattr(collate, "MAX_TOKENS", tokens)
+        limits(processor, split)
+        monkeypatch.setattr(collate, "MAX_TOKENS", tokens - 1)
+        with pytest.raises(ParameterError, match=f"'p0' in train makes {tokens} tokens, .* at most {tokens - 1}"):
+            limits(processor, split)
+    split = table([one["objects"]["bbox"] for one in whole], [one["image"].size for one in whole])
+    with pytest.raises(ParameterError, match="image_id='p2' in train") as refused:
+        limits(processor, split)
+    limits(processor, split, stages=[])  # nothing trains on it
+    room = int(str(refused.value).split("max_pixels=")[1].split()[0])
+    limits(processor, split, max_pixels=room)
+
+
+def test_augmented_pictures_count_as_the_largest(processor, monkeypatch):
+    small = table([()], [(112, 112)])
+    monkeypatch.setattr(collate, "MAX_TOKENS", 100)
+    limits(processor, small)
+    with pytest.raises(ParameterError, match="image_id='p0' in train makes 1.. tokens"):
+        limits(processor, small, augment=True)
+
+
+def test_iou_during_training_needs_a_box_to_measure(processor):
+    train = table([(BOX,)])
+    limits(processor, train, eval_steps=None)
+    with pytest.raises(ParameterError, match="eval_steps=5 finds no box on 2 pictures of selection"):
+        limits(processor, train, selection=table([(), (), (BOX,)]), eval_steps=5)
+    limits(processor, train, selection=table([(), (), (BOX,)]), eval_steps=5, eval_pictures=3)
+    with pytest.raises(ParameterError, match="no box on 0 pictures"):
+        limits(processor, train, selection=train.select([]), eval_steps=5)
+    limits(processor, train, selection=train.select([]), eval_steps=5, stages=[])  # nothing trains
+
+
+def test_a_transparent_picture_is_trained_on_white(processor):
+    seen = {}
+    for name in ("clear", "white"):
+        picture = Image.open(io.BytesIO(finished_model.clear("RGBA", (224, 224))))
+        if name == "white":
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        seen[name] = collate.Collator(processor, PROMPT)([row() | {"image": picture}])["pixel_values"]
+        assert torch.equal(seen[name], predict.prepare([row() | {"image": picture}], processor, PROMPT)["pixel_values"])
+    assert torch.equal(seen["clear"], seen["white"])

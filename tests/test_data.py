@@ -8,13 +8,14 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from finished_model import clear
 from PIL import Image
 
-from helpers import data, evaluate, scenes
+from helpers import data, evaluate, finished, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.checks import RULES
-from helpers.data.pictures import picture_facts
+from helpers.data.pictures import as_rgb, picture_facts, shown_size
 from helpers.data.planted import plant_each
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
 from helpers.dev import bench_pictures
@@ -137,6 +138,16 @@ def test_a_picture_that_does_not_decode_to_its_end_is_dropped_and_the_others_sta
     assert "truncated" in next(fault.found for fault in result.faults if fault.index == 1)
     assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1"]
     assert result.statistics["val"]["pictures"] == 1
+
+
+def test_a_selection_of_which_nothing_is_left_is_empty_and_said(tmp_path, capsys):
+    """Ten photos: one of them becomes selection, and it is the one that cannot be read."""
+    unreadable = splits(train=[row(1)], selection=[row(2, image=picture(b"broken"))], val=[row(3)])
+    twin = splits(train=[row(1)], selection=[row(3, barcode="2")], val=[row(3)])
+    for raw in (unreadable, twin):
+        rows = data.prepare(cleaned(raw), 784, 16 * 784)
+        assert {name: len(split) for name, split in rows.items()} == {"train": 1, "selection": 0, "val": 1}
+        assert "data: none of the 1 pictures of selection can be used, such as" in capsys.readouterr().out
 
 
 def test_a_split_of_which_nothing_is_left_is_an_error():
@@ -384,3 +395,49 @@ def test_prepared_pictures_outlive_their_files(tmp_path: Path):
     for file in tmp_path.glob("*.jpg"):
         file.unlink()
     assert [one["image"].convert("RGB").size for one in ready["val"]] == [(56, 28), (64, 48)]
+
+
+KINDS_OF_CLEAR = ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P", "P, a value each"]
+
+
+def is_ink_on_white(picture: Image.Image) -> bool:
+    pixels = np.asarray(picture.convert("RGB"))
+    height, width = pixels.shape[:2]
+    return pixels[:4].min() > 240 and pixels[height // 2 - 4 : height // 2 + 4, width // 2].max() < 15
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CLEAR)
+@pytest.mark.parametrize("size", [(800, 400), (56, 56)])  # made smaller, and small enough
+def test_what_is_transparent_becomes_white_in_the_prepared_picture_and_for_the_audit(kind, size):
+    raw = splits(val=[row(1, image=picture(clear(kind, size)), width=size[0], height=size[1])])
+    assert is_ink_on_white(data.prepare(raw, 1, 56 * 56)["val"][0]["image"])
+    thumb = np.frombuffer(picture_facts(picture(clear(kind, size)))["thumb"], np.uint8).reshape(16, 16, 3)
+    assert is_ink_on_white(Image.fromarray(thumb).resize((64, 64), Image.Resampling.NEAREST))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa", "P with a palette of RGBA"])
+def test_every_mode_with_transparency_is_shown_on_white(mode):
+    made = Image.open(io.BytesIO(clear("RGBA")))
+    if mode == "PA":
+        ink, made = made.getchannel("A"), Image.new("P", made.size)
+        made.putalpha(ink)
+        assert made.mode == mode
+    elif mode.startswith("P"):
+        ink, made = made.getchannel("A"), Image.new("P", made.size)
+        made.putpalette([0, 0, 0, 0, 0, 0, 0, 255], "RGBA")
+        made.paste(1, mask=ink)
+    else:
+        made = made.convert("LA").convert(mode) if mode == "La" else made.convert(mode)
+    assert is_ink_on_white(as_rgb(made)) and made.mode == mode.split()[0]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
+def test_a_transparent_picture_on_its_side_is_turned_and_has_one_size_everywhere(kind, tmp_path):
+    exif, file = Image.Exif(), tmp_path / "a"
+    exif[0x0112] = 6
+    Image.new("RGBA", (80, 40)).save(file, kind, exif=exif)
+    assert shown_size(file) == (40, 80) and finished.open_upright(file).size == (40, 80)
+    facts = picture_facts({"bytes": None, "path": str(file)})
+    assert (facts["stored"], facts["orientation"]) == ([80, 40], 6)
+    raw = splits(val=[row(1, image=picture(file.read_bytes()), width=40, height=80)])
+    assert data.prepare(raw, 1, 28 * 56)["val"][0]["image"].size == (28, 56)

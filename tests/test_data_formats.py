@@ -342,6 +342,25 @@ def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
     assert len(data.load_splits(str(tmp_path))["val"]) == 29
 
 
+def test_a_changed_picture_that_a_table_names_by_its_path_is_seen(tmp_path: Path):
+    write_pictures(tmp_path / "set")
+    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
+    for row in rows:
+        row["image"] = {"bytes": None, "path": f"{row['image_id']}.jpg"}
+    features = datasets.Features({**table_rows().features, "image": {"bytes": datasets.Value("binary"),
+                                                                    "path": datasets.Value("string")}})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "val.parquet"))
+
+    def colours() -> list:
+        raw = data.load_raw(str(tmp_path / "set"))
+        return [np.asarray(row["image"]).mean() for row in data.prepare(raw, 1, 28 * 28)["val"]]
+
+    before = colours()
+    save_picture(tmp_path / "set" / "a.jpg", 99)
+    after = colours()
+    assert after[0] != before[0] and after[1:] == before[1:]
+
+
 def test_files_written_on_windows_are_read(tmp_path: Path):
     """A byte order mark, backslashes, CR LF."""
     write_coco(tmp_path / "coco")
@@ -378,6 +397,47 @@ def test_what_no_annotation_names_is_said(tmp_path: Path, capsys):
 
 
 # --- bad input: each has its sentence ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_path: Path):
+    """As macOS puts them into a zip, as Jupyter and a labelling tool leave them: copies, and files of another kind."""
+    root = tmp_path / "set"
+    FORMATS[name][0](root)
+    before = data.load_raw(str(root))
+    files = [file for file in root.rglob("*") if file.is_file()]
+    for folder in (".ipynb_checkpoints", "__MACOSX", ".cache/huggingface", "@eaDir"):
+        for file in files:
+            copy = root / folder / file.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    for file in files:
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7 of macOS")
+    after = data.load_raw(str(root))
+    assert {split: rows["image_id"] for split, rows in after.items()} == {
+        split: rows["image_id"] for split, rows in before.items()}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "a\u0085b".encode(), b'a"b', b"it's"])
+def test_a_picture_is_read_whatever_bytes_its_name_has(name: bytes, tmp_path: Path, capsys):
+    root = tmp_path / "set"
+    write(root / "classes.txt", TABLE)
+    for number, stem in enumerate(["plain", os.fsdecode(name)]):
+        save_picture(root / "images" / "a.jpg", number)
+        (root / "images" / "a.jpg").rename(root / "images" / f"{stem}.jpg")
+        write(root / "labels" / f"{stem}.txt", "0 .5 .5 .5 .5")
+    raw = data.load_raw(str(root))
+    found = data.clean(raw, data.audit(raw))["val"]
+    same = os.fsdecode(name).replace("\udce9", "\\udce9")
+    assert sorted(found["image_id"]) == sorted(["plain", same])
+    assert {one["image"].size for one in found} == {(WIDTH, HEIGHT)}
+    (root / "labels" / f"{stem}.txt").unlink()
+    write(root / "metadata.jsonl", json.dumps({"file_name": "images/plain.jpg", "objects": {
+        "bbox": [[0.1, 0.2, 0.5, 0.6]], "category_name": [TABLE]}}))
+    (root / "classes.txt").unlink()
+    capsys.readouterr()
+    data.load_raw(str(root))
+    assert f"1 pictures in {root} have no annotation and are not used, such as {same}.jpg" in capsys.readouterr().out
 
 
 def refused(dataset_id: Path | str, *words: str) -> None:

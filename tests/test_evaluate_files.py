@@ -8,7 +8,8 @@ import pytest
 from helpers.boxes import pairwise_iou, yxyx_unit_to_xyxy_unit
 from helpers.evaluate import constant_predictions, score, with_interval
 from helpers.evaluate.__main__ import main
-from helpers.evaluate.reports import metrics_table, write_metrics
+from helpers.evaluate.ledger import results_table
+from helpers.evaluate.reports import compare, metrics_table, rescore, write_metrics
 
 # Lines of two published files: id, that project's IoU, raw text, true boxes (y first). Rows with one true box, with
 # two and three, and one whose completion has five boxes and was cut by the token limit.
@@ -111,6 +112,23 @@ def test_one_runs_scores_for_display(tmp_path):
     iou = metrics["scores"]["fine-tuned"]["summary"]["mean_iou"]
     assert table.loc["fine-tuned", "mean IoU (95 %)"] == with_interval(iou)
     assert with_interval({"value": -0.0512, "low": None, "high": 1.0, "n": 3}) == "-.051 (– to 1.000)"
+
+
+def test_answers_that_never_stopped_are_counted_in_every_summary(tmp_path):
+    folder, metrics = make_run(tmp_path, "r4-joint", 0.02)
+    assert list(metrics_table(metrics)["never stopped"]) == ["0 of 30"] * 3
+    assert "never stopped" not in results_table(tmp_path) + compare("r4-joint", "r4-joint:base", tmp_path)
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    for line in lines[:8]:
+        line["stopped"] = False
+    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = rescore(folder)
+    assert list(metrics_table(metrics)["never stopped"]) == ["8 of 30", "0 of 30", "0 of 30"]
+    assert "r4-joint; 8 of 30 answers never stopped." in results_table(tmp_path).splitlines()
+    assert "; 8 of 30 answers never stopped\n- r4-joint:base: mean" in compare("r4-joint", "r4-joint:base", tmp_path)
+    unknown = score([{"image_id": "a", "objects": {"bbox": [], "category_name": []}}],
+                    [{"image_id": "a", "text": "no nutrition table"}], resamples=0)
+    assert metrics_table({"scores": {"base": unknown}})["never stopped"]["base"] == "–"
 
 
 def test_compare_by_name_folder_and_score(tmp_path, capsys):

@@ -127,7 +127,7 @@ def test_the_cards_of_a_run_in_low_memory_say_that_its_scores_are_of_nf4(exporte
 
 
 def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(exported, merged, rows):
-    result = export.compare(exported, rows, batch_size=4, max_new_tokens=48)
+    result = export.compare(exported, rows, batch_size=4)
     assert result["pictures"] == 5 and result["difference"]["n"] == result["bf16"]["mean_iou"]["n"] <= 5
     assert 0 <= result["same_boxes"] <= 5 and result["nf4"]["bytes"] < result["bf16"]["bytes"]
     assert list(export.compared_table(result).index) == ["bf16", "nf4"]

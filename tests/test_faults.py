@@ -66,37 +66,86 @@ def goes_on(folder, processor, rows, undisturbed, at):
 # --- a notice to stop
 
 
-def test_sigterm_saves_first_and_the_run_goes_on_from_there(tmp_path, processor, rows, undisturbed):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first_and_the_run_goes_on_from_there(number, tmp_path, processor, rows, undisturbed):
+    before = signal.getsignal(number)
     sft = build("r1-llm-only", tmp_path, processor, rows)
-    sft.add_callback(At(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    with pytest.raises(SystemExit, match="SIGTERM at step 5 of 8: checkpoint-5 is saved, and the same command goes on"):
+    sft.add_callback(At(4, lambda: os.kill(os.getpid(), number)))
+    with pytest.raises(SystemExit, match=f"{number.name} at step 5 of 8: checkpoint-5 is saved, and the same command"):
         sft.train()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
     goes_on(tmp_path, processor, rows, undisturbed, at=5)
 
 
+def test_a_second_ctrl_c_ends_at_once(tmp_path, processor, rows, capfd):
+    sft = build("r1-llm-only", tmp_path, processor, rows)
+    sft.add_callback(At(1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
+    with pytest.raises(KeyboardInterrupt):
+        sft.train()
+    assert "a second one ends at once" in capfd.readouterr().err and not checkpoints.checkpoints(tmp_path)
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As `nohup` or a shell's `&` have it: a Ctrl-C in the terminal is not meant for this process."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with faults.StopNotice().watching():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 OUTSIDE_OF_TRAINING = """
-import multiprocessing, os, signal, time
+import os, signal, time
 from helpers.settings import end_with_a_word
 
 end_with_a_word()
-reader = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
-reader.start()
-time.sleep(1)
-reader.terminate()
-reader.join(20)
-print(reader.exitcode, flush=True)
-os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.{name})
 time.sleep(60)
 """
 
 
-def test_sigterm_outside_of_training_ends_with_a_word_too():
-    ended = subprocess.run([sys.executable, "-c", OUTSIDE_OF_TRAINING], capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (1, "143\n")
-    assert ended.stderr.strip() == "SIGTERM: what is done so far is kept, and the same command goes on from there."
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_outside_of_training_ends_with_a_word_too(name):
+    script = OUTSIDE_OF_TRAINING.format(name=name)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == f"{name}: what is done so far is kept, and the same command goes on from there."
+
+
+FORKED = """
+import os, signal, time
+from helpers.settings import end_with_a_word
+
+end_with_a_word()
+lock = __import__("threading").Lock()
+lock.acquire()
+ended = []
+for _ in range(40):
+    child = os.fork()
+    if not child:
+        lock.acquire()  # for ever
+    os.kill(child, signal.SIGINT)  # left to the parent
+    os.kill(child, signal.SIGTERM)  # also before the child's first line
+    for _ in range(500):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+    ended.append(os.waitstatus_to_exitcode(status))
+print(ended)
+"""
+
+
+def test_forked_workers_end_by_sigterm_at_any_moment():
+    """A pool of processes is ended so; one that is not waits for ever."""
+    ended = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300)
+    assert ended.stdout == f"{[-signal.SIGTERM] * 40}\n", ended.stderr[-2000:]
 
 
 # --- the disk

@@ -3,12 +3,15 @@
 import io
 import json
 import os
+import socket
 
 import finished_model
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from helpers import finished
+from helpers import app, finished, parity, serve
+from helpers.data import pictures
 from helpers.files import read_json, write_json
 from helpers.model import compute_dtype
 from helpers.parameters import ParameterError
@@ -99,6 +102,16 @@ def test_a_parity_file_that_lacks_the_prompt_is_refused(model):
     assert "cannot be read" in refusal(finished.check, model)
 
 
+def test_a_model_that_lacks_weights_or_is_another_is_refused(model):
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    parity.write(model, read_json(model / "parity.json"))
+    assert "1 missing, such as lm_head.weight" in refusal(finished.load, model)
+    write_json(model / "config.json", read_json(model / "config.json") | {"model_type": "qwen3_vl"})
+    assert f"MODEL={model} is a model of type 'qwen3_vl'" in refusal(finished.check, model)
+
+
 def test_a_picture_is_opened_as_exif_shows_it():
     upright = finished.open_upright(finished_model.scene(0))
     assert finished.open_upright(finished_model.turned(finished_model.scene(0))).size == upright.size
@@ -122,3 +135,41 @@ def test_boxes_in_pixels_are_never_empty():
     assert finished.to_pixels([0.1, 0.2, 0.5, 1.0], (200, 100)) == (20, 20, 100, 100)
     assert finished.to_pixels([0.5, 0.5, 0.501, 0.501], (10, 10)) == (5, 5, 6, 6)
     assert finished.to_pixels([0.999, 0.999, 1.0, 1.0], (10, 10)) == (9, 9, 10, 10)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P"])
+def test_a_transparent_picture_is_shown_on_white(kind):
+    pixels = finished.open_upright(finished_model.clear(kind))
+    assert pixels.mode == "RGB" and pixels.getpixel((0, 0)) == (255, 255, 255) and max(pixels.getpixel((32, 32))) < 15
+
+
+def test_a_heic_says_which_package_reads_it(monkeypatch):
+    monkeypatch.setattr(pictures, "KINDS", [kind for kind in pictures.KINDS if kind != "HEIF"])
+    with pytest.raises(ValueError, match=r"^not a picture that can be read \(a HEIC, .* pip install pillow-heif\)$"):
+        finished.open_upright(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**30])
+def test_a_port_that_is_none_is_said(port, capsys):
+    with pytest.raises(SystemExit, match=f"PORT={port} cannot be opened .*from 1 to 65535.*PORT=8001") as refused:
+        finished.parse("serve", "", 8000, [f"--port={port}"])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_none_are_said_before_a_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(finished, "load", None)
+    monkeypatch.setattr(finished, "newest", lambda: 1 / 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for main in (serve.main, app.main):
+            with pytest.raises(SystemExit, match=rf"PORT={port} cannot be opened .*\(Address already in use\)"):
+                main(["--port", str(port)])
+    assert finished.parse("app", "", 7860, ["--port", str(port)]).port == port  # free again at once
+    with pytest.raises(SystemExit, match="PORT=7860 cannot be opened on no.such.host"):
+        finished.parse("app", "", 7860, ["--host", "no.such.host"])
+
+
+def test_the_longest_answer_is_the_runs_own(model):
+    assert finished.load(model)[0].generation_config.max_new_tokens == finished.MAX_NEW_TOKENS
+    write_json(model / "parity.json", read_json(model / "parity.json") | {"max_new_tokens": 300})
+    assert finished.load(model)[0].generation_config.max_new_tokens == 300

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from helpers import finished, many, predict
+from helpers.data import pictures
+from helpers.files import read_json, write_json
 from helpers.parameters import ParameterError
 
 
@@ -35,7 +37,7 @@ def photos(tmp_path_factory):
     (folder / "text.jpg").write_text("hello")
     (folder / "cut.jpg").write_bytes(finished_model.scene(0)[:3000])
     Image.new("RGB", (2010, 10)).save(folder / "strip.png")
-    (folder / "notes.txt").write_text("no picture by its name: not even looked at")
+    (folder / "notes.txt").write_text("no picture by its name or content")
     return folder
 
 
@@ -58,12 +60,14 @@ def run(photos, output, model, **options):
     return many.predict_many(str(photos), output, model, **{"batch_size": 1} | options)
 
 
-def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, answers, tmp_path):
+def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, answers, tmp_path, capsys):
     counts = run(photos, tmp_path / "out", model, coco=True, crops=True)
+    assert "1 files are no pictures by name or content, such as notes.txt" in capsys.readouterr().out
     lines = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
     assert [line["image_id"] for line in lines] == ["1.jpg", "2.jpg", "4.JPG", "5.jpg", "b/1.jpg", "cut.jpg",
                                                     "empty.jpg", "strip.png", "text.jpg"]
     assert counts["pictures"] == 9 and counts["unreadable"] == 4
+    assert counts["never stopped"] == sum(not answer["stopped"] for answer in answers.values())
     for line in lines[:5]:
         assert {name: line[name] for name in answers[line["image_id"]]} == answers[line["image_id"]]
         assert (line["width"], line["height"]) == finished.open_upright(photos / line["image_id"]).size
@@ -81,11 +85,13 @@ def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
     from pycocotools.coco import COCO
 
     line = {"image_id": "a.jpg", "labels": ["nutrition-table", "barcode"], "boxes": [[0.1, 0.2, 0.3, 0.6]] * 2,
-            "confidences": [0.7, 0.9], "width": 200, "height": 100}
+            "confidences": [0.7, 0.9], "width": 200, "height": 100, "stopped": False}
     part = tmp_path / "0.jsonl"
-    part.write_text(json.dumps(line | {"image_id": "no box.jpg", "boxes": [], "labels": [], "confidences": []}) + "\n"
+    part.write_text(json.dumps(line | {"image_id": "no box.jpg", "boxes": [], "labels": [], "confidences": [],
+                                       "stopped": True}) + "\n"
                     + json.dumps(line) + "\n")
-    assert many.join(tmp_path, [part], coco=True) == {"pictures": 2, "with a box": 1, "without": 1, "unreadable": 0}
+    assert many.join(tmp_path, [part], coco=True) == {"pictures": 2, "with a box": 1, "without": 1, "unreadable": 0,
+                                                    "never stopped": 1}
     truth = COCO(str(tmp_path / "coco_images.json"))
     (found,) = truth.loadRes(str(tmp_path / "coco_results.json")).dataset["annotations"]
     assert found["bbox"] == [20, 20, 40, 40] and found["score"] == 0.7
@@ -96,7 +102,7 @@ def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
 def test_the_same_command_does_nothing_twice_and_goes_on_where_a_part_is_missing(model, photos, tmp_path, monkeypatch):
     run(photos, tmp_path / "out", model)
     whole = (tmp_path / "out" / "predictions.jsonl").read_text()
-    (tmp_path / "out" / "parts" / "0000001.jsonl").unlink()
+    next((tmp_path / "out" / "parts").glob("0000001-*.jsonl")).unlink()
     (tmp_path / "out" / "predictions.jsonl").unlink()
     asked = []
     monkeypatch.setattr(many, "answer", lambda *a, real=many.answer: asked.append(a[2]) or real(*a))
@@ -116,11 +122,99 @@ def test_shards_give_the_whole_in_any_order_and_run_twice(model, photos, tmp_pat
     assert (tmp_path / "out/predictions.jsonl").read_text() == (tmp_path / "whole/predictions.jsonl").read_text()
 
 
+def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
+    """Every file that is a picture by name or content, in linked folders too; hidden ones and leftovers never."""
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for name in ("IMG_1", "2.jpeg.bak", "3.dat", "sub/4.GIF", ".hidden.jpg", "._5.jpg", ".ipynb_checkpoints/6.jpg",
+                 "__MACOSX/7.jpg", "sub/.thumbnails/8.jpg", "@eaDir/9.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(finished_model.scene(0))
+    elsewhere.mkdir()
+    (elsewhere / "10.jpg").write_bytes(finished_model.scene(0))
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # round and round
+    (folder / "gone.jpg").symlink_to(tmp_path / "nothing")
+    (folder / "loop.jpg").symlink_to(folder / "loop.jpg")
+    (folder / "notes.txt").write_text("hello")
+    os.mkfifo(folder / "pipe.jpg")  # whoever opened it would wait for ever
+    (folder / "11").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    (folder / "12.svg").write_text("<svg/>")
+    ids, stamps, opened = many.find_pictures(str(folder), "val", tmp_path / "out")
+    assert ids == ["11", "12.svg", "2.jpeg.bak", "3.dat", "IMG_1", "gone.jpg", "linked/10.jpg", "loop.jpg", "sub/4.GIF"]
+    assert opened(ids.index("3.dat")).size == opened(ids.index("linked/10.jpg")).size
+    for name, said in {"gone.jpg": "FileNotFoundError", "loop.jpg": "OSError", "12.svg": "is no picture"}.items():
+        with pytest.raises(ValueError, match=said):
+            opened(ids.index(name))
+    assert many.find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0] == ["3.dat"]
+
+
+@pytest.mark.parametrize("place", ["photos/out", "photos", "."])
+def test_what_it_wrote_itself_is_no_photo_wherever_it_writes(model, tmp_path, place):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(finished_model.scene(0))
+    for _ in range(2):
+        assert run(tmp_path / "photos", tmp_path / place, model, crops=True)["pictures"] == 1
+    assert [*(tmp_path / place).rglob("crops/**/*.jpg")]
+
+
+def test_a_replaced_photo_is_predicted_again_and_the_others_are_not(model, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(finished_model.scene(number))
+    run(folder, tmp_path / "out", model)
+    before = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    stat = (folder / "3.jpg").stat()
+    asked = []
+    monkeypatch.setattr(many, "answer", lambda *a, real=many.answer: asked.extend(a[2]) or real(*a))
+    Image.new("RGB", (90, 120), "teal").save(folder / "3.jpg")
+    os.utime(folder / "3.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` does it: the size tells
+    run(folder, tmp_path / "out", model)
+    after = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    assert [row["image_id"] for row in asked] == ["2.jpg", "3.jpg"]  # its part
+    assert after[:3] == before[:3] and (after[3]["width"], after[3]["height"]) == (90, 120)
+    os.utime(folder / "0.jpg", (1, 1))
+    run(folder, tmp_path / "out", model)
+    assert [row["image_id"] for row in asked[2:]] == ["0.jpg", "1.jpg"]
+
+
+def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
+    names = [b"caf\xe9.jpg", "a\u0085b\u2028.jpg".encode(), b"it's \"best\"\n.jpg", "é".encode() * 120]
+    folder, output = tmp_path / "my photos", tmp_path / os.fsdecode(b"\xe9 out")
+    folder.mkdir()
+    for number, name in enumerate(names):
+        (folder / os.fsdecode(name)).write_bytes(finished_model.scene(number))
+    (folder / os.fsdecode(b"n\xf6tes.txt")).touch()
+    command = [sys.executable, "-m", "helpers.many", str(folder), str(output), "--crops", "--coco", "--model", model]
+    done = subprocess.run(command, capture_output=True, timeout=200)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr[-2000:]
+    text = (output / "predictions.jsonl").read_bytes()
+    assert text.isascii() and len(text.splitlines()) == len(names)
+    lines = [json.loads(line) for line in text.decode().splitlines()]
+    assert {os.fsencode(line["image_id"]) for line in lines} == set(names)
+    crops = [output / crop for line in lines for crop in line["crops"]]
+    assert crops and all(crop.is_file() for crop in crops)
+    shown = read_json(output / "coco_images.json")["images"]
+    assert {os.fsencode(image["file_name"]) for image in shown} == set(names)
+
+
+def test_the_runs_own_longest_answer_is_used_and_cut_answers_are_counted(tmp_path, photos, capsys):
+    model = finished_model.make(tmp_path / "x-merged")
+    write_json(model / "parity.json", read_json(model / "parity.json") | {"max_new_tokens": 5})
+    many.main([str(photos / "b"), str(tmp_path / "out"), "--model", str(model)])
+    assert "1 never stopped" in capsys.readouterr().out
+    (line,) = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
+    assert line["new_tokens"] == 5 and not line["stopped"]
+    write_json(model / "parity.json", read_json(model / "parity.json") | {"max_new_tokens": 64})
+    assert "max_new_tokens was 5, now 64" in refusal(photos / "b", tmp_path / "out", "--model", model)
+
+
 def test_a_data_set_is_asked_too_and_its_split_is_named(model, tmp_path):
     with pytest.raises(ParameterError, match="no pictures in the split 'test'; there is train, selection, val"):
         many.find_pictures(str(embedded(tmp_path)), "test", tmp_path)
-    ids, opened = many.find_pictures(str(embedded(tmp_path)), "val", tmp_path)
+    ids, stamps, opened = many.find_pictures(str(embedded(tmp_path)), "val", tmp_path)
     assert len(ids) == 2 and opened(1).mode == "RGB"
+    assert many.find_pictures(str(embedded(tmp_path)), "val", tmp_path)[1] == stamps and len(stamps) == 2
 
 
 def embedded(folder: Path) -> Path:
@@ -164,14 +258,31 @@ def test_what_cannot_be_done_is_said_in_one_sentence(model, photos, tmp_path, mo
     assert "is no file or folder" in refusal("nowhere", out, "--model", model)
     assert "from 1/16 to 16/16" in refusal(photos, out, "--model", model, "--shard", "3/2")
     (tmp_path / "none").mkdir()
-    assert "holds no known format" in refusal(tmp_path / "none", out, "--model", model)
+    assert "is a folder without files" in refusal(tmp_path / "none", out, "--model", model)
+    (tmp_path / "none" / ".hidden.jpg").write_bytes(finished_model.scene(0))
+    assert "is a folder without files" in refusal(tmp_path / "none", out, "--model", model)
+    (tmp_path / "none" / "notes.txt").touch()
+    assert "holds no picture files, and as a data set" in refusal(tmp_path / "none", out, "--model", model)
+    for name, content in {"a.jpg": b"hello", "b.heic": b"\0\0\0\x18ftypheic" + bytes(99)}.items():
+        (tmp_path / "none" / name).write_bytes(content)
+    monkeypatch.setattr(pictures, "KINDS", [kind for kind in pictures.KINDS if kind != "HEIF"])
+    said = refusal(tmp_path / "none", out, "--model", model)
+    assert "no picture that can be opened: 2 files, such as b.heic" in said and "pip install pillow-heif" in said
+    said = refusal(tmp_path / "none" / "a.jpg", out, "--model", model)
+    assert "no picture that can be opened: 1 files, such as a.jpg: its content is no picture" in said
     (tmp_path / "file").touch()
     assert "cannot be written" in refusal(photos, tmp_path / "file", "--model", model)
     many.open_job(out, {"model": "1", "pictures": 9})
     assert "holds the answers of another job (model was '1', now" in refusal(photos, out, "--model", model)
-    monkeypatch.setattr(os, "listdir", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(ParameterError, match=r"cannot be read \(Permission denied\); check its rights"):
-        many.find_pictures(str(photos), "val", tmp_path / "o")
+
+    def denied(path, real=Path.iterdir):
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    said = refusal(photos, out, "--model", model)
+    assert f"{photos / 'b'} cannot be read (Permission denied); check its rights" in said
 
 
 def test_a_full_disk_is_said_before_the_work_and_when_it_happens(model, photos, tmp_path, monkeypatch):
@@ -202,15 +313,14 @@ def test_a_killed_command_goes_on(model, photos, tmp_path):
         shutil.copy(photos / "1.jpg", many_photos / f"{number}.jpg")
     command = [sys.executable, "-m", "helpers.many", str(many_photos), str(tmp_path / "out"), "--model", str(model)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    first = tmp_path / "out" / "parts" / "0000000.jsonl"
-    while not first.exists():
+    while not (first := [*tmp_path.glob("out/parts/0000000-*.jsonl")]):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
-    stamp = first.stat().st_mtime_ns
+    stamp = first[0].stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "66 pictures" in done.stdout
-    assert first.stat().st_mtime_ns == stamp and not list((tmp_path / "out").rglob("*.part*-*"))
+    assert first[0].stat().st_mtime_ns == stamp and not list((tmp_path / "out").rglob("*.part*-*"))
     assert len(predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 66

@@ -1,5 +1,7 @@
 """Row to messages to target text, and a model's text to boxes."""
 
+import re
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -214,3 +216,11 @@ def test_denial_before_a_box_is_no_name():
 def test_rows_that_the_format_cannot_carry_are_refused(objects, message):
     with pytest.raises(ValueError, match=message):
         target_text(objects)
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<|vision_start|>", "<|box_start|>"])
+def test_a_prompt_with_a_special_token_is_refused(token):
+    row = {"image": None, "objects": {"bbox": [], "category_name": []}}
+    with pytest.raises(ValueError, match=f"has the special token {re.escape(token)} in it"):
+        to_messages(row, f"Where is {token}?")
+    assert to_messages(row, 'a "<b>" | <|> c')["prompt"][0]["content"][1]["text"] == 'a "<b>" | <|> c'

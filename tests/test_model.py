@@ -1,13 +1,18 @@
 """Precision, towers, trainable weights, adapters: each check is broken on purpose and must say so."""
 
+import shutil
+
 import pytest
 import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit, has_avx512bf16
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from small_training import load_tiny, nf4_config
 from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from helpers import merge, model
+from helpers import collate, merge, model, predict
+from helpers.parameters import ParameterError
 from helpers.recipes import LORA_TARGETS, RECIPES, Stage
 from helpers.settings import TINY_BASE
 
@@ -17,9 +22,107 @@ R1, R2, R4 = (RECIPES[name][0] for name in ("r1-llm-only", "r2-vision-only", "r4
 def base(precision="bf16", skip=("model.visual", "lm_head"), dtype=torch.bfloat16):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=list(skip))
-    return Qwen2VLForConditionalGeneration.from_pretrained(
+    return model.load(
         TINY_BASE, quantization_config=nf4 if precision == "nf4" else None, dtype=dtype, device_map=model.device_map()
     ).requires_grad_(False).eval()
+
+
+def changed(folder, change):
+    """The tiny base with its weights (`{name: tensor}`) as `change` returns them."""
+    shutil.copytree(TINY_BASE, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    save_file(change(load_file(TINY_BASE / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+UP = "model.layers.0.mlp.up_proj.weight"  # as the Hub's files name it
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("change, said", [
+    (lambda w: {name: weight for name, weight in w.items() if "layers.1." not in name},
+     "12 missing, such as model.language_model.layers.1.input_layernorm.weight;"),
+    (lambda w: {f"module.{name}": weight for name, weight in w.items()}, "130 missing, such as lm_head.weight; 130 un"),
+    (lambda w: {name.replace("up_proj", "w1"): weight for name, weight in w.items()},
+     "4 missing, .*up_proj.weight; 4 unexpected, .*w1.weight;"),
+    (lambda w: w | {"value_head.weight": torch.zeros(3)}, ": 1 unexpected, such as value_head.weight;"),
+    (lambda w: w | {UP: w[UP][8:].clone()},
+     r": 1 of another shape, such as \S+layers.0.mlp.up_proj.weight is \[504, 192\] in place of \[512, 192\];"),
+])  # fmt: skip
+def test_a_model_is_loaded_whole_or_refused_in_one_sentence(change, said, nf4, tmp_path):
+    quantization = {"quantization_config": nf4_config()} if nf4 else {}
+    with pytest.raises(ParameterError, match=f"folder does not hold the weights that its config.json .*{said}") as no:
+        model.load(changed(tmp_path / "folder", change), dtype=model.compute_dtype(), **quantization)
+    assert "\n" not in str(no.value)
+
+
+def test_names_of_today_and_a_head_that_is_tied_are_whole(tmp_path):
+    def today(weights):  # the tiny base has the names of the Hub's files, which are older
+        assert UP in weights
+        return {name.replace("model.", "model.language_model.").replace("visual.", "model.visual."): weight
+                for name, weight in weights.items()}
+
+    exact = load_tiny()
+    again = model.load(changed(tmp_path / "today", today), dtype=exact.dtype)
+    assert all(torch.equal(weight, exact.state_dict()[name]) for name, weight in again.state_dict().items())
+    exact.config.tie_word_embeddings = exact.config.text_config.tie_word_embeddings = True
+    Qwen2VLForConditionalGeneration(exact.config).save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied/model.safetensors")
+    tied = model.load(tmp_path / "tied")
+    assert tied.lm_head.weight is tied.model.language_model.embed_tokens.weight
+
+
+def test_a_file_that_was_cut_and_another_architecture_are_refused(tmp_path):
+    folder = changed(tmp_path / "folder", lambda weights: weights)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ParameterError, match="folder cannot be loaded .*copy or download it again"):
+        model.load(folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"qwen2_vl"', '"qwen2_5_vl"'))
+    with pytest.raises(ParameterError, match="folder is a model of type 'qwen2_5_vl', and only qwen2_vl works here"):
+        model.load(folder)
+
+
+def repack(layer):
+    """What bitsandbytes does to a 4-bit layer that computes in eval mode on a CPU with AVX512-bf16."""
+    layer.weight.data, _ = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+
+
+def test_a_model_in_nf4_generates_trains_and_generates(processor, rows):
+    """On either kind of CPU; where it has AVX512-bf16, eval mode is what repacks."""
+    tuned = with_lora(load_tiny(quantization_config=nf4_config()), R4.lora_targets)
+    model.trainable_to_fp32(tuned)
+    name, layer = next(iter(model.linear_4bit(tuned).items()))
+    before = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
+    for _ in range(2):
+        tuned.eval()
+        predict.generate_lines(tuned, processor, [rows[0]], "Where?", {"max_new_tokens": 2, "do_sample": False})
+        model.check_trainable(tuned, R4)
+        tuned.train()(**batch).loss.backward()
+        assert all(weight.grad is not None for name, weight in tuned.named_parameters() if "lora_A" in name)
+    assert torch.equal(dequantize_4bit(layer.weight.data, layer.weight.quant_state), before), name
+
+
+def test_the_branches_of_avx2_are_those_of_a_cpu_without_bf16(avx2, processor, rows):
+    assert model.compute_dtype() == torch.float32
+    vlm = load_tiny(quantization_config=nf4_config())
+    assert vlm.dtype == torch.float32
+    assert not any(layer.support_avx512bf16_for_cpu for layer in model.linear_4bit(vlm).values())
+    test_a_model_in_nf4_generates_trains_and_generates(processor, rows)
+
+
+def test_a_repacked_layer_is_neither_trained_nor_merged_and_the_sentence_says_why():
+    finished = model.load(TINY_BASE, inference=True, quantization_config=nf4_config())  # may be repacked
+    assert {layer.support_avx512bf16_for_cpu for layer in model.linear_4bit(finished).values()} == {has_avx512bf16()}
+    tuned = with_lora(base("nf4"), R1.lora_targets)
+    model.trainable_to_fp32(tuned)
+    model.keep_4bit_trainable(tuned)
+    repack(list(model.linear_4bit(tuned).values())[3])
+    for refused in (lambda: model.check_trainable(tuned, R1), lambda: model.keep_4bit_trainable(tuned),
+                    lambda: merge.merge_adapter(tuned, None)):  # fmt: skip
+        with pytest.raises(ValueError, match="o_proj.*was repacked when it computed in eval mode .*model.load"):
+            refused()
 
 
 def with_lora(vlm, targets, **options):

@@ -10,9 +10,10 @@ import torch
 from pipeline_runner import run
 from safetensors.torch import load_file, save_file
 from small_training import build, small_processor, squares
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import Qwen2VLProcessor
 
 from helpers import files, model, parity
+from helpers.parameters import ParameterError
 from helpers.parity import ParityError
 from helpers.settings import TINY_BASE
 
@@ -26,7 +27,7 @@ def processor():
 
 
 def base(path=TINY_BASE):
-    return Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.bfloat16)
+    return model.load(path, dtype=torch.bfloat16)
 
 
 def other_base(folder: Path) -> Path:
@@ -67,6 +68,25 @@ def test_every_mismatch_is_refused_by_name_in_an_adapter_and_in_a_checkpoint(wha
         parity.check(folder, parity.record(processor, PROMPT), parity.base_of(TINY_BASE))
         with pytest.raises(ParityError, match=f"{folder.name} was made with {what}="):
             parity.check(folder, here)
+
+
+def test_the_longest_answer_may_grow_and_not_shrink_and_old_folders_have_none(processor, adapter, tmp_path):
+    def here(longest):
+        return parity.record(processor, PROMPT, longest)
+
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    for longest in (8, 128, 300):  # a folder without the number
+        parity.check(copy, here(longest))
+    parity.write(copy, here(300))
+    parity.check(copy, here(300))
+    parity.check(copy, here(400))
+    parity.check(copy, parity.record(processor, PROMPT))  # who opens it to use it has no number of his own
+    with pytest.raises(ParityError, match="adapter was made with max_new_tokens=300 and would be used with 128"):
+        parity.check(copy, here(128))
+    parity.note_longest(copy, 400)
+    assert files.read_json(copy / parity.FILE)["max_new_tokens"] == 400
+    with pytest.raises(ParityError, match="max_new_tokens=400 and would be used with 300"):
+        parity.check(copy, here(300))
 
 
 def test_a_chat_template_belongs_to_the_tokenizer(processor):
@@ -149,18 +169,21 @@ def test_nothing_runs_code_from_outside_or_uploads(repo):
     assert len(sources) > 50
     found = {(path.name, word) for path in sources for word in forbidden.findall(path.read_text())}
     assert found == {("hub.py", "upload_folder")}
-    loads = [path for path in sources if "Qwen2VLForConditionalGeneration.from_pretrained(" in path.read_text()]
-    assert repo / "pipeline.py" in loads
-    text = (repo / "pipeline.py").read_text()
-    assert text.count("Qwen2VLForConditionalGeneration.from_pretrained(") == text.count("use_safetensors=True")
+
+
+def test_every_model_is_loaded_in_one_place(repo):
+    """`model.load`, which checks parity and keys; `card.py` and `00` show a reader the library's own call."""
+    sources = [*repo.glob("helpers/**/*.py"), *repo.glob("notebooks/*.py"), repo / "pipeline.py"]
+    loads = {path.name for path in sources if re.search(r"(?m)^[^`#\n]*Qwen2VL\w*Generation\.from_p", path.read_text())}
+    assert loads == {"model.py", "card.py", "00_tiny_base.py"}
 
 
 def test_a_base_of_pickles_is_refused(tmp_path):
     for name in ("config.json", "generation_config.json"):
         shutil.copy(TINY_BASE / name, tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
-        Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, use_safetensors=True)
+    with pytest.raises(ParameterError, match="cannot be loaded .*safetensors"):
+        model.load(tmp_path)
     Path(tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
         model.load_adapter(base(), tmp_path)

@@ -1,6 +1,7 @@
 """The whole pipeline, small: every recipe from photos to a model on disk."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_lora_recipes_end_in_a_merged_model(recipe):
     processor = Qwen2VLProcessor.from_pretrained(f"{folder}-merged")
     size = dict(processor.image_processor.size)
     assert (size["shortest_edge"], size["longest_edge"]) == (names["run"].min_pixels, names["run"].max_pixels)
+    shutil.rmtree(f"{folder}-merged")
+    lines = Path(f"{folder}/merged.jsonl").read_bytes()
+    Path(f"{folder}/merged.jsonl").unlink()
+    assert not run(f"recipe={recipe}")["trained"], "what is lost is made again, and nothing else"
+    again = model.load(f"{folder}-merged", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in merged.state_dict().items())
+    assert Path(f"{folder}/merged.jsonl").read_bytes() == lines
 
 
 def test_low_memory_merges_without_a_forward_pass_and_asks_the_merged_model_in_nf4(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, load_tiny, small_processor, squares
+from small_training import load_tiny, nf4_config, small_processor, squares
 
 from helpers import collate, model, quantisation, sizes
 from helpers.recipes import RECIPES
@@ -73,7 +73,7 @@ LORA = LoraConfig(r=4, target_modules=RECIPES["r1-llm-only"][0].lora_targets)
 def adapted(size):
     """LoRA of the language model on the NF4 base, its B matrices random numbers of `size`."""
     torch.manual_seed(0)
-    tuned = get_peft_model(load_tiny(quantization_config=NF4), LORA)
+    tuned = get_peft_model(load_tiny(quantization_config=nf4_config()), LORA)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data = torch.randn_like(weight) * size

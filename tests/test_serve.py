@@ -66,6 +66,35 @@ def test_the_boxes_are_those_of_predict_with_and_without_prompt_and_other_option
     assert found  # or nothing was compared
 
 
+def test_base64_with_line_breaks_and_options_that_ask_for_nothing_else_are_taken(address):
+    plain = data_url(finished_model.scene(0))
+    lines = "DATA:image/jpeg;BASE64,\r\n" + base64.encodebytes(finished_model.scene(0)).decode().replace("\n", "\r\n")
+    more = {"n": 1, "extra_body": {"stop": None, "tools": None}}
+    assert ask(address, question(lines), **more) == ask(address, question(plain))
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P"])
+def test_a_transparent_picture_reaches_the_model_on_white(kind):
+    seen = load_image_as_tensor(serve.check_picture(data_url(finished_model.clear(kind))))
+    assert seen[:, 0, 0].tolist() == [255] * 3 and max(seen[:, 32, 32].tolist()) < 15
+
+
+def test_a_picture_on_its_side_is_turned_in_every_format():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP"):
+        file = io.BytesIO()
+        Image.new("RGB", (80, 40)).save(file, kind, exif=exif)
+        assert load_image_as_tensor(serve.check_picture(data_url(file.getvalue()))).shape == (3, 80, 40)
+
+
+def test_the_longest_answer_is_the_runs_own_also_where_it_is_longer_than_a_request_may_ask():
+    for tokens, limit in ((48, 48), (2000, 2000)):
+        asked = serve.check_request({"messages": question(GOOD)}, "x", "", tokens)
+        assert asked["max_tokens"] == limit
+    assert serve.check_request({"messages": question(GOOD), "max_tokens": 7}, "x", "", 48)["max_tokens"] == 7
+
+
 @pytest.mark.parametrize("kind", ["moving GIF", "moving WebP", "MPO of a phone", "CMYK", "16 bit", "palette"])
 def test_pictures_of_rarer_kinds_are_read(kind):
     still = finished.open_upright(finished_model.scene(0)).resize((96, 128))
@@ -117,6 +146,14 @@ BAD = {
     "no picture": ([{"role": "user", "content": "hello"}], {}, 400, "one image_url"),
     "a conversation": (question(GOOD) * 2, {}, 400, "one user message"),
     "a long answer": (question(GOOD), {"max_tokens": 10**9}, 400, "from 1 to 1024"),
+    "no answer": (question(GOOD), {"max_tokens": 0}, 400, "from 1 to 1024"),
+    "two answers": (question(GOOD), {"n": 2}, 400, "the option 'n' is not known here"),
+    "tools": (question(GOOD), {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "option 'tools'"),
+    "a form": (question(GOOD), {"response_format": {"type": "json_object"}}, 400, "option 'response_format'"),
+    "an end": (question(GOOD), {"stop": ["<|box_end|>"]}, 400, "option 'stop'"),
+    "probabilities": (question(GOOD), {"logprobs": True}, 400, "option 'logprobs'"),
+    "usage": (question(GOOD), {"stream": True, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    "half a stream": (question(GOOD), {"extra_body": {"stream": "yes"}}, 400, "send true or false"),
 }
 
 
@@ -130,12 +167,14 @@ def test_a_bad_request_gets_one_sentence_and_the_server_lives_on(address, name):
     assert ask(address, question(GOOD))
 
 
-@pytest.mark.parametrize("body", [b"", b"no json", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [{"role": 1}]}'])
+@pytest.mark.parametrize("body", [b"", b"no json", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [{"role": 1}]}',
+                                  b"[" * 10**5, b'{"messages": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+                                  b'{"model": ' + b"[" * 980 + b"]" * 980 + b"}", b'{"model": "\\ud800"}'])
 def test_a_body_that_makes_no_sense_is_the_clients_fault(address, body):
     request = urllib.request.Request(f"{address}/v1/chat/completions", data=body, method="POST")
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request)
-    assert refused.value.code == 400
+    assert refused.value.code in (400, 404)
     assert json.loads(refused.value.read())["error"]["type"] == "invalid_request_error"
 
 
@@ -155,7 +194,8 @@ def test_a_failure_inside_ends_one_request_alone(model):
 
 def test_a_model_that_cannot_be_served_ends_the_command_with_a_sentence(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    done = subprocess.run([sys.executable, "-m", "helpers.serve", str(tmp_path)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "helpers.serve", str(tmp_path), "--port", "48000"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "holds an adapter" in done.stderr
 
 

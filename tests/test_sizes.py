@@ -5,7 +5,7 @@ import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
 from peft import LoraConfig, get_peft_model
-from small_training import NF4, load_tiny
+from small_training import load_tiny, nf4_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration
 
@@ -55,8 +55,8 @@ def test_nf4s_bytes_are_those_that_bitsandbytes_takes(block, double):
 
 @pytest.mark.parametrize("how", sizes.PRECISIONS)
 def test_bytes_of_weights_by_formula_and_as_held(tiny, how):
-    int8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NF4.llm_int8_skip_modules)
-    vlm = load_tiny(quantization_config={"int8": int8, "nf4": NF4}.get(how))
+    int8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=nf4_config().llm_int8_skip_modules)
+    vlm = load_tiny(quantization_config={"int8": int8, "nf4": nf4_config()}.get(how), dtype=torch.bfloat16)
     assert sizes.weight_bytes(tiny, how) == sizes.held_bytes(vlm.float() if how == "fp32" else vlm)
 
 

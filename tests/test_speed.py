@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from small_training import NF4, build
+from small_training import build, nf4_config
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_cu_seqlens
 
@@ -25,8 +25,8 @@ R1, R4 = RECIPES["r1-llm-only"][0], RECIPES["r4-joint"][0]
 
 
 def load(**options):
-    options = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}} | options
-    return Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, **options).requires_grad_(False)
+    options = {"dtype": model.compute_dtype(), "device_map": {"": "cpu"}} | options
+    return model.load(TINY_BASE, **options).requires_grad_(False)
 
 
 def adapted(vlm, stage=R4):
@@ -87,8 +87,8 @@ def test_a_step_in_fp32_is_the_step_under_bf16_autocast_to_its_rounding(recipe, 
 def test_lora_added_in_place_is_pefts_own(nf4, processor, rows):
     """Loss and gradients of a step in fp32, without dropout: as far apart as fp32 rounds."""
     batch, found = collate.Collator(processor, "Where?")([rows[i] for i in range(4)]), []
-    in_fp32 = BitsAndBytesConfig(**NF4.to_diff_dict() | {"bnb_4bit_compute_dtype": torch.float32})
-    tuned = adapted(load(quantization_config=in_fp32 if nf4 else None, dtype=torch.float32)).train()
+    in_fp32 = nf4_config(torch.float32) if nf4 else None
+    tuned = adapted(load(quantization_config=in_fp32, dtype=torch.float32)).train()
     for change in (lambda vlm: None, fused.fuse_lora):
         change(tuned)
         tuned.zero_grad()
@@ -308,6 +308,7 @@ def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
         vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] * 2})
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_its_report_after_each_variant(tmp_path, monkeypatch, capsys):
     arguments = ["--tiny", "--folder", str(tmp_path), "--report", str(tmp_path / "report.json"), "--workers", "0",
                  "--only", "vision seen once, r1", "--batches", "2", "--answers", "3", "--new-tokens", "2",

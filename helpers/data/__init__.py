@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 
+from helpers.boxes import CATEGORIES
 from helpers.data.audit import Audit, Fault, audit, clean
 from helpers.data.checks import RULES
 from helpers.data.embedded import load_embedded
@@ -95,6 +96,11 @@ def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
     for line in result.table().itertuples():
         print(f"audit: {line.count} × {line.fault}: {line.action}")
     return clean(raw, result)
+
+
+def names_in(split: datasets.Dataset) -> list[str]:
+    """What an answer may name: the project's categories and the names of `split`, sorted."""
+    return sorted({*CATEGORIES, *(name for objects in split["objects"] for name in objects["category_name"])})
 
 
 def truth_rows(split: datasets.Dataset) -> list[dict[str, Any]]:

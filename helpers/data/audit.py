@@ -178,7 +178,8 @@ def _fix(row: dict[str, Any], index: int, fixes: dict[int, dict[str, Any]]) -> d
 def clean(raw: datasets.DatasetDict, result: Audit) -> datasets.DatasetDict:
     """`raw` with the rows dropped and the fields fixed that `result` names; a split without faults is `raw`'s own.
 
-    `DataError` where nothing is left of a split.
+    `DataError` where nothing is left of a split, but for `selection`, which may be one picture taken from train: it is
+    then empty, and a line says so.
     """
     cleaned = {}
     for name, split in raw.items():
@@ -186,10 +187,11 @@ def clean(raw: datasets.DatasetDict, result: Audit) -> datasets.DatasetDict:
         if len(split) and not keep:
             dropping = {rule.fault for rule in RULES if rule.action.startswith("row")}
             first = next(fault for fault in result.faults if fault.split == name and fault.fault in dropping)
-            raise DataError(
-                f"none of the {len(split)} pictures of {name} can be used, such as {first.image_id} ({first.fault}: "
-                f"{first.found}); expected at least one that passes the audit"
-            )
+            none = (f"none of the {len(split)} pictures of {name} can be used, such as {first.image_id} "
+                    f"({first.fault}: {first.found})")
+            if name != "selection":
+                raise DataError(f"{none}; expected at least one that passes the audit")
+            print(f"data: {none}: selection is empty")
         if len(keep) < len(split):
             split = split.select(keep)
         if fixed:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import yaml
 
 from helpers.boxes import CATEGORIES
-from helpers.data.pictures import NAN_BOX, Pictures, Rows, row, split_of
+from helpers.data.pictures import NAN_BOX, Pictures, Rows, files_below, row, split_of
 from helpers.data.schema import DataError, objects_of, read_text, safe_path, split_name
 
 KINDS = {
@@ -97,7 +97,7 @@ def read_metadata(root: Path) -> Iterator[Found]:
     `objects` is this project's (`bbox` [y0, x0, y1, x1] in 0-1) or the library's usual one (COCO's xywh in pixels).
     """
     pictures = Pictures(root)
-    for file in sorted(root.rglob("metadata.jsonl")):
+    for file in files_below(root, "metadata.jsonl"):
         lines = enumerate(read_text(file).split("\n"), 1)
         found = [_metadata_line(pictures, file, line, f"{file} line {n}") for n, line in lines if line.strip()]
         kind = _box_kind(found, str(file))
@@ -146,7 +146,7 @@ def _box_kind(found: list[Found], where: str) -> str:
 def coco_files(root: Path, sure: bool) -> list[Path]:
     """The JSON files of `root`; where `sure` only those with the lists of COCO, for other formats have JSON too."""
     keys = (b'"images"', b'"annotations"') if sure else ()
-    return [file for file in sorted(root.rglob("*.json")) if all(key in file.read_bytes() for key in keys)]
+    return [file for file in files_below(root, "*.json") if all(key in file.read_bytes() for key in keys)]
 
 
 def read_coco(root: Path, file: Path | None = None) -> Iterator[Found]:
@@ -197,9 +197,9 @@ def _coco_pictures(pictures: Pictures, file: Path, found: dict[str, Any]) -> Ite
 
 def yolo_files(root: Path) -> list[Path]:
     """The files that name YOLO's classes: a YAML file with `names`, or classes.txt."""
-    found = {path: _parse_yaml(path) for path in sorted(root.glob("*.y*ml"))}
+    found = {path: _parse_yaml(path) for path in sorted(root.glob("[!.]*.y*ml"))}
     yamls = [path for path, config in found.items() if isinstance(config, dict) and "names" in config]
-    return yamls or sorted(root.rglob("classes.txt"))
+    return yamls or list(files_below(root, "classes.txt"))
 
 
 def _parse_yaml(path: Path) -> Any:
@@ -224,7 +224,7 @@ def read_yolo(root: Path) -> Iterator[Found]:
         raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name")
     folders = _yolo_folders(file, config)
     labels = {path: _label_file(path, root) for path in Pictures(root).files}
-    for label in sorted(root.rglob("*.txt")):
+    for label in files_below(root, "*.txt"):
         parts = label.relative_to(root).parts
         if "labels" in parts[:-1] and label not in labels.values() and label.name != "classes.txt":
             parts = tuple("images" if part == "labels" else part for part in parts)
@@ -284,12 +284,12 @@ def _yolo_boxes(file: Path) -> tuple[list[list[float]], list[int]]:
 def read_voc(root: Path) -> Iterator[Found]:
     """Pascal VOC: an XML a picture; splits by folder or by ImageSets/Main/{train,val}.txt. Corners in pixels."""
     listed = {}
-    for file in sorted(root.rglob("ImageSets/Main/*.txt")):
+    for file in files_below(root, "ImageSets/Main/*.txt"):
         if split_name(file.stem) in ("train", "val", "test"):  # not trainval.txt and lists by class
             lines = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
             listed |= dict.fromkeys(lines, split_name(file.stem))
     pictures = Pictures(root)
-    for file in sorted(root.rglob("*.xml")):
+    for file in files_below(root, "*.xml"):
         try:
             found = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:

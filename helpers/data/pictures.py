@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import mimetypes
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ from PIL import ImageOps
 
 from helpers.data.schema import DataError, meta_of, objects_of, safe_path, split_name
 
+KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]  # EPS starts programs
+try:
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    KINDS.append("HEIF")
+except ImportError:
+    pass
+HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # the brands of such files
+LEFTOVERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # folders of systems and their programs
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
 Rows = dict[str, list[dict[str, Any]]]  # split, or "" where none is named -> rows of the schema
@@ -22,20 +34,48 @@ NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the 
 _SPLITS = ("train", "selection", "val", "test")
 
 
-def _orientation(picture: PILImage.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; 1 where there is none or another value."""
+def files_below(root: Path, pattern: str = "*", *, links: bool = False, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """The files below `root` whose path ends in `pattern`, in the order of their names; with `links` those of linked
+    folders too, but none that leads to one of its own parents (`above`).
+
+    What is hidden or in a folder of `LEFTOVERS` is never data. `DataError` for a folder that may not be read.
+    """
+    try:
+        entries = sorted(root.iterdir())
+    except OSError as error:
+        raise DataError(f"{root} cannot be read ({error.strerror}); check its rights") from None
+    above = (*above, root.resolve())
+    for path in entries:
+        if path.name.startswith(".") or path.name in LEFTOVERS:
+            continue
+        if path.is_dir():
+            if not path.is_symlink() or (links and path.resolve() not in above):
+                yield from files_below(path, pattern, links=links, above=above)
+        elif path.match(pattern) and (path.is_file() or not path.exists()):  # a link to nothing too, but no pipe
+            yield path
+
+
+def _stored(picture: PILImage.Image) -> tuple[int, int, int]:
+    """Width and height as stored, and EXIF orientation: 1 (upright, also where there is none or another value) to 8."""
     value = picture.getexif().get(0x0112, 1)
-    return value if value in range(2, 9) else 1
+    orientation = value if value in range(2, 9) else 1
+    turned = picture.format == "TIFF" and orientation in SIDEWAYS  # Pillow gives its size as shown
+    return (*(picture.size[::-1] if turned else picture.size), orientation)
 
 
 def shown_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels as EXIF shows the picture, from the file's head; (0, 0) where it cannot be read."""
     try:
-        with PILImage.open(path) as picture:
-            width, height = picture.size
-            return (height, width) if _orientation(picture) in SIDEWAYS else (width, height)
+        with open_picture({"bytes": None, "path": path}) as picture:
+            width, height, orientation = _stored(picture)
+            return (height, width) if orientation in SIDEWAYS else (width, height)
     except Exception:  # the audit reads every picture to its end and names what it finds
         return 0, 0
+
+
+def escaped(name: str) -> str:
+    """A file's name as text that can be printed and stored: bytes that are not UTF-8 as \\udc80 to \\udcff."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def split_of(path: Path, root: Path) -> str:
@@ -53,7 +93,7 @@ class Pictures:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS)
+        self.files = [path for path in files_below(root) if path.suffix.lower() in ENDINGS]
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for path in self.files:
             self._by_name[path.name].append(path)
@@ -107,18 +147,49 @@ FACTS = datasets.Features(
 
 def open_picture(image: dict[str, Any]) -> PILImage.Image:
     """A picture of an undecoded `Image` column ({"bytes", "path"}), opened but not yet decoded, EXIF not applied."""
-    return PILImage.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+    stored = image["bytes"]
+    try:
+        picture = PILImage.open(io.BytesIO(stored) if stored is not None else image["path"], formats=KINDS)
+        picture.filename = ""  # or Pillow 12.3 maps an uncompressed TIFF on its side with width and height swapped
+        return picture
+    except PILImage.UnidentifiedImageError:
+        with io.BytesIO(stored) if stored is not None else Path(image["path"]).open("rb") as file:
+            head = file.read(12)
+    if head[4:8] == b"ftyp" and head[8:] in HEIC:
+        raise ValueError("a HEIC, which Python reads with pillow-heif alone: pip install pillow-heif")
+    raise PILImage.UnidentifiedImageError("its content is no picture")
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is a picture by its name or, whatever its name, by its content."""
+    if (mimetypes.guess_type(file.name, strict=False)[0] or "").startswith("image/"):
+        return True
+    try:
+        open_picture({"bytes": None, "path": file}).close()
+    except PILImage.UnidentifiedImageError:
+        return False
+    except Exception:  # one that cannot be read: whoever opens it says why
+        return True
+    return True
 
 
 def as_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """A picture in RGB, of 16 bits the upper 8; ValueError where nobody can say which values are black and white."""
+    """A picture in RGB, on white where it is transparent, of 16 bits the upper 8.
+
+    ValueError where nobody can say which values are black and white.
+    """
     if picture.mode.startswith("I;16"):  # convert would show all that is lighter than 1 % as white
-        eight = PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-        eight.info = picture.info  # EXIF
-        picture = eight
+        values, info = np.asarray(picture), dict(picture.info)  # with EXIF, and the value that means transparent
+        values = np.where(values == info.pop("transparency", None), 0xFFFF, values)
+        picture = PILImage.fromarray((values >> 8).astype(np.uint8))
+        picture.info = info
     elif picture.mode in ("I", "F"):
         numbers = "32-bit" if picture.mode == "I" else "floating point"
         raise ValueError(f"its pixels are {numbers} numbers of no known range; expected 8 or 16 bits, save it anew")
+    if picture.has_transparency_data:
+        clear = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
+        picture = PILImage.alpha_composite(PILImage.new("RGBA", clear.size, "white"), clear)
+        picture.info = clear.info  # EXIF
     return picture.convert("RGB")
 
 
@@ -135,7 +206,7 @@ def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise ValueError("the row has no picture")
         with open_picture(image) as picture:
-            stored, orientation = list(picture.size), _orientation(picture)
+            *stored, orientation = _stored(picture)
             small = ImageOps.exif_transpose(draft_resize(picture, (64, 64)).resize((16, 16), PILImage.Resampling.BOX))
         return {"error": None, "stored": stored, "orientation": orientation, "thumb": small.tobytes()}
     except Exception as error:  # Pillow's readers raise many kinds; one bad picture must not end the run

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import datasets
 from PIL import Image, ImageOps
 
-from helpers.data.pictures import SIDEWAYS, open_picture
+from helpers.data.pictures import SIDEWAYS, as_rgb, open_picture
 from helpers.data.schema import FEATURES, empty_split, objects_of
 
 BOX = [0.1, 0.2, 0.5, 0.6]
@@ -30,7 +30,7 @@ def plant_each(sound: dict[str, Any]) -> tuple[datasets.DatasetDict, list[Plante
     left sound; two rows of train share its picture or its barcode.
     """
     with open_picture(sound["image"]) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
+        picture = as_rgb(ImageOps.exif_transpose(opened))
     sound = {name: sound[name] for name in FEATURES} | _saved(picture) | _boxed(BOX)
     sound["meta"] = sound["meta"] | {"barcode": sound["meta"]["barcode"] or "0000000000000"}
     val, train = _faults_in_a_row(picture), _faults_between_splits(picture, sound)

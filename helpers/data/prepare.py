@@ -21,9 +21,9 @@ def prepare(ds: datasets.DatasetDict, min_pixels: int, max_pixels: int, factor: 
     """Rows whose picture is the one that the processor would make of it, as a JPEG (quality 95); written once, cached.
 
     A picture over `max_pixels` is turned by its EXIF tag and resized as Qwen2-VL's processor does (sides a multiple of
-    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes (16 bits
-    a value become 8). All lie in the cache then: a file that changes or goes away later does not reach a run that has
-    begun.
+    `factor`, bicubic), so that the processor's own resize then changes nothing; smaller ones keep their bytes, unless
+    they are transparent or have 16 bits a value (`as_rgb`). All lie in the cache then: a file that changes or goes away
+    later does not reach a run that has begun.
     Boxes are in 0-1 and stay; `width` and `height` stay those of the original. A picture that cannot be read is left
     out and named: `clean` has already dropped them.
     """
@@ -70,7 +70,7 @@ def _shrink(image: dict[str, Any], min_pixels: int, max_pixels: int, factor: int
         width, height = picture.size
         if width * height <= max_pixels:
             picture.load()
-            if picture.mode.startswith("I;16"):
+            if picture.mode.startswith("I;16") or picture.has_transparency_data:
                 return _as_file(ImageOps.exif_transpose(as_rgb(picture)), "PNG")
             return {"bytes": image["bytes"] or Path(image["path"]).read_bytes(), "path": None}
         new_height, new_width = smart_resize(height, width, factor, min_pixels, max_pixels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
-from helpers.data.pictures import Pictures, split_of
-from helpers.data.schema import CATEGORIES, FEATURES, DataError, meta_of, safe_path
+from helpers.data.pictures import Pictures, escaped, files_below, split_of
+from helpers.data.schema import CATEGORIES, FEATURES, DataError, fingerprint, meta_of, safe_path
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
@@ -55,7 +54,11 @@ def _only_own_pictures(split: datasets.Dataset, where: str, root: Path | None) -
         return {"image": {"bytes": None, "path": str(safe_path(root, image["path"], where))}}
 
     undecoded = split.cast_column("image", datasets.Image(decode=False))
-    return undecoded.map(own, input_columns="image", features=undecoded.features).cast_column("image", datasets.Image())
+    paths = pyarrow.compute.struct_field(split.data.column("image"), "path").to_pylist()
+    stamps = [_stamp(root / path) if root and path else None for path in paths]
+    new = fingerprint(undecoded, str(root), where, stamps)  # a picture file that changes is read anew
+    own_alone = undecoded.map(own, input_columns="image", features=undecoded.features, new_fingerprint=new)
+    return own_alone.cast_column("image", datasets.Image())
 
 
 def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Splits:
@@ -131,7 +134,7 @@ def detect_format(path: Path) -> str:
         found = ["save_to_disk"]
     else:
         marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml"}
-        found = [name for name, mark in marks.items() if any(path.rglob(mark))]
+        found = [name for name, mark in marks.items() if any(files_below(path, mark))]
         found += ["YOLO"] if formats.yolo_files(path) else []
         found += ["COCO"] if formats.coco_files(path, sure=bool(found)) else []
     if len(found) != 1:
@@ -147,20 +150,30 @@ def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
 def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Dataset:
     """Rows whose pictures are files, as a cached split; a picture file that changes is read anew."""
     files = [Path(row["image"]["path"]) for row in rows]
-    stamps = [(stat.st_size, stat.st_mtime_ns) if (stat := _stat(file)) else None for file in files]
+    stamps = [_stamp(file) for file in files]
     if not any(stamps):
         raise DataError(f"none of the {len(rows)} pictures exists, such as {files[0]}; expected picture files there")
     return datasets.Dataset.from_generator(
         _rows,
         features=FEATURES,
-        gen_kwargs={"rows": tuple(rows)},
+        gen_kwargs={"rows": tuple(_in_utf8(row) for row in rows)},
         cache_dir=cache_dir,
         fingerprint=Hasher.hash(["files", rows, stamps]),
     )
 
 
-def _stat(file: Path) -> os.stat_result | None:
-    return file.stat() if file.is_file() else None
+def _in_utf8(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of a file whose name is not UTF-8, which Arrow holds alone: the name escaped, the bytes for the path."""
+    path = row["image"]["path"]
+    if path == escaped(path):
+        return row
+    image = {"path": None, "bytes": Path(path).read_bytes() if Path(path).is_file() else None}
+    return row | {"image_id": escaped(row["image_id"]), "image": image}
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Size and time of a file, which tell where it was replaced."""
+    return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
 
 
 def load_local(path: Path, cache_dir: str | None) -> Splits:
@@ -172,7 +185,7 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
     kind = detect_format(path)
     print(f"data: {path} is read as {kind} ({FORMATS[kind]})")
     if kind == "Parquet":
-        return _load_parquet(root, sorted(path.rglob("*.parquet")) if path.is_dir() else [path], cache_dir)
+        return _load_parquet(root, list(files_below(path, "*.parquet")) if path.is_dir() else [path], cache_dir)
     if kind == "save_to_disk":
         return _load_saved(root, cache_dir)
     read = {"metadata.jsonl": formats.read_metadata, "YOLO": formats.read_yolo, "Pascal VOC": formats.read_voc}
@@ -181,7 +194,8 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
     used = {Path(row["image"]["path"]).resolve() for rows in splits.values() for row in rows}
     unused = [file for file in Pictures(root).files if file.resolve() not in used]
     if unused:  # neither trained on nor scored
-        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {unused[0].name}")
+        first = escaped(unused[0].name)
+        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {first}")
     return {name: _cached(rows, cache_dir) for name, rows in splits.items()}
 
 

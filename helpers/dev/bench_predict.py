@@ -36,9 +36,8 @@ def load(path: str, precision: str, revision: str | None = None, dtype: torch.dt
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
     model.patches_as_product()
-    return Qwen2VLForConditionalGeneration.from_pretrained(
-        path, revision=revision, dtype=dtype,
-        attn_implementation=model.attention(training=False),
+    return model.load(
+        path, revision=revision, dtype=dtype, attn_implementation=model.attention(training=False),
         device_map=model.device_map(), quantization_config=nf4 if precision == "nf4" else None).eval()
 
 

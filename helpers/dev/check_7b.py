@@ -3,21 +3,27 @@
 Builds the published 7B architecture with random weights and pictures at the real pixel budget, then runs pipeline.py
 itself for each recipe: train, be killed after a checkpoint, go on, predict a batch, merge, reload. Prints a table of
 what it took, and ends with 1 where a recipe failed or a count is not the published architecture's. Boxes and losses
-mean nothing here. `--minutes 8` stops whatever has not ended by then and reports what was seen; a second call with
-other `--recipes` keeps the model and adds its columns. `--tiny` does the same with a shrunken model on any machine.
+mean nothing here. With `--gpus 2` each recipe runs in one process over both GPUs, and for comparison trains on one GPU
+and in two processes, a GPU each: the losses must agree. `--minutes 8` stops whatever has not ended by then and reports
+what was seen; a second call with other `--recipes` keeps the model and adds its columns. `--tiny` does the same with a
+shrunken model on any machine.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from helpers.dev.random_7b import PUBLISHED, SHRUNKEN, write_json, write_model, write_pictures
@@ -36,7 +42,8 @@ EXPECTED = {
     "r4-joint": [{"vision": LORA_VISION, "language": LORA_LANGUAGE, "head": 0}],
 }
 NF4_LAYERS = 28 * 7
-CAPPED = ("r1-llm-only", "r4-joint")  # the ones promised to fit a card of 24 GiB
+CAPPED = ("r1-llm-only", "r4-joint", "base")  # the ones promised to fit a card of 24 GiB
+WAYS = ("one GPU", "one process", "processes")
 TIMED = ("load", "train", "save checkpoint", "load checkpoint", "predict a batch", "merge", "save model",
          "reload and compare")  # fmt: skip
 # width, height; 28 x 28 pixels a token: 1280, 1280, 1274 and 1276 image tokens
@@ -48,14 +55,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("runs/check-7b"), help="model, pictures, runs; 90 GB free")
     parser.add_argument("--runs", type=Path, help="where runs are written, on another disk (default: in --folder)")
     parser.add_argument("--report", type=Path, help="where logs and report.json go (default: in --folder)")
-    parser.add_argument("--recipes", nargs="+", default=TRAINED, choices=TRAINED)
+    parser.add_argument("--recipes", nargs="+", default=TRAINED, choices=list(RECIPES))
+    parser.add_argument("--gpus", type=int, default=1, help="how many; above 1 every recipe runs in all of --ways")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help=f"of using the GPUs: {', '.join(WAYS)}")
+    parser.add_argument("--whole", nargs="*", default=["one process"], help="ways that go on after the training")
+    parser.add_argument("--full-cap-gib", type=float, default=0, help="for the other recipes (default: none)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulation", type=int, help="default: the scale's own")
     parser.add_argument("--cap-gib", type=float, help=f"for {' and '.join(CAPPED)}: 24, low 15")
     parser.add_argument("--memory", choices=["low"], help="the pipeline's parameter, for a card of 16 GiB")
     parser.add_argument("--val", type=int, default=16, help="pictures that are predicted, 16 at a time (low: 4)")
     parser.add_argument("--new-tokens", type=int, default=128, help="longest answer; random weights never stop sooner")
-    parser.add_argument("--side-by-side", type=int, default=1, help="recipes at a time; one trains at a time")
+    parser.add_argument("--side-by-side", type=int, default=1, help="runs at a time on a GPU; one trains at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything together; then it stops")
     parser.add_argument("--kill", nargs="*", default=TRAINED, help="recipes that are killed once and go on")
     parser.add_argument("--tiny", action="store_true", help="a shrunken model, no GPU needed")
@@ -67,14 +78,18 @@ def arguments() -> argparse.Namespace:
     options.accumulation = options.accumulation or options.values["accumulation"]
     options.cap_gib = options.cap_gib or (15 if options.memory else 24)
     options.deadline = time.monotonic() + 60 * options.minutes
+    options.ways = options.ways or (WAYS if options.gpus > 1 else WAYS[:1])
+    options.whole = options.whole if options.gpus > 1 else WAYS
+    options.free = [*range(options.gpus)] * options.side_by_side
+    options.changed = threading.Condition()
     return options
 
 
-def pipeline_arguments(options: argparse.Namespace, recipe: str) -> list[str]:
+def pipeline_arguments(options: argparse.Namespace, recipe: str, way: str) -> list[str]:
     """What pipeline.py is called with: the 7B scale's own values, on this model and these pictures."""
     given = {
         "recipe": recipe, "scale": "7b", "model_id": options.folder / "model",
-        "dataset_id": options.folder / "pictures", "output_root": options.runs, "epochs": 1,
+        "dataset_id": options.folder / "pictures", "output_root": options.runs / way.replace(" ", "-"), "epochs": 1,
         "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
         "max_new_tokens": options.new_tokens,
         "predict_batch_size": min(options.val, options.values["predict_batch_size"]), "memory": options.memory,
@@ -86,36 +101,67 @@ def pipeline_arguments(options: argparse.Namespace, recipe: str) -> list[str]:
     return [f"{name}={value}" for name, value in given.items()]
 
 
-def run_recipe(options: argparse.Namespace, recipe: str) -> dict:
-    """Run one recipe, killed at half of its steps and started again; its row of the report."""
-    events, log = options.report / f"{recipe}.events.jsonl", options.report / f"{recipe}.log"
-    cap = options.cap_gib if recipe in CAPPED else 0
-    codes, start = [], time.perf_counter()
-    for kill_at in [options.steps // 2, 0] if recipe in options.kill else [0]:
-        command = [sys.executable, "-m", "helpers.dev.measured", str(events), str(cap), str(kill_at),
-                   *pipeline_arguments(options, recipe)]
-        codes.append(run_until(command, log, options))
-        ended = {-9: "killed", None: "stopped by --minutes"}.get(codes[-1], f"ended with {codes[-1]}")
-        print(f"{recipe}: {ended}, {time.perf_counter() - start:.0f} s", flush=True)
-        if codes[-1] not in (0, -9):
-            print(*(log.read_text().splitlines()[-30:] if codes[-1] else []), sep="\n", flush=True)
-            break
-    row = {"recipe": recipe, "cap_gib": cap or None, "codes": codes, **summary(read(events))}
+@contextlib.contextmanager
+def some_gpus(options: argparse.Namespace, way: str) -> Iterator[list[int]]:
+    """Wait for one free GPU, or a place on all of them where the way needs all, and take it."""
+    wanted = 1 if way == "one GPU" else options.gpus
+
+    def distinct() -> list[int]:
+        return sorted(set(options.free), key=options.free.count, reverse=True)
+
+    with options.changed:
+        options.changed.wait_for(lambda: len(distinct()) >= wanted)
+        cards = sorted(distinct()[:wanted])
+        for card in cards:
+            options.free.remove(card)
+    try:
+        yield cards
+    finally:
+        with options.changed:
+            options.free += cards
+            options.changed.notify_all()
+
+
+def run_recipe(options: argparse.Namespace, recipe: str, way: str) -> dict:
+    """Run one recipe in one way, killed at half of its steps and started again; its row of the report."""
+    name = f"{recipe}.{way.replace(' ', '-')}"
+    events, log = options.report / f"{name}.events.jsonl", options.report / f"{name}.log"
+    cap = options.cap_gib if recipe in CAPPED else options.full_cap_gib
+    trainings = 0 if way in options.whole else len(RECIPES[recipe])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.gpus)]
+    kill = recipe in options.kill and RECIPES[recipe] and way in options.whole and way != "processes"
+    codes = []
+    with some_gpus(options, way) as cards:
+        start = time.perf_counter()
+        for kill_at in [options.steps // 2, 0] if kill else [0]:
+            command = [sys.executable, *(launch if way == "processes" else []), "-m", "helpers.dev.measured",
+                       str(events), str(cap), str(kill_at), str(trainings), *pipeline_arguments(options, recipe, way)]
+            codes.append(run_until(command, log, options, cards))
+            ended = {-9: "killed", None: "stopped by --minutes"}.get(codes[-1], f"ended with {codes[-1]}")
+            print(f"{recipe}, {way}: {ended}, {time.perf_counter() - start:.0f} s", flush=True)
+            if codes[-1] not in (0, -9):
+                print(*(log.read_text().splitlines()[-30:] if codes[-1] else []), sep="\n", flush=True)
+                break
+    row = {"recipe": recipe, "way": way, "gpus": len(cards), "cap_gib": cap or None, "codes": codes,
+           **summary(read(events))}
     row["wall_seconds"] = round(time.perf_counter() - start)
-    row["wrong"] = wrong(options, recipe, row)
-    folders = [path for path in options.runs.glob(f"*-{recipe.replace('-two-stage', '')}*") if path.is_dir()]
+    row["wrong"] = wrong(options, recipe, row, kill)
+    root = options.runs / way.replace(" ", "-")
+    folders = [path for path in root.glob(f"*-{recipe.replace('-two-stage', '')}*") if path.is_dir()]
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     row["disk_gib"] = round(sum(file.stat().st_size for file in files) / 2**30, 1)
     for folder in [] if options.keep else folders:
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(options.report / f"{recipe}.json", row)
+    write_json(options.report / f"{name}.json", row)
     return row
 
 
-def run_until(command: list[str], log: Path, options: argparse.Namespace) -> int | None:
+def run_until(command: list[str], log: Path, options: argparse.Namespace, cards: list[int]) -> int | None:
     """The exit code of `command`, whose words go into `log`; None where the time was up before its end."""
     cache = str(options.folder / "huggingface")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": cache, "TQDM_DISABLE": "1"}
+    if options.gpus > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cards))
     left = options.deadline - time.monotonic()
     if left <= 0:
         return None
@@ -140,12 +186,15 @@ def summary(events: list[dict]) -> dict:
     row = {name: max((event.get(name, 0) for event in events), default=0) for name in ("allocated", "reserved")}
     row |= {
         "step_seconds": {"median": statistics.median(steps), "first": steps[0], "n": len(steps)} if steps else None,
+        "losses": list({event["step"]: event["loss"] for event in calls.get("loss", [])}.values()),
         "resumed_at": [event["step"] for event in calls.get("train begins", []) if event["step"]],
         "nf4_layers": sorted({event["result"] for event in calls.get("nf4 layers", [])}),
         "trainable": [event["result"] for event in calls.get("trainable", [])],
         "merge_algebra": [event["result"] for event in calls.get("merge", []) if event["result"] is not None],
         "against_as_trained": [event["result"] for event in calls.get("compare", [])],
     }
+    for name in ("loss", "step"):
+        calls.pop(name, None)
     timed = [name for name in calls if "allocated" in calls[name][0] and name not in ("nf4 layers", "trainable")]
     row["seconds"] = {name: [event["seconds"] for event in calls[name]] for name in timed}
     row["peaks"] = {name: [max(event[held] for event in calls[name]) for held in ("allocated", "reserved")]
@@ -153,9 +202,9 @@ def summary(events: list[dict]) -> dict:
     return row
 
 
-def wrong(options: argparse.Namespace, recipe: str, row: dict) -> list[str]:
+def wrong(options: argparse.Namespace, recipe: str, row: dict, killed: bool) -> list[str]:
     """What is not as it should be, in words."""
-    expected_codes, resumed = ([-9, 0], [options.steps // 2]) if recipe in options.kill else ([0], [])
+    expected_codes, resumed = ([-9, 0], [options.steps // 2]) if killed else ([0], [])
     if None in row["codes"]:
         seen = f"after {list(row['seconds'])[-1]!r}" if row["seconds"] else "before its first step"
         return [f"not seen to its end: stopped by --minutes {seen}"]
@@ -166,11 +215,20 @@ def wrong(options: argparse.Namespace, recipe: str, row: dict) -> list[str]:
         faults.append(f"{row['reserved']} GiB reserved, over the cap of {row['cap_gib']}")
     if not options.tiny:
         trained = [stage for number, stage in enumerate(row["trainable"]) if stage not in row["trainable"][:number]]
-        if trained != EXPECTED[recipe]:
-            faults.append(f"trains {row['trainable']}, expected {EXPECTED[recipe]}")
+        if trained != EXPECTED.get(recipe, []):
+            faults.append(f"trains {row['trainable']}, expected {EXPECTED.get(recipe, [])}")
         if not set(row["nf4_layers"]) <= {0, NF4_LAYERS}:
             faults.append(f"{row['nf4_layers']} NF4 layers, expected {NF4_LAYERS}")
     return faults
+
+
+def other_losses(row: dict, alike: list[dict]) -> list[str]:
+    """Where the same recipe on one GPU (of `alike`) has losses more than 2 % from this row's: dropout explains less."""
+    for other in alike:
+        both = min(len(row["losses"]), len(other["losses"]))
+        if other["way"] == "one GPU" and not np.allclose(row["losses"][:both], other["losses"][:both], rtol=0.02):
+            return [f"losses {row['losses']}, and {other['losses']} on one GPU"]
+    return []
 
 
 def table(rows: list[dict]) -> str:
@@ -190,13 +248,15 @@ def table(rows: list[dict]) -> str:
         return ", ".join(f"{kind} {value:.3f}" for found in row["against_as_trained"] for kind, value in found.items())
 
     lines = {
+        "on": lambda row: row["way"],
         "cap, GiB": lambda row: row["cap_gib"] or "none",
-        "most allocated, GiB": lambda row: row["allocated"],
+        "most allocated on a GPU, GiB": lambda row: row["allocated"],
         "most reserved, GiB": lambda row: row["reserved"],
         "allocated in training, GiB": lambda row: peak(row, "train"),
         "in predicting a batch, GiB": lambda row: peak(row, "predict a batch"),
         "in merging, GiB": lambda row: peak(row, "merge"),
         "a step, s: median (n)": step,
+        "losses": lambda row: " ".join(f"{loss:.3f}" for loss in row["losses"]) or "-",
         "went on at step": lambda row: ", ".join(map(str, row["resumed_at"])) or "-",
         **{f"{call}, times x s": lambda row, call=call: seconds(row, call) for call in TIMED},
         "applied against merged": lambda row: " ".join(f"{value:.1e}" for value in row["merge_algebra"]) or "-",
@@ -236,10 +296,13 @@ def main() -> int:
     for old in [file for recipe in options.recipes for file in options.report.glob(f"{recipe}.*")]:
         old.unlink()
     prepare_inputs(options)
-    with ThreadPoolExecutor(options.side_by_side) as side_by_side:
-        list(side_by_side.map(lambda recipe: run_recipe(options, recipe), options.recipes))
-    rows = [json.loads(file.read_text()) for file in sorted(options.report.glob("r?-*.json"))]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    with ThreadPoolExecutor(options.side_by_side * options.gpus) as side_by_side:
+        pairs = [(recipe, way) for way in options.ways for recipe in options.recipes]
+        list(side_by_side.map(lambda pair: run_recipe(options, *pair), pairs))
+    rows = [json.loads(file.read_text()) for file in sorted(options.report.glob("*.*.json")) if file.stem != "events"]
+    for row in rows:
+        row["wrong"] += other_losses(row, [other for other in rows if other["recipe"] == row["recipe"]])
+    device = f"{options.gpus} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no GPU"
     machine = f"{device}, torch {torch.__version__}, batch {options.values['batch_size']} x {options.accumulation}"
     write_json(options.report / "report.json", {"command": sys.argv, "machine": machine, "rows": rows})
     print(machine, table(rows), sep="\n")

@@ -84,7 +84,7 @@ def compare(model: str | Path, rows: datasets.Dataset) -> tuple[list[dict], list
     """The lines of `predict` and of the server for `rows`, each picture asked alone, in their order."""
     stored = rows.cast_column("image", datasets.Image(decode=False))
     loaded, processor, prompt = finished.load(model)
-    greedy = {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False}
+    greedy = {"do_sample": False}
     local, remote = [], []
     with serve(model) as address:
         for row in stored:

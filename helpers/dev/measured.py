@@ -1,12 +1,15 @@
 """pipeline.py, run as it is under a memory cap, each of its steps timed into a file.
 
-`python -m helpers.dev.measured EVENTS.jsonl CAP_GIB KILL_AT name=value ...` runs `pipeline.py name=value ...`.
-CAP_GIB (0: none) bounds what PyTorch reserves on the GPU; KILL_AT (0: never) is the step after whose checkpoint the
-process kills itself, as a power cut would. Each finished call is one JSON line: `{"call", "seconds", "allocated",
-"reserved" (GiB at its peak, its own), ...}`.
+`python -m helpers.dev.measured EVENTS.jsonl CAP_GIB KILL_AT TRAININGS name=value ...` runs pipeline.py with the values.
+CAP_GIB (0: none) bounds what PyTorch reserves on each GPU; KILL_AT (0: never) is the step after whose checkpoint the
+process kills itself, as a power cut would; TRAININGS (0: never) is how many trainings end the run. Each finished call
+is one JSON line: `{"call", "seconds", "allocated", "reserved" (GiB at its peak, its own, on the fullest GPU), ...}`.
+Under torchrun the first process writes.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import runpy
@@ -21,7 +24,8 @@ import transformers
 from filelock import FileLock
 from transformers import Qwen2VLForConditionalGeneration, TrainerCallback
 
-from helpers import merge, model, predict, trainer
+from helpers import merge, model, predict, runs, trainer
+from helpers.settings import is_main
 
 GIB = 2**30
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
@@ -34,17 +38,20 @@ class Events:
         self.path, self.open = path, []
 
     def write(self, **event) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        if is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(event) + "\n")
 
     def _mark(self) -> None:
         """Add the peak since the last mark to every open call, and begin a new one."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            cards = model.gpus()
+            _wait()
+            peaks = (max(map(torch.cuda.max_memory_allocated, cards)), max(map(torch.cuda.max_memory_reserved, cards)))
             for call in self.open:
                 call[:] = map(max, call, peaks)
-            torch.cuda.reset_peak_memory_stats()
+            for card in cards:
+                torch.cuda.reset_peak_memory_stats(card)
 
     def timed(self, call: str, work: Callable, result: Callable = lambda value: None) -> Callable:
         """`work` that writes an event when it returns; `result` makes a JSON value of what it returned."""
@@ -64,7 +71,7 @@ class Events:
         return wrapped
 
 
-def watch(events: Events) -> None:
+def watch(events: Events, trainings: int) -> None:
     """Time the pipeline's steps where it looks them up."""
     base = Qwen2VLForConditionalGeneration
     base.from_pretrained = staticmethod(events.timed("load", base.from_pretrained))
@@ -72,7 +79,7 @@ def watch(events: Events) -> None:
     model.check_trainable = events.timed("trainable", model.check_trainable, lambda table: {
         tower: row["trainable"] for tower, row in table.items()})
     own = trainer.BoxTrainer
-    own.train = alone(events.timed("train", own.train), events.path.with_name("training.lock"))
+    own.train = ending(alone(events.timed("train", own.train), events.path.with_name("training.lock")), trainings)
     own._save_checkpoint = events.timed("save checkpoint", own._save_checkpoint)
     own._load_from_checkpoint = events.timed("load checkpoint", own._load_from_checkpoint)
     predict.answer = events.timed("predict a batch", predict.answer, len)
@@ -86,8 +93,23 @@ def alone(work: Callable, lock: Path) -> Callable:
 
     @functools.wraps(work)
     def wrapped(*args, **kwargs):
-        with FileLock(lock):
+        with FileLock(lock) if is_main() else contextlib.nullcontext():
             return work(*args, **kwargs)
+
+    return wrapped
+
+
+def ending(work: Callable, count: int) -> Callable:
+    """`work` that ends the program after it was done `count` times."""
+    left = itertools.count(count - 1, -1)
+
+    @functools.wraps(work)
+    def wrapped(*args, **kwargs):
+        value = work(*args, **kwargs)
+        if next(left) == 0:
+            runs.leave()
+            raise SystemExit
+        return value
 
     return wrapped
 
@@ -107,6 +129,10 @@ def clock(events: Events, kill_at: int) -> type[TrainerCallback]:
             _wait()
             events.write(call="step", step=state.global_step, seconds=round(time.perf_counter() - self.start, 3))
 
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                events.write(call="loss", step=state.global_step, loss=logs["loss"])
+
         def on_save(self, args, state, control, **kwargs):
             if state.global_step == kill_at:
                 events.write(call="killed", step=state.global_step)
@@ -116,8 +142,8 @@ def clock(events: Events, kill_at: int) -> type[TrainerCallback]:
 
 
 def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for card in model.gpus():
+        torch.cuda.synchronize(card)
 
 
 @torch.inference_mode()
@@ -151,18 +177,18 @@ def compare_merges(space: dict) -> dict[str, float]:
     return {kind: apart(found[kind], trained) for kind in ("dequantised", "full")} | {"rounding": rounding}
 
 
-def main(file: str, cap_gib: str, kill_at: str, *parameters: str) -> None:
+def main(file: str, cap_gib: str, kill_at: str, trainings: str, *parameters: str) -> None:
     events = Events(Path(file))
     events.write(call="start", at=time.time())
-    if float(cap_gib) and torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(float(cap_gib) * GIB / whole)
-    watch(events)
+    for card in model.gpus() if float(cap_gib) else []:
+        whole = torch.cuda.get_device_properties(card).total_memory
+        torch.cuda.set_per_process_memory_fraction(float(cap_gib) * GIB / whole, card)
+    watch(events, int(trainings))
     transformers.trainer.DEFAULT_CALLBACKS.append(clock(events, int(kill_at)))
     sys.argv = ["pipeline.py", *parameters]
     # run_path gives a copy, which would hold a model that its functions' own namespace has let go
     space = events.timed("pipeline", runpy.run_path)(str(PIPELINE), run_name="__main__")["load_base"].__globals__
-    if space["merges"] and space["run"].memory != "low":  # that one merges on the CPU: a forward pass there is slow
+    if space["merges"] and len(model.gpus()) < 2 and space["run"].memory != "low":  # merged on the CPU: slow there
         events.timed("compare", compare_merges, lambda value: value)(space)
     events.write(call="end", at=time.time())
 

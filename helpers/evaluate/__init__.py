@@ -10,4 +10,4 @@ python -m helpers.evaluate score FOLDER
 from helpers.evaluate.confidence import keep_confident
 from helpers.evaluate.constant import best_constant_box, constant_predictions
 from helpers.evaluate.intervals import interval, paired_bootstrap, with_interval
-from helpers.evaluate.scoring import score
+from helpers.evaluate.scoring import score, unstopped_note

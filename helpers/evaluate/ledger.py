@@ -12,6 +12,7 @@ from pathlib import Path
 
 from helpers.evaluate.intervals import number, over_seeds, significance, with_interval
 from helpers.evaluate.reports import METRICS, PERCENT, find_runs, table_line
+from helpers.evaluate.scoring import unstopped_note
 from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix
 from helpers.files import read_json, write_json
 
@@ -102,7 +103,11 @@ def results_table(runs_dir: str | Path = "runs") -> str:
         own = [row for row in found if row not in ROWS]
         parts += [f"Scale `{scale}`:\n\n{results(ledger, scale, (*ROWS, *own))}\n"]
         parts += [f"Missing: {row}. Make it: `make run RECIPE={row}`." for row in ROWS[1:] if row not in found]
-        if len({run["metrics"]["truth"]["hash"] for run in find_runs(runs_dir) if run["scale"] == scale}) > 1:
+        runs = [run for run in find_runs(runs_dir) if run["scale"] == scale]
+        for run in runs:
+            note = unstopped_note(next(iter(run["metrics"]["scores"].values())))
+            parts += [f"{run['run']}{note}."] if note else []
+        if len({run["metrics"]["truth"]["hash"] for run in runs}) > 1:
             parts += ["These runs were not all scored on the same truth: compare only those that share it."]
     return "\n".join(parts).strip()
 

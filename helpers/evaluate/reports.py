@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from helpers.evaluate.intervals import RESAMPLES, number, paired_bootstrap, with_interval
-from helpers.evaluate.scoring import score
+from helpers.evaluate.scoring import score, unstopped, unstopped_note
 from helpers.files import read_json, write_text
 from helpers.settings import PROJECT, is_main, run_folder
 
@@ -38,7 +38,7 @@ def write_metrics(
     metrics = {"truth": {"pictures": len(rows), "tables": tables, "hash": same}, "scores": scores}
     if is_main():  # one writer where several processes score the same files
         for file, lines in {"truth.jsonl": rows, **{FILES[name]: named_predictions[name] for name in scores}}.items():
-            write_text(Path(folder, file), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_text(Path(folder, file), "".join(json.dumps(line) + "\n" for line in lines))
         write_text(Path(folder, "metrics.json"), json.dumps(metrics, allow_nan=False) + "\n")
     return metrics
 
@@ -90,8 +90,8 @@ def compare(a: str, b: str, runs_dir: str | Path = "runs") -> str:
     result = paired_bootstrap(score_a["per_picture"], score_b["per_picture"])
     difference, needed = result["difference"], result["pictures_needed"]
     lines = [
-        f"{name_a}: mean IoU {with_interval(score_a['summary']['mean_iou'])}",
-        f"{name_b}: mean IoU {with_interval(score_b['summary']['mean_iou'])}",
+        f"{name_a}: mean IoU {with_interval(score_a['summary']['mean_iou'])}{unstopped_note(score_a)}",
+        f"{name_b}: mean IoU {with_interval(score_b['summary']['mean_iou'])}{unstopped_note(score_b)}",
         f"difference on the same {difference['n']} pictures: {difference['value']:+.3f} "
         f"({number(difference['low'])} to {number(difference['high'])})",
         f"verdict: {result['verdict']}",
@@ -107,10 +107,11 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     for name, scored in metrics["scores"].items():
         summary = scored["summary"]
         numbers = {head: number(summary[metric]["value"], metric in PERCENT) for head, metric in METRICS.items()}
-        rows[name] = {"n": summary["mean_iou"]["n"], "mean IoU (95 %)": with_interval(summary["mean_iou"]), **numbers}
+        rows[name] = {"n": summary["mean_iou"]["n"], "mean IoU (95 %)": with_interval(summary["mean_iou"]), **numbers,
+                      "never stopped": unstopped(scored)}  # fmt: skip
     return pd.DataFrame(rows).T
 
 
 def table_line(cells: list[str]) -> str:
     """A line of a table in Markdown."""
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"

@@ -116,3 +116,14 @@ def _over_boxes(records: list[dict], chosen: list[list[bool]], **options) -> dic
         "recall": interval(ratio, found, count, n=n, rate=True, **options),
         "name_accuracy": interval(ratio, total("box_named"), found, n=int(found.sum()), rate=True, **options),
     }
+
+
+def unstopped(scored: dict) -> str:
+    """How many completions of a `score` ran into the token limit, such as "8 of 123"; a dash where nothing says so."""
+    rate = scored["summary"]["unstopped_rate"]
+    return "–" if rate["value"] is None else f"{round(rate['value'] * rate['n'])} of {rate['n']}"
+
+
+def unstopped_note(scored: dict) -> str:
+    """"; 8 of 123 answers never stopped", or nothing where all did."""
+    return f"; {unstopped(scored)} answers never stopped" if scored["summary"]["unstopped_rate"]["value"] else ""

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 from PIL.Image import Image
 
+from helpers.data.pictures import as_rgb
 from helpers.evaluate import score
 from helpers.plots.figure import finish, new_figure
 
@@ -26,7 +27,7 @@ def draw_boxes(
     axes: Axes, image: Image, truth: ArrayLike = (), predicted: ArrayLike = (), *, title: str = "", pixels: int = 256
 ) -> None:
     """One picture with its true and predicted boxes, both [N, 4] x-first in 0-1; longest side scaled to `pixels`."""
-    small = image.convert("RGB")
+    small = as_rgb(image)
     small.thumbnail((pixels, pixels))
     axes.imshow(small, interpolation="nearest")
     for boxes, colour, line in ((truth, TRUTH, "-"), (predicted, PREDICTION, DASHED)):

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import Qwen2VLForConditionalGeneration
 
+from helpers.model import load
 from helpers.tiny.build import make_model, make_processor, model_config, save, train_tokenizer
 from helpers.tiny.check import ask, lora_probe, score, table_items, thing_items
 from helpers.tiny.forward import compile_layers
@@ -45,7 +45,7 @@ def run(
         rope_theta=rope_theta,
         mrope_section=mrope_section,
     )
-    model = Qwen2VLForConditionalGeneration.from_pretrained(start) if start else make_model(config, seed)
+    model = load(start) if start else make_model(config, seed)
     if compiled:
         compile_layers()
     with multiprocessing.get_context("fork").Pool(workers) as crew:
