@@ -94,6 +94,7 @@ from trl import SFTConfig
 from helpers import budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
 from helpers import model, parity, plots, predict, trainer
 from helpers.augment import Augment
+from helpers.evaluate import reports
 
 transformers.set_seed(run.seed)
 pd.options.display.max_colwidth = 160
@@ -455,10 +456,10 @@ print(*(line["text"] for line in predictions[:3]), sep="\n")
 # and after training.
 
 # %%
-metrics = evaluate.write_metrics(
+metrics = reports.write_metrics(
     run.folder, {"fine-tuned": predictions, "base": baseline, "constant box": constant}, truth
 )
-evaluate.metrics_table(metrics)
+reports.metrics_table(metrics)
 
 # %% [markdown]
 # That is the cleaned truth. Against the truth as its source has it, an empty box counts as a miss and a picture that
@@ -466,10 +467,10 @@ evaluate.metrics_table(metrics)
 
 # %%
 raw_truth = data.raw_truth(raw["val"])
-raw_metrics = evaluate.write_metrics(
+raw_metrics = reports.write_metrics(
     run.folder / "raw", {"fine-tuned": predictions, "base": baseline, "constant box": constant}, raw_truth
 )
-evaluate.metrics_table(raw_metrics)
+reports.metrics_table(raw_metrics)
 
 # %% [markdown]
 # The same pictures before and after. Eyeballing is not evaluation, but it shows what kind of error is left.
@@ -548,7 +549,7 @@ if merges:
     answers["merged"] = ask(merged, run.folder / "merged.jsonl", prompt=run.prompt, trained=key,
                             merge_base=run.merge_base, precision=held)
     same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, answers["merged"], strict=True))
-    metrics = evaluate.write_metrics(run.folder, answers, truth)
+    metrics = reports.write_metrics(run.folder, answers, truth)
     scored = [metrics["scores"][name]["per_picture"] for name in ("merged", "fine-tuned")]
     change = evaluate.with_interval(evaluate.paired_bootstrap(*scored)["difference"])
     print(f"merged minus as trained: {change} mean IoU; the same boxes in {same} of {len(truth)} answers")

@@ -7,7 +7,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers import evaluate
-from helpers.evaluate.reports import number, table_line
+from helpers.evaluate.intervals import number
+from helpers.evaluate.reports import table_line
 from helpers.files import read_json
 from helpers.recipes import RECIPES
 

@@ -71,10 +71,10 @@ def detector_path(scale: str, model_id: str | None = None) -> str | None:
 
 
 def scored_run(run: str, runs: Path = RUNS) -> dict:
-    """A finished run's score by name or folder, as `evaluate.load_score` gives it; ParameterError if there is none."""
-    from helpers import evaluate
+    """A finished run's score by name or folder, as `reports.load_score` gives it; ParameterError if there is none."""
+    from helpers.evaluate import reports
 
     try:
-        return evaluate.load_score(run, runs)[1]
+        return reports.load_score(run, runs)[1]
     except (OSError, ValueError) as error:
         raise ParameterError(f"run={run!r}: {error}") from None

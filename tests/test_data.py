@@ -321,12 +321,6 @@ def test_the_source_hash_follows_every_file(tmp_path: Path):
     assert before != source_hash(tmp_path)
 
 
-@pytest.mark.parametrize("limit", [{"test": 3}, {"train": -1}, {"train": 2.5}, {"val": True}])
-def test_a_limit_that_makes_no_sense_is_refused(limit):
-    with pytest.raises(data.DataError, match="limit"):
-        data.load_raw("embedded", limit=limit)
-
-
 # --- prepared pictures ------------------------------------------------------------------------------------------------
 
 

@@ -4,9 +4,9 @@ import datasets
 import numpy as np
 import pytest
 
-from helpers import data, scenes
+from helpers import data
 from helpers.data import embedded
-from helpers.data.planted import plant_each, planted_and_found
+from helpers.data.planted import plant_each
 from helpers.data.tables import box_table
 
 
@@ -27,18 +27,6 @@ def test_every_rule_of_the_audit_is_planted_once_and_found_there_and_the_sound_r
     again = data.audit(data.clean(val, data.audit(val)))
     assert {fault.fault for fault in again.faults} == {"exif-as-shown", "exif-undecided", "no-table"}  # nothing else
     assert raw["val"][-1]["image_id"] == sound["image_id"] and raw["val"].features == data.FEATURES
-
-
-def test_what_is_planted_in_the_scenes_is_held_against_what_was_found(monkeypatch):
-    faults = {"zero_area": [1, 70], "exif": [2], "same_product": [(0, 3), (2, 80)]}
-    monkeypatch.setattr(scenes, "planted_faults", lambda seed, split: faults)
-    drawn = list(embedded.scene_rows(list(range(4)), 0, "val"))  # with these faults
-    raw = datasets.DatasetDict({"val": datasets.Dataset.from_list(drawn, embedded.SCENE_FEATURES)})
-    table = planted_and_found(raw, data.audit(raw), 0).set_index("planted")
-    rows = {"box without area": [1], "turned by EXIF": [2], "two photos of a product": [0, 3]}
-    assert table["rows"].to_dict() == table["found"].to_dict() == rows and table["same"].all()
-    blind = planted_and_found(raw, data.Audit(), 0).set_index("planted")["same"]
-    assert blind.to_dict() == dict(zip(rows, [False, False, True], strict=True))
 
 
 def test_a_line_a_box():

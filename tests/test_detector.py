@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import RTDetrV2ForObjectDetection, TrainingArguments
 
-from helpers import data, detector, evaluate, topic
+from helpers import data, detector, topic
 from helpers.augment import Augment
 from helpers.boxes import CATEGORIES, cxcywh_unit_to_xyxy_unit, yxyx_unit_to_xyxy_unit
+from helpers.evaluate import reports
 from helpers.parameters import ParameterError
 from helpers.plots import detector as draw
 from helpers.recipes import SCALES
@@ -81,7 +82,7 @@ def test_lines_are_those_of_predict_and_the_evaluator_reads_them(rows, tmp_path)
     perfect = [detector.line(row["image_id"], {
         "scores": torch.full((len(row["objects"]["bbox"]),), 0.8), "labels": torch.zeros(len(row["objects"]["bbox"])),
         "boxes": torch.from_numpy(yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]))}, {0: NAMES[0]}) for row in truth]
-    metrics = evaluate.write_metrics(tmp_path / "run", {"fine-tuned": perfect}, truth)
+    metrics = reports.write_metrics(tmp_path / "run", {"fine-tuned": perfect}, truth)
     summary = metrics["scores"]["fine-tuned"]["summary"]
     assert summary["mean_iou"]["value"] > 0.99 and summary["f1"]["value"] == 1 and summary["ap"]["value"] > 0.99
     assert summary["format_error_rate"]["value"] == 0 and not metrics["scores"]["fine-tuned"]["problems"]

@@ -9,38 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.boxes import pairwise_iou
-from helpers.evaluate import (
-    best_constant_box,
-    constant_predictions,
-    interval,
-    paired_bootstrap,
-    score,
-)
-from helpers.evaluate.intervals import mean, ratio
+from helpers.evaluate import best_constant_box, constant_predictions, interval, paired_bootstrap, score
+from helpers.evaluate.intervals import pictures_needed, ratio
 
 A, B = [0.1, 0.1, 0.5, 0.5], [0.6, 0.6, 0.9, 0.9]  # x first
 
 
 def true_row(image_id, *boxes, names=None, **more):
-    objects = {
-        "bbox": [[y0, x0, y1, x1] for x0, y0, x1, y1 in boxes],
-        "category_id": [0] * len(boxes),
-        "category_name": list(names or ["nutrition-table"] * len(boxes)),
-    }
+    objects = {"bbox": [[y0, x0, y1, x1] for x0, y0, x1, y1 in boxes], "category_id": [0] * len(boxes),
+               "category_name": list(names or ["nutrition-table"] * len(boxes))}
     return {"image_id": image_id, "width": 100, "height": 80, "meta": {}, "objects": objects} | more
 
 
-def answer(image_id, *boxes, **more):
-    return {
-        "image_id": image_id,
-        "text": "",
-        "labels": ["nutrition-table"] * len(boxes),
-        "boxes": list(boxes),
-        "confidences": [0.9] * len(boxes),
-        "rejected": [],
-        "stopped": True,
-        "new_tokens": 20,
-    } | more
+def predicted(image_id, *boxes, **more):
+    labels, confidences = ["nutrition-table"] * len(boxes), [0.9] * len(boxes)
+    return {"image_id": image_id, "text": "", "labels": labels, "boxes": list(boxes), "confidences": confidences,
+            "rejected": [], "stopped": True, "new_tokens": 20} | more
 
 
 def values(summary):
@@ -57,31 +41,21 @@ def test_every_metric_by_hand():
         true_row("no table either"),
     ]
     predictions = [
-        answer("right", A),
-        answer("half", [0.1, 0.1, 0.5, 0.35], B),  # IoU .625 with A, and a box too many
-        answer("one of two", B),
-        answer("nothing", rejected=["'nonsense': neither name nor box"], stopped=False),
-        answer("no table", A),
-        answer("no table either"),
+        predicted("right", A),
+        predicted("half", [0.1, 0.1, 0.5, 0.35], B),  # IoU .625 with A, and a box too many
+        predicted("one of two", B),
+        predicted("nothing", rejected=["'nonsense': neither name nor box"], stopped=False),
+        predicted("no table", A),
+        predicted("no table either"),
     ]
     result = score(truth, predictions, resamples=200)
     assert result["problems"] == {} and result["pictures"] == 6
     got = values(result["summary"])
     expected = {
-        "mean_iou": (1 + 0.625 + 0.5 + 0) / 4,
-        "median_iou": (0.625 + 0.5) / 2,
-        "detection_rate": 3 / 4,
-        "iou_over_50": 2 / 4,
-        "iou_over_70": 1 / 4,
-        "mean_iou_boxes": (1 + 0.625 + 0 + 1 + 0) / 5,
-        "precision": 3 / 5,
-        "recall": 3 / 5,
-        "f1": 3 / 5,
-        "name_accuracy": 2 / 3,
-        "format_error_rate": 1 / 6,
-        "unstopped_rate": 1 / 6,
-        "surplus_rate": 2 / 6,
-        "false_alarm_rate": 1 / 2,
+        "mean_iou": (1 + 0.625 + 0.5 + 0) / 4, "median_iou": (0.625 + 0.5) / 2, "detection_rate": 3 / 4,
+        "iou_over_50": 2 / 4, "iou_over_70": 1 / 4, "mean_iou_boxes": (1 + 0.625 + 0 + 1 + 0) / 5,
+        "precision": 3 / 5, "recall": 3 / 5, "f1": 3 / 5, "name_accuracy": 2 / 3, "format_error_rate": 1 / 6,
+        "unstopped_rate": 1 / 6, "surplus_rate": 2 / 6, "false_alarm_rate": 1 / 2,
     }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     counts = {name: metric["n"] for name, metric in result["summary"].items()}
@@ -94,15 +68,13 @@ def test_every_metric_by_hand():
 
 def test_the_first_fifty_are_the_first_rows_of_the_truth():
     truth = [true_row(str(i), A) for i in range(60)]
-    predictions = [answer(str(i), A if i < 50 else B) for i in reversed(range(60))]
-    result = score(truth, predictions, resamples=0)
+    result = score(truth, [predicted(str(i), A if i < 50 else B) for i in reversed(range(60))], resamples=0)
     assert values(result["first_50"])["mean_iou"] == 1
     assert values(result["summary"])["mean_iou"] == pytest.approx(50 / 60)
 
 
 def test_only_the_text_is_needed():
-    text = "nutrition-table(100,100),(500,500)"
-    result = score([true_row("a", A)], [{"image_id": "a", "text": text}], resamples=0)
+    result = score([true_row("a", A)], [{"image_id": "a", "text": "nutrition-table(100,100),(500,500)"}], resamples=0)
     assert values(result["summary"])["mean_iou"] == pytest.approx(1)
 
 
@@ -113,14 +85,14 @@ unit_boxes = st.tuples(*[st.floats(0, 1)] * 4).map(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(unit_boxes, min_size=1, max_size=3), st.lists(unit_boxes, min_size=1, max_size=3))
-def test_matching_is_the_best_of_all_one_to_one_matchings(true, predicted):
-    iou = pairwise_iou(true, predicted)
-    if len(true) > len(predicted):
+def test_matching_is_the_best_of_all_one_to_one_matchings(true, found):
+    iou = pairwise_iou(true, found)
+    if len(true) > len(found):
         iou = iou.T
     pairings = [
         [iou[i, j] for i, j in enumerate(columns)] for columns in itertools.permutations(range(iou.shape[1]), len(iou))
     ]
-    record = score([true_row("a", *true)], [answer("a", *predicted)], resamples=0)["per_picture"][0]
+    record = score([true_row("a", *true)], [predicted("a", *found)], resamples=0)["per_picture"][0]
     assert sum(record["box_ious"]) == pytest.approx(max(map(sum, pairings)))
     assert sum(record["box_found"]) == max(sum(value > 0.5 for value in pairing) for pairing in pairings)
     assert record["box_found"].count(True) == record["predicted_correct"].count(True)
@@ -128,27 +100,21 @@ def test_matching_is_the_best_of_all_one_to_one_matchings(true, predicted):
 
 def test_found_boxes_are_matched_for_number_and_iou_for_its_sum():
     true = [[0.0, 0.3, 0.7, 0.8], [0.0, 0.3, 0.5, 0.8]]
-    predicted = [[0.0, 0.2, 0.7, 0.8], [0.1, 0.2, 0.8, 0.7]]  # IoU .833 .522 / .595 .364
-    record = score([true_row("a", *true)], [answer("a", *predicted)], resamples=0)["per_picture"][0]
+    found = [[0.0, 0.2, 0.7, 0.8], [0.1, 0.2, 0.8, 0.7]]  # IoU .833 .522 / .595 .364
+    record = score([true_row("a", *true)], [predicted("a", *found)], resamples=0)["per_picture"][0]
     assert record["box_ious"] == pytest.approx([0.8333, 0.3636], abs=1e-3) and record["box_found"] == [True, True]
 
 
 def test_bad_input_is_named_and_stays_in_the_denominator():
     nan = float("nan")
-    truth = [
-        true_row("a", A),
-        true_row("b", A),
-        true_row("c", A),
-        true_row("d", A),
-        true_row("flat", [0.2, 0.2, 0.2, 0.4]),
-    ]
+    truth = [*(true_row(name, A) for name in "abcd"), true_row("flat", [0.2, 0.2, 0.2, 0.4])]
     predictions = [
-        answer("a", A),
-        answer("a", B),
-        answer("stranger", A),
-        answer("c", [0.3, 0.3, 0.3, 0.6], [nan, 0, 1, 1], [0.9, 0.1, 0.2, 0.5], [0.5, 0.5, 1.2, 0.9]),
-        answer("d", A, confidences=[nan]),
-        answer("flat", A, confidences=[]),
+        predicted("a", A),
+        predicted("a", B),
+        predicted("stranger", A),
+        predicted("c", [0.3, 0.3, 0.3, 0.6], [nan, 0, 1, 1], [0.9, 0.1, 0.2, 0.5], [0.5, 0.5, 1.2, 0.9]),
+        predicted("d", A, confidences=[nan]),
+        predicted("flat", A, confidences=[]),
     ]
     result = score(truth, predictions, resamples=50)
     problems = result["problems"]
@@ -169,44 +135,43 @@ def test_bad_input_is_named_and_stays_in_the_denominator():
 
 
 def test_empty_truth_is_a_named_problem_and_no_number():
-    result = score([], [answer("a", A)])
+    result = score([], [predicted("a", A)])
     assert "no truth" in result["problems"] and result["problems"]["predictions for unknown ids"] == ["a"]
     assert all(metric["value"] is None for metric in result["summary"].values())
 
 
 def test_intervals():
     x = np.random.default_rng(0).normal(0.6, 0.2, 123)
-    first = interval(mean, x)
-    assert first == interval(mean, x)
-    half_width = (first["high"] - first["low"]) / 2
-    assert half_width == pytest.approx(1.96 * x.std() / np.sqrt(123), rel=0.1)
-    certain = interval(mean, np.ones(50), rate=True)
+    first = interval(np.mean, x)
+    assert first == interval(np.mean, x)
+    assert (first["high"] - first["low"]) / 2 == pytest.approx(1.96 * x.std() / np.sqrt(123), rel=0.1)
+    certain = interval(np.mean, np.ones(50), rate=True)
     assert certain["value"] == 1 and certain["low"] == pytest.approx(0.929, abs=0.001)
-    assert interval(mean, [], n=0) == {"value": None, "low": None, "high": None, "n": 0}
-    assert interval(ratio, [0, 1, 0], [0, 1, 0], n=1)["value"] == 1
-    assert interval(mean, x, resamples=0)["low"] is None
+    assert interval(np.mean, [], n=0) == {"value": None, "low": None, "high": None, "n": 0}
+    assert interval(ratio, [0, 1, 0], [0, 1, 0], n=1)["value"] == 1  # a resample may hold no box at all
+    assert interval(np.mean, x, resamples=0)["low"] is None
 
 
 def per_picture(ious):
     return [{"image_id": str(i), "iou": iou} for i, iou in enumerate(ious)]
 
 
-def test_paired_comparison_tells_apart_what_pairs_can_tell():
+def test_paired_comparison_decides_what_pairs_can_decide():
     rng = np.random.default_rng(1)
     base = rng.uniform(0.2, 0.9, 123)
     clear = paired_bootstrap(per_picture(base + 0.1 + rng.normal(0, 0.1, 123)), per_picture(base))
-    assert clear["verdict"].startswith("the first is better") and clear["power_50"] > 0.99
+    assert clear["verdict"].startswith("the first is better") and clear["pictures_needed"] < 20
     assert clear["difference"]["low"] < 0.1 < clear["difference"]["high"] and clear["difference"]["n"] == 123
     small = paired_bootstrap(per_picture(base + 0.03 + rng.normal(0, 0.1, 123)), per_picture(base))
-    assert 0.2 < small["power_50"] < 0.9 and 50 < small["pictures_needed"] < 250
+    assert 50 < small["pictures_needed"] < 250
     same = paired_bootstrap(per_picture(base), per_picture(base))
-    assert same["verdict"] == "123 pictures cannot tell them apart" and same["power_50"] == 0
+    assert same["verdict"] == "not significant at 95 %: the interval contains 0" and same["pictures_needed"] is None
     assert paired_bootstrap(per_picture(base), per_picture(base + 0.1))["verdict"].startswith("the second is better")
+    assert pictures_needed(-0.21, 0.21) == pytest.approx(7.85, abs=0.01)  # 2.8 squared
 
 
 def test_paired_comparison_takes_shared_pictures_with_a_table():
-    a, b = per_picture([0.5, 0.6, None, 0.1]), per_picture([0.4, 0.5, None])
-    result = paired_bootstrap(a, b)
+    result = paired_bootstrap(per_picture([0.5, 0.6, None, 0.1]), per_picture([0.4, 0.5, None]))
     assert result["difference"]["n"] == 2 and result["left_out"] == ["3"]
     with pytest.raises(ValueError, match="share no picture"):
         paired_bootstrap(per_picture([None]), per_picture([0.5]))
@@ -225,9 +190,7 @@ def test_best_constant_box_beats_its_neighbours_and_every_true_box():
 
     reached = mean_iou(best)
     assert all(mean_iou(box) <= reached + 1e-3 for box in boxes[::8])
-    for side in range(4):
-        for step in (-0.03, 0.03):
-            assert mean_iou(best + step * np.eye(4)[side]) < reached
+    assert all(mean_iou(best + step * side) < reached for side in np.eye(4) for step in (-0.03, 0.03))
     np.testing.assert_allclose(best_constant_box([true_row("a", A), true_row("b", A)]), A, atol=1e-3)
     pairs = [true_row(f"pair {i}", A, [0.9, 0.9, 1, 1]) for i in range(3)]  # each half worth a single box
     np.testing.assert_allclose(best_constant_box([*pairs, true_row("a", B), true_row("b", B)]), B, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Seeds drawn together with pictures; the ledger ties README, results.json and the runs to each other."""
+"""The table of all runs; seeds drawn together with pictures; the ledger ties README, results.json and runs together."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from test_evaluate_files import make_run
 
-from helpers.evaluate import ledger, results_table
+from helpers.evaluate import ledger
 from helpers.evaluate.__main__ import main
-from helpers.evaluate.seeds import difference_over_seeds, group_seeds, over_seeds
+from helpers.evaluate.intervals import over_seeds
+from helpers.evaluate.ledger import results_table
+from helpers.evaluate.seeds import difference_over_seeds, group_seeds
 
 EMPTY = f"Words.\n\n{ledger.BEGIN}\nold\n{ledger.END}\n\nMore words.\n"
 
@@ -17,11 +19,26 @@ EMPTY = f"Words.\n\n{ledger.BEGIN}\nold\n{ledger.END}\n\nMore words.\n"
 def run_with(root, name, shift, seed=0, pictures=30, **parameters):
     """A scored run whose manifest says what a real one's does."""
     recipe = next(known for known in ledger.ROWS[2:] if name[:2] == known[:2])
-    folder, _ = make_run(root, name, shift, recipe=recipe, pictures=pictures)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"git": "abc123", "machine": "2 cores", "parameters": {"seed": seed, "epochs": 3} | parameters}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    make_run(root, name, shift, recipe=recipe, pictures=pictures, git="abc123", machine="2 cores",
+             parameters={"seed": seed, "epochs": 3} | parameters)
+
+
+def test_the_table_shows_every_run_by_scale_and_what_is_missing(tmp_path):
+    assert "make recipes" in results_table(tmp_path)
+    for name in ("base", "r4-joint"):
+        make_run(tmp_path, name, 0.02)
+    make_run(tmp_path, "r3-stage2", 0.02, recipe="r3-two-stage")
+    make_run(tmp_path, "r4-joint-slow", 0.02, recipe="r4-joint")
+    table = results_table(tmp_path)
+    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")]
+    assert rows == ["", "---", *ledger.ROWS, "r4-joint-slow"]
+    for missing in ("r1-llm-only", "r2-vision-only"):
+        assert f"Missing: {missing}. Make it: `make run RECIPE={missing}`." in table
+    assert "Missing: base" not in table and "not all scored on the same truth" not in table
+    make_run(tmp_path, "r4-joint-again", 0.02, recipe="r4-joint", pictures=20)
+    make_run(tmp_path, "r1-llm-only", 0.02, scale="7b")
+    table = results_table(tmp_path)
+    assert "not all scored on the same truth" in table and "Scale `7b`:" in table and "Scale `tiny`:" in table
 
 
 def test_one_seed_is_a_bootstrap_over_pictures_and_more_seeds_add_their_spread():
@@ -49,7 +66,7 @@ def test_seeds_of_a_recipe_form_a_group_and_other_parameters_do_not(tmp_path):
     assert groups == {"r4-joint": ["r4-joint", "r4-joint-s1", "r4-joint-s2"], "r4-joint-s3": ["r4-joint-s3"],
                       "r4-joint-s4": ["r4-joint-s4"], "r3-stage2": ["r3-stage2", "r3-s1-stage2"]}
     table = results_table(tmp_path)
-    assert "| r4-joint, mean of 3 seeds | 30 |" in table and "| r4-joint, r4-joint-s1, r4-joint-s2 | – |" in table
+    assert "| r4-joint, 3 seeds | 30 |" in table and "| r4-joint, r4-joint-s1, r4-joint-s2 | abc123 |" in table
 
 
 def test_a_difference_needs_the_same_pictures(tmp_path):
@@ -83,17 +100,7 @@ def test_readme_and_ledger_hold_what_the_runs_gave(results, tmp_path, capsys):
     assert entry["run"] == ["r4-joint", "r4-joint-s1"] and entry["commit"] == ["abc123"] * 2
     assert entry["command"] == ["papermill -p recipe r4-joint"] * 2 and entry["mean_iou"]["seeds"] == 2
     assert f"| r4-joint, 2 seeds | 30 | {ledger.with_interval(entry['mean_iou'])} |" in text
-    assert "- r4-joint minus r1-llm-only: " in text and "told apart by 30 pictures" in text
-
-
-def test_what_fifty_pictures_tell_is_computed():
-    rows = {f"tiny/{name}": {"spread": 0.2} for name in ("r1-llm-only", "r4-joint")}
-    wide = {"rows": rows, "comparisons": {"tiny/r4-joint - r1-llm-only": {"spread": 0.25}}}
-    said = ledger.what_fifty_tell(wide)
-    assert "within ± .055." in said and "difference of .099 on" in said and "lie .031 apart at most: too little" in said
-    narrow = wide | {"comparisons": {"tiny/r4-joint - r1-llm-only": {"spread": 0.05}}}
-    assert "difference of .020 on" in ledger.what_fifty_tell(narrow) and "enough" in ledger.what_fifty_tell(narrow)
-    assert ledger.what_fifty_tell({"rows": {}, "comparisons": {}}) == ""
+    assert "- r4-joint minus r1-llm-only: " in text and "significant at 95 %, n = 30" in text
 
 
 @pytest.mark.parametrize(("file", "old", "new", "said"), [

@@ -15,6 +15,7 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import data, evaluate, export, hub, model, parity, predict
 from helpers.card import model_card
+from helpers.evaluate import reports
 from helpers.parameters import ParameterError
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
@@ -48,7 +49,7 @@ def merged(tmp_path_factory, rows) -> Path:
     run = folder.with_name("tables-r4-joint")
     truth = data.truth_rows(rows)
     answers = evaluate.constant_predictions(evaluate.best_constant_box(truth), truth)
-    evaluate.write_metrics(run, {"fine-tuned": answers, "base": answers, "merged": answers}, truth)
+    reports.write_metrics(run, {"fine-tuned": answers, "base": answers, "merged": answers}, truth)
     manifest = {"run": run.name, "recipe": "r4-joint", "scale": "7b", "command": "papermill x", "git": "12345",
                 "parameters": VALUES, "timings": {"train": 61.2}, "machine": "one GPU",
                 "versions": dict.fromkeys(("torch", "transformers", "trl", "peft"), "1.0")}

@@ -26,7 +26,7 @@ from test_data import jpeg, row
 
 from helpers import data, evaluate
 from helpers.boxes import CATEGORIES
-from helpers.data.json_formats import read_metadata
+from helpers.data.formats import read_metadata
 from helpers.data.schema import FEATURES
 from helpers.messages import NO_TABLE, parse_text, target_text
 from helpers.parameters import PARAMETERS, ParameterError
@@ -282,4 +282,4 @@ def test_fields_that_once_ended_in_another_error(field, tmp_path: Path):
     objects = '"objects": {"bbox": [[0, 0, 1, 1]], "category_name": ["nutrition-table"]}'
     (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "0.jpg", {field}, {objects}}}')
     with pytest.raises(data.DataError, match="metadata.jsonl line 1|0.jpg"):
-        read_metadata(tmp_path)
+        list(read_metadata(tmp_path))

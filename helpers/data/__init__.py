@@ -14,7 +14,7 @@ from helpers.data.checks import RULES
 from helpers.data.embedded import load_embedded
 from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
-from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, check_limit, empty_split, split_name
+from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, empty_split, split_name
 from helpers.data.sources import HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 
 
@@ -33,7 +33,7 @@ def load_raw(
     `limit`: at most so many pictures of a split. `cache_dir`: the usual cache of `datasets` where None.
     Raises `DataError`: one sentence with the file or field, what was found, what was expected.
     """
-    limit = check_limit(limit)
+    limit = limit or {}
     if dataset_id == "embedded":
         return datasets.DatasetDict(load_embedded(seed, limit, cache_dir))
     path = Path(dataset_id).expanduser()

@@ -18,18 +18,11 @@ SCENE_FEATURES = datasets.Features({**FEATURES, "rotation": datasets.Value("int6
 def scene_rows(indices: list[int], seed: int, split: str) -> Iterator[dict[str, Any]]:
     for index in indices:
         scene = scenes.render_scene(seed, index, split)
-        objects = objects_of(
-            [[y0, x0, y1, x1] for _, (x0, y0, x1, y1) in scene.tables], [name for name, _ in scene.tables]
-        )
-        image = {"bytes": scene.jpeg, "path": None}
+        names, boxes = zip(*scene.tables, strict=True) if scene.tables else ((), ())
         yield {
-            "image_id": scene.image_id,
-            "image": image,
-            "width": scene.width,
-            "height": scene.height,
-            "meta": scene.meta,
-            "objects": objects,
-            "rotation": scene.rotation,
+            **{name: getattr(scene, name) for name in ("image_id", "width", "height", "meta", "rotation")},
+            "image": {"bytes": scene.jpeg, "path": None},
+            "objects": objects_of([[y0, x0, y1, x1] for x0, y0, x1, y1 in boxes], list(names)),
         }
 
 

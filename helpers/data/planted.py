@@ -1,4 +1,4 @@
-"""Faults put there on purpose, to see that the audit finds them: one of each kind, and those of the scenes."""
+"""Faults put there on purpose, one of each kind, to see that the audit finds them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import io
 from typing import Any, NamedTuple
 
 import datasets
-import pandas as pd
 from PIL import Image, ImageOps
 
-from helpers import scenes
-from helpers.data.audit import Audit
 from helpers.data.pictures import SIDEWAYS, as_rgb, open_picture
 from helpers.data.schema import FEATURES, empty_split, objects_of
 
@@ -94,25 +91,3 @@ def _saved(picture: Image.Image, orientation: int = 1, as_shown: bool = False) -
 def _boxed(*yxyx: list[float], name: str = "nutrition-table") -> dict[str, Any]:
     """The field `objects` with these boxes alone."""
     return {"objects": objects_of(list(yxyx), [name] * len(yxyx))}
-
-
-def planted_and_found(raw: datasets.DatasetDict, audit: Audit, seed: int) -> pd.DataFrame:
-    """For the embedded scenes of `seed`: by split and kind the rows with a planted fault, and those that were found.
-
-    Columns: split, planted (what), rows (where), found (where), same (True or False). A `raw` that was cut short holds
-    fewer of them.
-    """
-    lines = []
-    for split, rows in raw.items():
-        faults = scenes.planted_faults(seed, split)
-        named = [(fault.fault, fault.index) for fault in audit.faults if fault.split == split]
-        codes = [meta["barcode"] for meta in rows["meta"]]
-        pairs = [pair for pair in faults["same_product"] if max(pair) < len(rows)]
-        for what, put, found in (
-            ("box without area", faults["zero_area"], [index for fault, index in named if fault == "empty-box"]),
-            ("turned by EXIF", faults["exif"], [index for fault, index in named if fault.startswith("exif")]),
-            ("two photos of a product", sum(pairs, ()), [i for i, code in enumerate(codes) if codes.count(code) > 1]),
-        ):
-            put, found = sorted(index for index in put if index < len(rows)), sorted(set(found))
-            lines.append({"split": split, "planted": what, "rows": put, "found": found, "same": put == found})
-    return pd.DataFrame(lines)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import PIL
 from datasets import Features, Image, List, Value
 from datasets.fingerprint import Hasher
@@ -77,11 +77,6 @@ def fingerprint(split: datasets.Dataset, *inputs: Any) -> str:
     return Hasher.hash([split._fingerprint, source_hash(Path(__file__).parent), inputs])
 
 
-def group_of(image_id: str, meta: dict[str, Any] | None) -> str:
-    """What must not be torn apart by a split: the barcode where there is one, else the picture itself."""
-    return (meta or {}).get("barcode") or image_id
-
-
 def meta_of(image_id: str, found: dict[str, Any] | None = None) -> dict[str, str]:
     """The `meta` of a row; barcode and picture number are read from ids that look like Open Food Facts'."""
     match = _OFF_ID.fullmatch(image_id)
@@ -125,28 +120,14 @@ def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Pa
 
 
 def carve(split: datasets.Dataset, count: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(the rest, about `count` rows) of `split`: whole groups (`group_of`), drawn with `seed`, in the old order."""
-    keys = [group_of(*row) for row in zip(split["image_id"], split["meta"], strict=True)]
+    """(the rest, about `count` rows) of `split`: whole products, drawn with `seed`, in the old order.
+
+    A product is a barcode, or a picture without one. The rest is never empty.
+    """
+    rows = zip(split["image_id"], split["meta"], strict=True)
+    keys = pd.Series([(meta or {}).get("barcode") or image_id for image_id, meta in rows], dtype=object)
     groups = sorted(set(keys))  # sorted, so that the draw does not hang on the rows' order
     np.random.default_rng(seed).shuffle(groups)
-    sizes = Counter(keys)
-    drawn, total = set(), 0
-    for key in groups[:-1]:  # the last group stays: the rest is never empty
-        if total >= count:
-            break
-        drawn.add(key)
-        total += sizes[key]
-    taken = [index for index, key in enumerate(keys) if key in drawn]
-    rest = [index for index, key in enumerate(keys) if key not in drawn]
-    return split.select(rest), split.select(taken)
-
-
-def check_limit(limit: dict[str, int] | None) -> dict[str, int]:
-    """`limit` as a dict; `DataError` for a split that does not exist or a count that is not a whole number >= 0."""
-    limit = dict(limit or {})
-    for name, count in limit.items():
-        if name not in SPLIT_NAMES:
-            raise DataError(f"limit names the split {name!r}; expected some of: {', '.join(SPLIT_NAMES)}")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise DataError(f"limit for {name!r} is {count!r}; expected a whole number of pictures, 0 or more")
-    return limit
+    before = keys.value_counts()[groups[:-1]].cumsum().shift(fill_value=0)  # pictures drawn before each product
+    taken = keys.isin(before.index[before < count])
+    return split.select(np.flatnonzero(~taken)), split.select(np.flatnonzero(taken))

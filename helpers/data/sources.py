@@ -12,7 +12,7 @@ import pyarrow.compute
 import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
-from helpers.data import json_formats, text_formats
+from helpers.data import formats
 from helpers.data.pictures import Pictures, escaped, files_below, split_of
 from helpers.data.schema import CATEGORIES, FEATURES, DataError, fingerprint, meta_of, safe_path
 
@@ -135,8 +135,8 @@ def detect_format(path: Path) -> str:
     else:
         marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml"}
         found = [name for name, mark in marks.items() if any(files_below(path, mark))]
-        found += ["YOLO"] if text_formats.yolo_files(path) else []
-        found += ["COCO"] if json_formats.coco_files(path, sure=bool(found)) else []
+        found += ["YOLO"] if formats.yolo_files(path) else []
+        found += ["COCO"] if formats.coco_files(path, sure=bool(found)) else []
     if len(found) != 1:
         known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
         raise DataError(f"{path} holds {' and '.join(found) or 'no known format'}; expected one of: {known}")
@@ -188,25 +188,15 @@ def load_local(path: Path, cache_dir: str | None) -> Splits:
         return _load_parquet(root, list(files_below(path, "*.parquet")) if path.is_dir() else [path], cache_dir)
     if kind == "save_to_disk":
         return _load_saved(root, cache_dir)
-    if kind == "COCO":
-        found = json_formats.read_coco(root, None if path.is_dir() else path)
-    else:
-        found = {
-            "metadata.jsonl": json_formats.read_metadata,
-            "YOLO": text_formats.read_yolo,
-            "Pascal VOC": text_formats.read_voc,
-        }[kind](root)
-    _say_unused(root, [row for rows in found.values() for row in rows])
-    return {name: _cached(rows, cache_dir) for name, rows in found.items() if rows}
-
-
-def _say_unused(root: Path, rows: list[dict[str, Any]]) -> None:
-    """Say how many picture files no annotation names: they are neither trained on nor scored."""
-    used = {Path(row["image"]["path"]).resolve() for row in rows}
+    read = {"metadata.jsonl": formats.read_metadata, "YOLO": formats.read_yolo, "Pascal VOC": formats.read_voc}
+    splits = formats.to_rows(formats.read_coco(root, path if path.is_file() else None) if kind == "COCO"
+                             else read[kind](root))
+    used = {Path(row["image"]["path"]).resolve() for rows in splits.values() for row in rows}
     unused = [file for file in Pictures(root).files if file.resolve() not in used]
-    if unused:
+    if unused:  # neither trained on nor scored
         first = escaped(unused[0].name)
         print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {first}")
+    return {name: _cached(rows, cache_dir) for name, rows in splits.items()}
 
 
 def check_content(splits: Splits, where: str) -> None:

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from helpers.evaluate import ledger
-from helpers.evaluate.reports import compare, rescore, results_table
+from helpers.evaluate.intervals import with_interval
+from helpers.evaluate.reports import compare, rescore
 
 LEDGER, README = "results.json", "README.md"
 
@@ -25,25 +26,21 @@ def main(arguments: list[str] | None = None) -> None:
     again.add_argument("folder")
     given = parser.parse_args(arguments)
     try:
-        if given.command == "table" and given.check:
-            _check_results(given.runs_dir)
-        elif given.command == "table" and given.write:
-            print(ledger.write(given.runs_dir, LEDGER, README))
-        elif given.command == "table":
-            print(results_table(given.runs_dir))
-        elif given.command == "compare":
+        if given.command == "compare":
             print(compare(given.a, given.b, given.runs_dir))
-        else:
+        elif given.command == "score":
             _print_scores(rescore(given.folder))
+        elif given.check:
+            problems = ledger.stale(given.runs_dir, LEDGER, README)
+            if problems:
+                raise ValueError("\n".join([*problems, f"{len(problems)} stale; make table ARGS=--write"]))
+            print(f"every number of the results in {README} is that of {LEDGER}")
+        elif given.write:
+            print(ledger.write(given.runs_dir, LEDGER, README))
+        else:
+            print(ledger.results_table(given.runs_dir))
     except (ValueError, OSError) as error:
         sys.exit(f"{error}")
-
-
-def _check_results(runs_dir: str) -> None:
-    problems = ledger.stale(runs_dir, LEDGER, README)
-    if problems:
-        raise ValueError("\n".join([*problems, f"{len(problems)} stale; make table ARGS=--write"]))
-    print(f"every number of the results in {README} is that of {LEDGER}")
 
 
 def _print_scores(metrics: dict) -> None:
@@ -51,8 +48,7 @@ def _print_scores(metrics: dict) -> None:
         print(f"{name}, {result['pictures']} pictures")
         for metric, numbers in result["summary"].items():
             if numbers["value"] is not None:
-                low, high = (f"{numbers[end]:.3f}" if numbers[end] is not None else "–" for end in ("low", "high"))
-                print(f"  {metric}: {numbers['value']:.3f} ({low} to {high}), n = {numbers['n']}")
+                print(f"  {metric}: {with_interval(numbers)}, n = {numbers['n']}")
         for problem, names in result["problems"].items():
             print(f"  problem, {len(names)} x {problem}: {'; '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 

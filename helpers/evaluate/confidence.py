@@ -7,98 +7,64 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from helpers.evaluate.intervals import interval
+from helpers.evaluate.intervals import ends
 
-_RECALLS = np.linspace(0, 1, 101)  # COCO's 101 points
+AP_RESAMPLES = 500  # at most: each runs COCO's accumulate
 
 
-def average_precision(records: list[dict], true_boxes: list[np.ndarray], *, resamples: int, seed: int = 0) -> dict:
-    """COCO's AP (mean over IoU .50 to .95), AP50 and AP75 with pycocotools, each with an interval over pictures.
+def average_precision(records: list[dict], *, resamples: int, seed: int = 0) -> dict:
+    """COCO's AP (mean over IoU .50 to .95), AP50 and AP75 by pycocotools, each with an interval over pictures.
 
     One class, whatever the names; all pictures take part, also those without a table. `records` are
-    `match_picture`'s; `true_boxes` the x-first unit boxes [N, 4] of the same pictures. Boxes are ranked by
-    confidence where every record has them, else by their place in the file alone.
+    `match_picture`'s ("true", "predicted", "confidences" are read). Boxes are ranked by confidence where every record
+    has them, else by their place in the file alone.
     Returns `{"ap", "ap50", "ap75"}`, each `{"value", "low", "high", "n"}`, n the number of true boxes.
     """
-    n = int(sum(len(boxes) for boxes in true_boxes))
+    names = {"ap": slice(None), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of the 10 IoU thresholds
+    n = sum(len(record["true"]) for record in records)
     if n == 0:
-        return {name: interval(np.mean, [], n=0) for name in ("ap", "ap50", "ap75")}
-    coco = _coco_eval(records, true_boxes)
-    precision = coco.eval["precision"][:, :, 0, 0, 0].mean(axis=1)  # [10 thresholds]
-    values = {"ap": float(precision.mean()), "ap50": float(precision[0]), "ap75": float(precision[5])}
-    spread = None
-    if resamples and len(records) > 1:
-        fair = np.full(len(records), 1 / len(records))
-        spread = _resampled(coco, np.random.default_rng(seed).multinomial(len(records), fair, size=resamples))
+        return {name: {"value": None, "low": None, "high": None, "n": 0} for name in names}
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = _coco_eval(records)
+        pictures = list(coco.evalImgs)
+        value = _precision(coco, pictures)
+        draw = np.random.default_rng(seed).integers(len(pictures), size=(min(resamples, AP_RESAMPLES), len(pictures)))
+        drawn = [_precision(coco, [pictures[i] for i in np.sort(some)]) for some in draw]
+    spread = np.array(drawn) if drawn and len(pictures) > 1 else None  # [R, 10]
     result = {}
-    for name, rows in (("ap", slice(None)), ("ap50", slice(0, 1)), ("ap75", slice(5, 6))):
-        low, high = (
-            (None, None) if spread is None else np.quantile(spread[:, rows].mean(axis=1), [0.025, 0.975]).tolist()
-        )
-        result[name] = {"value": values[name], "low": low, "high": high, "n": n}
+    for name, rows in names.items():
+        low, high = (None, None) if spread is None else ends(spread[:, rows].mean(axis=1)).tolist()
+        result[name] = {"value": float(value[rows].mean()), "low": low, "high": high, "n": n}
     return result
 
 
-def _coco_eval(records: list[dict], true_boxes: list[np.ndarray]) -> COCOeval:
-    """pycocotools' evaluation of one class over all sizes, accumulated."""
+def _coco_eval(records: list[dict]) -> COCOeval:
+    """pycocotools' evaluation of one class over all sizes; `evalImgs` has one entry a picture."""
     ranked = has_confidences(records)
-    truth = [(picture, box) for picture, boxes in enumerate(true_boxes, 1) for box in np.asarray(boxes).tolist()]
-    found = [
-        (picture, box, record["confidences"][i] if ranked else 1.0)
-        for picture, record in enumerate(records, 1)
-        for i, box in enumerate(record["predicted"])
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = COCO()
-        coco.dataset = {
-            "images": [{"id": picture} for picture in range(1, len(records) + 1)],  # id 0 would read as "no match"
-            "categories": [{"id": 1}],
-            "annotations": [_annotation(i, picture, box) for i, (picture, box) in enumerate(truth, 1)],
-        }
+    truth, found = COCO(), COCO()
+    images = [{"id": picture} for picture in range(1, len(records) + 1)]  # id 0 would read as "no match"
+    for coco, boxes in ((truth, "true"), (found, "predicted")):
+        coco.dataset = {"images": images, "categories": [{"id": 1}], "annotations": []}
+        for picture, record in enumerate(records, 1):
+            for i, (x0, y0, x1, y1) in enumerate(record[boxes]):
+                coco.dataset["annotations"].append({
+                    "id": len(coco.dataset["annotations"]) + 1, "image_id": picture, "category_id": 1, "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+                    "score": record["confidences"][i] if ranked and coco is found else 1.0,
+                })  # fmt: skip
         coco.createIndex()
-        detections = COCO()
-        detections.dataset = coco.dataset | {
-            "annotations": [_annotation(i, p, box) | {"score": score} for i, (p, box, score) in enumerate(found, 1)]
-        }
-        detections.createIndex()
-        evaluation = COCOeval(coco, detections, "bbox")
-        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluation.params.maxDets = [100]
-        evaluation.evaluate()
-        evaluation.accumulate()
+    evaluation = COCOeval(truth, found, "bbox")
+    evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+    evaluation.params.maxDets = [100]
+    evaluation.evaluate()
     return evaluation
 
 
-def _annotation(number: int, picture: int, box: list[float]) -> dict:
-    x0, y0, x1, y1 = box
-    wide, high = x1 - x0, y1 - y0
-    size = {"bbox": [x0, y0, wide, high], "area": wide * high}
-    return {"id": number, "image_id": picture, "category_id": 1, "iscrowd": 0} | size
-
-
-def _resampled(coco: COCOeval, drawn: np.ndarray) -> np.ndarray:
-    """AP at each threshold [R, 10] when each picture counts as often as `drawn` [R, pictures] says."""
-    found = [(i, e) for i, e in enumerate(coco.evalImgs) if e is not None]
-    picture = np.array([i for i, e in found for _ in e["dtScores"]], dtype=int)  # [detections]
-    scores = np.array([score for _, e in found for score in e["dtScores"]])
-    hits = np.concatenate([np.zeros((10, 0)), *[e["dtMatches"] > 0 for _, e in found]], axis=1)  # [10, detections]
-    true = np.zeros(len(coco.evalImgs))
-    for i, e in found:
-        true[i] = len(e["gtIds"])
-    order = np.argsort(-scores, kind="mergesort")
-    picture, hits = picture[order], hits[:, order]
-    return np.array([_precision_at_recalls(hits, times[picture], times @ true) for times in drawn])
-
-
-def _precision_at_recalls(hits: np.ndarray, times: np.ndarray, true: float) -> np.ndarray:
-    """Interpolated AP at each threshold [10]; detections count as often as their picture was drawn."""
-    if true == 0 or not len(times):
-        return np.zeros(len(hits))
-    right = np.cumsum(hits * times, axis=1)
-    precision = right / np.maximum(np.cumsum(times), 1)
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    precision = np.concatenate([precision, np.zeros((len(hits), 1))], axis=1)  # recall that is never reached
-    return np.array([p[np.searchsorted(r, _RECALLS)].mean() for p, r in zip(precision, right / true, strict=True)])
+def _precision(coco: COCOeval, pictures: list) -> np.ndarray:
+    """COCO's AP at each IoU threshold [10] of these entries of `evalImgs`; 0 where they hold no true box."""
+    coco.evalImgs = pictures
+    coco.accumulate()
+    return np.maximum(coco.eval["precision"][:, :, 0, 0, 0].mean(axis=1), 0)
 
 
 def has_confidences(records: list[dict]) -> bool:
@@ -108,8 +74,8 @@ def has_confidences(records: list[dict]) -> bool:
 
 def _confident_boxes(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     """Confidence [D] and whether the box is right [D] for every predicted box."""
-    pairs = [pair for r in records for pair in zip(r["confidences"], r["predicted_correct"], strict=True)]
-    return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
+    confidence = np.concatenate([record["confidences"] for record in records])
+    return confidence, np.concatenate([record["predicted_correct"] for record in records]).astype(float)
 
 
 def reliability(records: list[dict]) -> dict | None:
@@ -122,16 +88,11 @@ def reliability(records: list[dict]) -> dict | None:
         return None
     confidence, right = _confident_boxes(records)
     place = np.minimum((confidence * 10).astype(int), 9)
-    rows = [
-        {
-            "low": i / 10,
-            "high": (i + 1) / 10,
-            "confidence": float(confidence[place == i].mean()),
-            "right": float(right[place == i].mean()),
-            "n": int((place == i).sum()),
-        }
-        for i in np.unique(place)
-    ]
+    rows = []
+    for i in np.unique(place):
+        inside = place == i
+        rows.append({"low": i / 10, "high": (i + 1) / 10, "confidence": float(confidence[inside].mean()),
+                     "right": float(right[inside].mean()), "n": int(inside.sum())})  # fmt: skip
     gaps = [abs(row["confidence"] - row["right"]) * row["n"] for row in rows]
     return {"bins": rows, "ece": sum(gaps) / len(confidence)}
 
@@ -145,7 +106,7 @@ def threshold_for_precision(records: list[dict], precision: float = 0.95) -> dic
     if not has_confidences(records):
         return None
     confidence, right = _confident_boxes(records)
-    true = sum(len(record["box_ious"]) for record in records)
+    true = sum(len(record["true"]) for record in records)
     for threshold in np.unique(confidence):
         kept = confidence >= threshold
         if right[kept].mean() >= precision:
@@ -158,8 +119,7 @@ def threshold_for_precision(records: list[dict], precision: float = 0.95) -> dic
 def keep_confident(predictions: list[dict], threshold: float) -> list[dict]:
     """The predictions without the boxes whose confidence is under the threshold (or not a number)."""
     kept = []
-    for answer in predictions:
-        keep = [i for i, value in enumerate(answer["confidences"]) if value is not None and value >= threshold]
-        fields = {name: [answer[name][i] for i in keep] for name in ("labels", "boxes", "confidences")}
-        kept.append(answer | fields)
+    for line in predictions:
+        keep = [i for i, value in enumerate(line["confidences"]) if value is not None and value >= threshold]
+        kept.append(line | {name: [line[name][i] for i in keep] for name in ("labels", "boxes", "confidences")})
     return kept

@@ -36,16 +36,9 @@ def best_constant_box(truth: list[dict]) -> np.ndarray:
 
 
 def constant_predictions(box: np.ndarray, truth: list[dict]) -> list[dict]:
-    """The same box as the answer to every picture, in the form of a model's predictions (rounded as text is)."""
+    """The same box for every picture, in the form of a model's predictions (rounded as text is)."""
     text = target_text({"bbox": xyxy_unit_to_yxyx_unit([box]), "category_name": ["nutrition-table"]})
     parsed = parse_text(text)
-    answer = {
-        "text": text,
-        "labels": parsed.labels,
-        "boxes": parsed.boxes_xyxy_unit.tolist(),
-        "confidences": [],
-        "rejected": [],
-        "stopped": True,
-        "new_tokens": 0,
-    }
-    return [{"image_id": row["image_id"]} | answer for row in truth]
+    line = {"text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(), "confidences": [],
+            "rejected": [], "stopped": True, "new_tokens": 0}  # fmt: skip
+    return [{"image_id": row["image_id"]} | line for row in truth]

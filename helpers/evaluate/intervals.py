@@ -1,5 +1,6 @@
-"""How sure a number is: bootstrap intervals over pictures, and two runs compared on the same pictures."""
+"""How sure a number is: bootstrap intervals over pictures and seeds, and two runs compared on the same pictures."""
 
+import math
 import warnings
 from collections.abc import Callable
 
@@ -11,14 +12,8 @@ RESAMPLES = 2000
 ALPHA = 0.05  # 1 - confidence level of every interval
 
 
-def interval(
-    statistic: Callable,
-    *columns: ArrayLike,
-    n: int | None = None,
-    rate: bool = False,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> dict:
+def interval(statistic: Callable, *columns: ArrayLike, n: int | None = None, rate: bool = False,
+             resamples: int = RESAMPLES, seed: int = 0) -> dict:  # fmt: skip
     """`{"value", "low", "high", "n"}`: a statistic of per-picture columns and its 95 % bootstrap interval.
 
     `statistic(*columns, axis=-1)` is vectorised; the columns are resampled together, picture by picture
@@ -31,42 +26,29 @@ def interval(
     n = pictures if n is None else n
     if pictures == 0 or n == 0:
         return {"value": None, "low": None, "high": None, "n": n}
-    value = float(statistic(*arrays, axis=-1))
-    result = {"value": value, "low": None, "high": None, "n": n}
+    value, low, high = float(statistic(*arrays, axis=-1)), None, None
     if resamples and pictures > 1:
-        low, high = _bootstrap(statistic, arrays, resamples, seed)
         if rate and value in (0.0, 1.0):
-            bounds = stats.binomtest(round(value * n), n).proportion_ci(1 - ALPHA, method="wilson")
-            low, high = float(bounds.low), float(bounds.high)
-        result |= {"low": low, "high": high}
-    return result
+            low, high = stats.binomtest(round(value * n), n).proportion_ci(1 - ALPHA, method="wilson")
+        else:
+            low, high = _bootstrap(statistic, arrays, resamples, seed)
+        low, high = float(low), float(high)
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _bootstrap(statistic: Callable, columns: tuple, resamples: int, seed: int) -> tuple[float | None, float | None]:
-    with warnings.catch_warnings():  # no spread at all is an answer here: low = high
+def _bootstrap(statistic: Callable, columns: tuple, resamples: int, seed: int) -> np.ndarray:
+    with warnings.catch_warnings():  # no spread at all is a result here: low = high
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        result = stats.bootstrap(
-            columns,
-            statistic,
-            paired=True,
-            vectorized=True,
-            n_resamples=resamples,
-            confidence_level=1 - ALPHA,
-            method="percentile",
+        drawn = stats.bootstrap(
+            columns, statistic, paired=True, vectorized=True, n_resamples=resamples, method="percentile",
             rng=np.random.default_rng(seed),
-        )
-    drawn = result.bootstrap_distribution
-    drawn = drawn[np.isfinite(drawn)]  # a resample may hold no box at all, where a ratio has no value
-    low, high = np.quantile(drawn, [ALPHA / 2, 1 - ALPHA / 2]) if len(drawn) else (np.nan, np.nan)
-    return (float(low), float(high)) if np.isfinite(low) else (None, None)
+        ).bootstrap_distribution  # fmt: skip
+    return ends(drawn)
 
 
-def mean(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.mean(x, axis=axis)
-
-
-def median(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.median(x, axis=axis)
+def ends(drawn: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Low and high end [2, ...] of the 95 % interval of bootstrap results; NaN (a ratio without a box) is left out."""
+    return np.nanquantile(drawn, [ALPHA / 2, 1 - ALPHA / 2], axis=axis)
 
 
 def ratio(over: np.ndarray, under: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -75,15 +57,30 @@ def ratio(over: np.ndarray, under: np.ndarray, axis: int = -1) -> np.ndarray:
     return np.divide(over, under, out=np.full(np.shape(over), np.nan), where=under > 0)
 
 
+def over_seeds(values: np.ndarray) -> dict:
+    """`{"value", "low", "high", "n", "seeds"}`: the mean of `values` [S seeds, P pictures] and its 95 % interval.
+
+    Seeds and pictures are both drawn anew (they are crossed: each seed has every picture), so the interval says what
+    another training and other pictures would give. A bootstrap of S seeds shows only (S - 1) / S of their variance;
+    deviations from the mean over seeds are stretched to make up for it. One seed: pictures alone.
+    """
+    seeds, pictures = values.shape
+    centre = values.mean(axis=0)
+    stretched = centre + (values - centre) * np.sqrt(seeds / max(seeds - 1, 1))
+    draw = np.random.default_rng(0)
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
+    of_pictures = draw.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES) / pictures
+    low, high = ends(((of_seeds @ stretched) * of_pictures).sum(axis=1))
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": pictures, "seeds": seeds}
+
+
 def paired_bootstrap(per_picture_a: list[dict], per_picture_b: list[dict]) -> dict:
-    """Two runs on the same pictures: mean of a - b with its 95 % interval, and what can be told from it.
+    """Two runs on the same pictures: mean of a - b with its 95 % interval, and what these pictures can say about it.
 
     Takes the `per_picture` lists of two `score` results; pictures without a table take no part. Returns
-    `{"difference": {"value", "low", "high", "n"}, "verdict", "power_50", "pictures_needed", "left_out"}`:
+    `{"difference": {"value", "low", "high", "n"}, "verdict", "pictures_needed", "left_out"}`:
 
-    - `verdict`: a sentence: which of the two is better, or that these pictures cannot tell
-    - `power_50`: share of samples of 50 pictures, drawn with replacement from these, whose own 95 %
-      interval (paired t) leaves out 0: how often 50 pictures would have told the two apart
+    - `verdict`: a sentence: which of the two is better, or that the difference is not significant
     - `pictures_needed`: pictures for a power of 80 % if the difference is as measured; None where it is 0
     - `left_out`: ids that only one of the two runs has
 
@@ -95,37 +92,39 @@ def paired_bootstrap(per_picture_a: list[dict], per_picture_b: list[dict]) -> di
     if not shared:
         raise ValueError("the two runs share no picture with a table; compare runs scored on the same pictures")
     difference = np.array([a[image_id] - b[image_id] for image_id in shared])
-    result = interval(mean, difference)
-    drawn = np.random.default_rng(0).choice(difference, (RESAMPLES, 50))
-    margin = stats.t.ppf(1 - ALPHA / 2, 49) * drawn.std(axis=1, ddof=1) / np.sqrt(50)
-    told = np.abs(drawn.mean(axis=1)) > margin
-    return {
-        "difference": result,
-        "verdict": _verdict(result),
-        "power_50": float(told.mean()),
-        "pictures_needed": _pictures_needed(difference),
-        "left_out": sorted(set(a) ^ set(b)),
-    }
+    result = interval(np.mean, difference)
+    if result["low"] is None:
+        verdict = "one picture has no interval"
+    elif result["low"] > 0 or result["high"] < 0:
+        verdict = f"the {'first' if result['low'] > 0 else 'second'} is better, by {abs(result['value']):.3f}"
+    else:
+        verdict = f"{significance(result)}: the interval contains 0"
+    needed = None
+    if len(shared) > 1 and result["value"] != 0:
+        needed = max(1, math.ceil(pictures_needed(result["value"], difference.std(ddof=1))))
+    return {"difference": result, "verdict": verdict, "pictures_needed": needed, "left_out": sorted(set(a) ^ set(b))}
 
 
-def _verdict(difference: dict) -> str:
-    if difference["low"] is None:
-        return "one picture cannot tell"
-    if difference["low"] > 0:
-        return f"the first is better, by {difference['value']:.3f}"
-    if difference["high"] < 0:
-        return f"the second is better, by {-difference['value']:.3f}"
-    return f"{difference['n']} pictures cannot tell them apart"
+def pictures_needed(difference: float, spread: float) -> float:
+    """Pictures that find a true mean `difference` of two runs with a power of 80 %; not rounded.
+
+    `spread`: standard deviation of the difference on one picture. By normal approximation.
+    """
+    return ((stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)) * spread / difference) ** 2
 
 
-def told_apart(difference: dict) -> str:
-    """"told apart" where the interval of a difference leaves out 0, else "not told apart"."""
-    return "told apart" if difference["low"] > 0 or difference["high"] < 0 else "not told apart"
+def significance(difference: dict) -> str:
+    """"significant at 95 %" where the interval of a difference leaves out 0, else "not significant at 95 %"."""
+    return f"{'' if difference['low'] > 0 or difference['high'] < 0 else 'not '}significant at 95 %"
 
 
-def _pictures_needed(difference: np.ndarray) -> int | None:
-    """Normal approximation: ((z_.975 + z_.80) * spread / difference) squared."""
-    if len(difference) < 2 or difference.mean() == 0:
-        return None
-    z = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)
-    return int(np.ceil((z * difference.std(ddof=1) / abs(difference.mean())) ** 2)) or 1
+def number(value: float | None, percent: bool = False) -> str:
+    """A metric as text: `.712`, `71 %`, or `–` for None."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f} %" if percent else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def with_interval(metric: dict) -> str:
+    """A metric or difference with its interval as text: `.712 (.671 to .750)`."""
+    return f"{number(metric['value'])} ({number(metric['low'])} to {number(metric['high'])})"

@@ -14,31 +14,27 @@ FOUND = 0.5  # a true box is found by a box with IoU above this
 Problems = dict[str, list[str]]
 
 
-def pair_up(truth: list[dict], predictions: list[dict]) -> tuple[list[tuple[dict, dict | None]], Problems]:
+def pair_up(truth: Iterable[dict], predictions: Iterable[dict]) -> tuple[list[tuple[dict, dict | None]], Problems]:
     """Each true row with its prediction, in the order of the truth; None where there is none.
 
     Returns the pairs and the problems: unknown, missing and repeated ids. Of a repeated id the first counts.
     """
     problems: Problems = defaultdict(list)
-    rows = _by_id(truth, "repeated ids in the truth", problems)
-    answers = _by_id(predictions, "repeated ids in the predictions", problems)
-    problems["predictions for unknown ids"] += [image_id for image_id in answers if image_id not in rows]
-    problems["pictures without a prediction"] += [image_id for image_id in rows if image_id not in answers]
-    if not rows:
+    by_id: dict[str, dict[str, dict]] = {"truth": {}, "predictions": {}}
+    for kind, rows in (("truth", truth), ("predictions", predictions)):
+        for row in rows:
+            if row["image_id"] in by_id[kind]:
+                problems[f"repeated ids in the {kind}"].append(row["image_id"])
+            by_id[kind].setdefault(row["image_id"], row)
+    true, predicted = by_id.values()
+    problems["predictions for unknown ids"] += [image_id for image_id in predicted if image_id not in true]
+    problems["pictures without a prediction"] += [image_id for image_id in true if image_id not in predicted]
+    if not true:
         problems["no truth"].append("the truth has no pictures; nothing can be scored")
-    return [(row, answers.get(image_id)) for image_id, row in rows.items()], problems
+    return [(row, predicted.get(image_id)) for image_id, row in true.items()], problems
 
 
-def _by_id(rows: Iterable[dict], kind: str, problems: Problems) -> dict[str, dict]:
-    found: dict[str, dict] = {}
-    for row in rows:
-        if row["image_id"] in found:
-            problems[kind].append(row["image_id"])
-        found.setdefault(row["image_id"], row)
-    return found
-
-
-def match_picture(row: dict, answer: dict | None, problems: Problems) -> dict:
+def match_picture(row: dict, prediction: dict | None, problems: Problems) -> dict:
     """One picture's record; `problems` grows by what is wrong with its boxes and confidences.
 
     A box that is no box (not finite, corners swapped, not four numbers) stays in every count with IoU 0.
@@ -47,15 +43,17 @@ def match_picture(row: dict, answer: dict | None, problems: Problems) -> dict:
     true_boxes = [[box[i] for i in (1, 0, 3, 2)] for box in row["objects"]["bbox"]]  # y first to x first
     truth = _countable(true_boxes, f"{image_id}, truth", problems)
     names = list(row["objects"]["category_name"])
-    labels, read_boxes, rejected = _read_answer(answer)
-    boxes = _countable(read_boxes, f"{image_id}, prediction", problems)
+    given = prediction or {"boxes": []}
+    if "boxes" not in given:
+        parsed = parse_text(given["text"])
+        given = {"labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(), "rejected": parsed.rejected} | given
+    labels = given.get("labels", [])
+    boxes = _countable(given["boxes"], f"{image_id}, prediction", problems)
     iou = pairwise_iou(truth, boxes)  # [true, predicted]
     matched = _assign(iou, iou)
     found = _assign(iou, iou + 10.0 * (iou > FOUND))  # first as many found boxes as can be, then IoU
     partners = {i: j for i, j in found.items() if iou[i, j] > FOUND}
-    named = [
-        i in partners and partners[i] < len(labels) and labels[partners[i]] == name for i, name in enumerate(names)
-    ]
+    named = [i in partners and labels[partners[i] : partners[i] + 1] == [name] for i, name in enumerate(names)]
     ious = [float(iou[i, matched[i]]) if i in matched else 0.0 for i in range(len(truth))]
     return {
         "image_id": image_id,
@@ -70,21 +68,11 @@ def match_picture(row: dict, answer: dict | None, problems: Problems) -> dict:
         "true": truth.tolist(),  # x first, unit
         "predicted": boxes.tolist(),
         "predicted_correct": [j in partners.values() for j in range(len(boxes))],
-        "confidences": _confidences(answer, len(boxes), image_id, problems),
+        "confidences": _confidences(given.get("confidences"), len(boxes), image_id, problems),
         "surplus": max(len(boxes) - len(truth), 0),
-        "format_error": answer is None or bool(rejected),
-        "stopped": None if answer is None else answer.get("stopped"),
+        "format_error": prediction is None or bool(given.get("rejected")),
+        "stopped": given.get("stopped"),
     }
-
-
-def _read_answer(answer: dict | None) -> tuple[list[str], list, list[str]]:
-    """Labels, boxes and rejected pieces of a prediction; read from its text where the boxes are not given."""
-    if answer is None:
-        return [], [], []
-    if "boxes" in answer:
-        return list(answer.get("labels", [])), list(answer["boxes"]), list(answer.get("rejected", []))
-    parsed = parse_text(answer["text"])
-    return parsed.labels, parsed.boxes_xyxy_unit.tolist(), parsed.rejected
 
 
 def _countable(boxes: list, where: str, problems: Problems) -> np.ndarray:
@@ -104,9 +92,8 @@ def _countable(boxes: list, where: str, problems: Problems) -> np.ndarray:
     return countable
 
 
-def _confidences(answer: dict | None, count: int, image_id: str, problems: Problems) -> list[float] | None:
+def _confidences(given: list | None, count: int, image_id: str, problems: Problems) -> list[float] | None:
     """One confidence a box, None where the prediction carries none; NaN counts as 0 and is named."""
-    given = (answer or {}).get("confidences")
     if not given and count:
         return None
     given = list(given or [])
