@@ -95,10 +95,8 @@ for fault in [fault for fault in audit.faults if fault.fault == "exif-as-shown"]
 # Twelve of `val` with their true boxes. Look for what makes the task hard: tables that fill the picture and tables of a
 # few per cent, packs that stand turned, cans that bend the table, lists and barcodes that are no table.
 
-# %%
-plots.gallery(rows["val"].select(range(min(12, len(rows["val"])))), truth["val"])
-
-# %%
+# %% tags=["thumbnail"]
+display(plots.gallery(rows["val"].select(range(min(12, len(rows["val"])))), truth["val"]))
 every = pd.DataFrame(sum(truth.values(), []))
 mega, upright = every["width"] * every["height"] / 1e6, (every["height"] > every["width"]).mean()
 print(f"{len(every)} pictures of {mega.min():.2f} to {mega.max():.2f} megapixels; {upright:.0%} stand upright.")
@@ -132,8 +130,6 @@ for axes, (name, quantiles) in zip(grid, real.items(), strict=True):
 grid[0].set_ylabel("share of boxes below")
 grid[3].legend()
 plt.show()
-
-# %%
 gap = max(abs((table[name] <= value).mean() - share)
           for name, quantiles in real.items() for value, share in zip(quantiles, shares, strict=True))
 chance = 1.36 * np.sqrt(1 / 130 + 1 / len(table))

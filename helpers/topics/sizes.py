@@ -20,7 +20,7 @@ PARTS = {
 
 
 def seven_b() -> Qwen2VLForConditionalGeneration:
-    """Every module of Qwen2-VL-7B-Instruct with its shapes, on PyTorch's meta device: nothing is downloaded or stored."""
+    """Qwen2-VL-7B-Instruct, every module with its shapes, on PyTorch's meta device: nothing is downloaded or stored."""
     config = Qwen2VLConfig(
         text_config={
             "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
