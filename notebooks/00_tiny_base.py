@@ -37,6 +37,7 @@ from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import plots
+from helpers.boxes import area
 from helpers.messages import parse_text
 from helpers.tiny import TINY_DIR, check, train
 from helpers.tiny.pictures import load_pool
@@ -85,13 +86,18 @@ print(f"{len(processor.tokenizer)} tokens:", processor.tokenizer.tokenize("Detec
 # tables. In the rest a nutrition panel stands there, but no prompt names it. The boxes are those of all named things.
 
 # %%
-base = load_pool("base", 16)
+def as_photo(picture):
+    """A tensor [3, height, width] of the pool as a picture."""
+    return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+base = load_pool("base", 24)
 size = max(base.things, key=lambda size: len(base.things[size]))  # the most frequent size of a photo
-photos = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in base.images[size][:6]]
-names = [", ".join(sorted({name for name, _ in things if "table" in name or "facts" in name}))
-         for things in base.things[size][:6]]  # fmt: skip
-plots.panels([(name, photo, [box for _, box in things], [])
-              for name, photo, things in zip(names, photos, base.things[size], strict=False)], columns=6)
+pictures = []
+for picture, things in zip(base.images[size][:6], base.things[size], strict=False):
+    largest = things[area([box for _, box in things]).argmax()][0]
+    pictures.append((f"largest: {largest}", as_photo(picture), [box for _, box in things], []))
+plots.panels(pictures, columns=6)
 
 # %% [markdown]
 # A prompt names a thing, and the completion holds all boxes of that name. One prompt in ten carries a made-up name
@@ -135,6 +141,7 @@ log.iloc[[0, len(log) // 4, len(log) // 2, -1]]
 # `probe` the mean IoU on the pipeline's val after a short LoRA fine-tuning, where that was run.
 
 # %%
+pd.options.display.max_colwidth = None
 pd.DataFrame(json.loads((TINY_DIR / "trials.json").read_text())).set_index("trial")
 
 # %% [markdown]
@@ -167,8 +174,8 @@ pd.DataFrame({name: check.score(asked[name], completions[name]) for name in aske
 pictures = []
 for name, some in asked.items():
     for (size, i, prompt, truth), text in zip(some[:6], completions[name], strict=False):
-        photo, title = Image.fromarray(pool.images[size][i].permute(1, 2, 0).numpy()), prompt.split(" of the ")[-1]
-        pictures.append((title, photo, truth, parse_text(text).boxes_xyxy_unit))
+        thing, found = prompt.split(" of the ")[-1], parse_text(text).boxes_xyxy_unit
+        pictures.append((thing, as_photo(pool.images[size][i]), truth, found))
 plots.panels(pictures, columns=6, names=("truth", "prediction"))
 
 # %% [markdown]

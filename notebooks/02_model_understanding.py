@@ -105,7 +105,7 @@ expected = {"patch embedding": (tower.patch_embed, (patches, vision.embed_dim)),
             f"{text.num_hidden_layers} language layers": (language.layers[-1], (1, length, text.hidden_size)),
             "head": (vlm.lm_head, (1, length, text.vocab_size))}  # fmt: skip
 for name, (module, _) in expected.items():
-    module.register_forward_hook(lambda module, inputs, out, name=name: measured.setdefault(name, tuple(out.shape)))
+    module.register_forward_hook(lambda module, inputs, out, name=name: measured.update({name: tuple(out.shape)}))
 with torch.inference_mode(), FlopCounterMode(display=False) as counter:
     vlm(**batch)
 pd.DataFrame({"expected": {name: shape for name, (_, shape) in expected.items()}, "measured": measured})
@@ -136,11 +136,11 @@ print(f"{length} tokens use up {positions.max() + 1} positions: a picture takes 
 # height, the last to width. By what angle does the fastest of each turn from one token to the next?
 
 # %%
-for name, config in (("this model", text), ("7B", seven.config.text_config)):
+for name, config, columns in (("this model", text, wide // 2), ("7B", seven.config.text_config, 42)):
     rope, head = config.rope_parameters, config.hidden_size // config.num_attention_heads
     degrees = np.degrees(rope["rope_theta"] ** (-np.arange(0, head, 2) / head))
     _, height, width = (part[0] for part in np.split(degrees, np.cumsum(rope["mrope_section"])[:2]))
-    print(f"{name}: the fastest turn by {height:.3g}° a row and {width:.3g}° a column ({41 * width:.3g}° across 42)")
+    print(f"{name}: {height:.3g}° a row, {width:.3g}° a column, {columns * width:.3g}° across {columns} columns")
 
 # %% [markdown]
 # At 7B that is next to nothing. What its language model knows about columns must come mostly from the vision tower,
@@ -169,9 +169,10 @@ attached = {}
 for recipe in ("r1-llm-only", "r4-joint"):
     targets = RECIPES[recipe][-1].lora_targets
     for name, one in (("this model", vlm), ("7B", seven)):
+        by_hand = sizes.lora_weights(one, targets, lora_rank)
         tuned = get_peft_model(one, LoraConfig(r=lora_rank, target_modules=targets))
         trains = {tower: row["trainable"] for tower, row in model.parameters_by_tower(tuned).items()}
-        attached[recipe, name] = trains | {"by hand": sizes.lora_weights(one, targets, lora_rank)}
+        attached[recipe, name] = trains | {"by hand": by_hand}
         tuned.unload()
 pd.DataFrame(attached).T.map("{:,}".format)
 

@@ -122,7 +122,7 @@ pd.DataFrame({f"{chosen['run']} minus {name}": {
 # ## Where the IoU lies
 #
 # A mean hides its shape. First the pictures by IoU and the share that reaches at least so much; then mean IoU by the
-# area of the true box and by the turn of the picture, with intervals: a group of few pictures says little.
+# area of the true box and by the turn of the picture in degrees, with intervals: a group of few pictures says little.
 
 # %%
 plots.iou_curves({name: predictions[name] for name in ("constant box", "base", "fine-tuned")}, truth)
@@ -184,8 +184,9 @@ selected = predicted(shipped, rows["selection"], made_with["prompt"])
 # %%
 choice = evaluate.score(data.truth_rows(rows["selection"]), selected)["confidence"]["precision_95"]
 threshold = choice["threshold"] if choice else 1.0
-sure = evaluate.score(truth, evaluate.keep_confident(predictions["fine-tuned"], threshold))["summary"]
-for name, part in (("all boxes", tuned["summary"]), (f"confidence ≥ {threshold:.3f}", sure)):
+of_val = predictions.get("merged", predictions["fine-tuned"])
+for name, least in (("all boxes", 0.0), (f"confidence ≥ {threshold:.3f}", threshold)):
+    part = evaluate.score(truth, evaluate.keep_confident(of_val, least))["summary"]
     print(f"{name}: precision {evaluate.with_interval(part['precision'])} of {part['precision']['n']} boxes of val, "
           f"recall {evaluate.with_interval(part['recall'])}")
 

@@ -84,10 +84,10 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
     batch, kept = collate.Collator(small_processor(), "Where?")([squares()[i] for i in range(2)]), {}
     for recipe in ("r1-llm-only", "r4-joint"):
         targets = RECIPES[recipe][0].lora_targets
+        by_hand = sizes.lora_weights(tiny, targets, 2)
         tuned = get_peft_model(tiny, LoraConfig(r=2, target_modules=targets))
         model.trainable_to_fp32(tuned)
-        trainable = sum(weight.numel() for weight in tuned.parameters() if weight.requires_grad)
-        assert trainable == sizes.lora_weights(tiny, targets, 2)
+        assert by_hand == sum(weight.numel() for weight in tuned.parameters() if weight.requires_grad) > 0
         with sizes.kept_bytes(tuned) as counted, torch.autocast("cpu", torch.bfloat16):
             tuned.get_base_model().model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
         kept[recipe] = counted["kept"]

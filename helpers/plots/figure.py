@@ -20,7 +20,7 @@ plt.rcParams.update({
     "figure.dpi": 80, "figure.figsize": (6, 3.4), "figure.facecolor": "white", "figure.constrained_layout.use": True,
     "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.9",
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
-    "legend.fontsize": 8, "legend.frameon": False,
+    "legend.fontsize": 8, "legend.framealpha": 0.85, "legend.edgecolor": "none",
 })  # fmt: skip
 
 

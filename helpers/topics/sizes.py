@@ -39,15 +39,10 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
             for part, prefix in PARTS.items()}  # fmt: skip
 
 
-def linear_layers(model: nn.Module, pattern: str = ".*") -> dict[str, tuple[int, int]]:
-    """`{name: (inputs, outputs)}` of the linear layers whose whole name `pattern` matches."""
-    return {name: (layer.in_features, layer.out_features) for name, layer in model.named_modules()
-            if isinstance(layer, nn.Linear) and re.fullmatch(pattern, name)}  # fmt: skip
-
-
 def lora_weights(model: nn.Module, pattern: str, rank: int) -> int:
-    """What LoRA adds on the layers that `pattern` matches: a [rank, inputs] and an [outputs, rank] matrix on each."""
-    return sum(rank * (inputs + outputs) for inputs, outputs in linear_layers(model, pattern).values())
+    """What LoRA adds on the linear layers that `pattern` matches, whole: [rank, inputs] and [outputs, rank] on each."""
+    return sum(rank * (layer.in_features + layer.out_features) for name, layer in model.named_modules()
+               if isinstance(layer, nn.Linear) and re.fullmatch(pattern, name))  # fmt: skip
 
 
 @contextmanager
