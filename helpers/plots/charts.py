@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from IPython.display import Image as Shown
+from matplotlib import pyplot as plt
 
 from helpers.evaluate import score
-from helpers.plots.figure import COLOURS, LINES, charts, finish
+from helpers.plots.figure import COLOURS, LINES, finish
 
 
 def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, path: Path | None = None) -> Shown:
@@ -15,7 +16,7 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
 
     `runs`: name -> predictions for `truth`. Pictures without a table take no part.
     """
-    figure, (left, right) = charts(2, (9, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for i, (name, predictions) in enumerate(runs.items()):
         records = score(truth, predictions, resamples=0)["per_picture"]
         iou = np.sort([r["iou"] for r in records if r["iou"] is not None])
@@ -38,7 +39,7 @@ def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Pa
     lines are passed over. `smooth` > 1 draws the running mean over that many lines, where there are so many, above
     the pale curve itself.
     """
-    figure, (axes,) = charts(1, (5, 3))
+    figure, axes = plt.subplots(figsize=(5, 3))
     for i, (name, log) in enumerate(logs.items()):
         logged = [(line["step"], line["loss"]) for line in log if "loss" in line]
         if not logged:

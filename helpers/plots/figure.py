@@ -32,12 +32,6 @@ def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figu
     return figure, grid
 
 
-def charts(columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """One row of empty charts of `size` in inches together."""
-    figure, grid = plt.subplots(1, columns, figsize=size, squeeze=False)
-    return figure, grid[0]
-
-
 def finish(figure: Figure, path: Path | None = None, photos: bool = False) -> Shown:
     """Write the figure to `path` (from the first process alone), close it, and return it as a picture to show."""
     if path is not None and is_main():
