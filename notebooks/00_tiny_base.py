@@ -77,6 +77,7 @@ model.config.text_config.rope_parameters
 # %%
 print(f"{len(processor.tokenizer)} tokens:", processor.tokenizer.tokenize("Detect the nutrition table. (278,495)"))
 
+
 # %% [markdown]
 # ## What it learned from
 #

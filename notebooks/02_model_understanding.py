@@ -34,6 +34,8 @@ from helpers.topics.opening import model_path, opening
 opening(globals(), "model_id", "dataset_id", scale=("tiny", "7b"), find="what the model looks for",
         pictures=range(8, 124), picture=range(8), lora_rank=range(1, 4097))
 
+import re
+
 import numpy as np
 import pandas as pd
 import torch
@@ -70,8 +72,7 @@ vision, text = vlm.config.vision_config, vlm.config.text_config
 # %%
 collator = collate.Collator(processor, f"Detect the bounding box of the {find}.")
 batch = {name: tensor.to(vlm.device) for name, tensor in collator([rows[picture]]).items()}
-_, high, wide = batch["image_grid_thw"][0].tolist()  # in patches
-patches, width = batch["pixel_values"].shape
+(_, high, wide), (patches, width) = batch["image_grid_thw"][0].tolist(), batch["pixel_values"].shape
 merged, length = (batch["input_ids"] == vlm.config.image_token_id).sum().item(), batch["input_ids"].shape[1]
 print(f"{high} × {wide} = {patches} patches of {width} numbers; {high // 2} × {wide // 2} = {merged} image tokens; "
       f"with the text {length} tokens")
@@ -152,10 +153,10 @@ for name, config, columns in (("this model", text, wide // 2), ("7B", seven.conf
 # %%
 flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
 weights = pd.DataFrame({"this model": sizes.parameters_by_part(vlm), "7B": sizes.parameters_by_part(seven)})
-weights["this model, MFLOP"] = [flops.get(prefix, 0) / 1e6 for prefix in sizes.PARTS.values()]
+weights["this model, MFLOP"] = [sum(n for name, n in flops.items() if re.fullmatch(rf"{prefix}(\.\d+)?", name)) / 1e6
+                                for prefix in sizes.PARTS.values()]  # fmt: skip
 display(weights.map("{:,.0f}".format), (100 * weights / weights.sum()).round(1).add_suffix(", %"))
-shape = seven.config.text_config
-d, k, i = shape.hidden_size, 4 * 128, shape.intermediate_size
+d, k, i = seven.config.text_config.hidden_size, 4 * 128, seven.config.text_config.intermediate_size
 print(f"28 layers of 7B by hand: 28 (2d² + 2dk + d + 2k + 3di + 2d) = {28 * (2*d*d + 2*d*k + d + 2*k + 3*d*i + 2*d):,}")
 
 # %% [markdown]
@@ -219,9 +220,6 @@ print(f"In all: r1 {r1.sum():.0f} ms and {r1_kept:.0f} MiB, r4 {r4.sum():.0f} ms
 # * The attention weights are pictures × heads × tokens², so they grow with the *square* of the tokens. At 7B a kernel
 #   that never writes them down (SDPA, flash attention) is used, and activation checkpointing, which recomputes
 #   activations instead of keeping them.
-# * On a CPU look for the convolution in the table: it is the patch embedding. transformers writes it as a 3D
-#   convolution whose kernel is as large as its step, which is a plain matrix product. `model.patches_as_product` writes
-#   it as one.
 #
 # ## 5 · Where does it look while it writes a coordinate?
 #
@@ -246,7 +244,7 @@ print(f"{len(looks)} pictures got a box, with a mean IoU of {np.mean([look.iou f
 
 # %%
 display(attention.attention_maps(max(looks, key=lambda look: look.iou), best))
-attention.distances(looks, best).round(2)
+attention.distances(looks, best).round(2).fillna("")
 
 # %% [markdown]
 # If the diagonal holds the smallest numbers of its axis (x with x, y with y), the model looks at an edge while it

@@ -91,7 +91,7 @@ print(processor.tokenizer.tokenize(chat["completion"][0]["content"][0]["text"]))
 # The model takes patches of 14 × 14 pixels and merges 2 × 2 of them into one token, so both sides must be multiples of
 # 28. *Smart resize* rounds them, and keeps the area within a budget: with $s = \sqrt{\mathrm{max} / (h w)}$ a photo
 # that is too large gets sides $28 \lfloor s h / 28 \rfloor$ and $28 \lfloor s w / 28 \rfloor$; one that is too small
-# is scaled up likewise and rounded up. Here it is by hand, beside the library's function and what the processor does.
+# is scaled up likewise and rounded up. Here it is by hand (height, width), beside the library's function.
 
 # %%
 def by_hand(height, width, low, high):
@@ -121,7 +121,7 @@ print(f"By hand and library agree in {(sizes['by hand'] == sizes['smart_resize']
 # project trains 7B with 256 to 1280 image tokens. Training and use must have the same budget, or the model meets tables
 # of a size that it has not learned: so the processor is saved with every model.
 #
-# What is left of a photo? The pictures show it at both budgets, with the true box.
+# What is left of a table? The pictures show it cut out of the photo at both budgets.
 
 # %% tags=["thumbnail"]
 true, views = boxes.yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]), []
@@ -129,8 +129,9 @@ for name in ("7b", "tiny"):
     height, width = by_hand(row["height"], row["width"], *budgets[name])
     small = row["image"].convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     across, down = (true[0, 2:] - true[0, :2]) * [width, height] / 28
-    views.append((f"{name}: {width} × {height} px\ntable: {across:.1f} × {down:.1f} tokens", small, true, []))
-plots.panels(views, columns=2)
+    table = small.crop(tuple(true[0] * [width, height, width, height]))
+    views.append((f"{name}, photo {width} × {height} px\ntable {across:.1f} × {down:.1f} tokens", table, [], []))
+plots.panels(views, columns=2, names=("", ""))
 
 # %% [markdown]
 # ## Tokens → labels
@@ -227,15 +228,13 @@ print(f"Box and outline of {len(off)} boxes differ by {np.median(off):.1f} px (m
 # %%
 kinds = [(3024, 4032), (2268, 4032), (1200, 1600), (1080, 1920), (600, 800), (700, 250)]
 photos = np.random.default_rng(seed).choice(kinds, 1000, p=[0.35, 0.15, 0.2, 0.1, 0.1, 0.1])
-waste = {}
 for name in ("7b", "7b as published"):
     lengths = np.array([math.prod(by_hand(height, width, *budgets[name])) // 784 + 60 for width, height in photos])
     for size in (2, 8):
         grouped = get_length_grouped_indices(lengths.tolist(), size, generator=torch.Generator().manual_seed(seed))
         for way, order in (("shuffled", np.arange(1000)), ("grouped", grouped)):
             longest = lengths[order].reshape(-1, size).max(axis=1).sum() * size
-            waste.setdefault(f"{name}, batches of {size}", {})[way] = f"{1 - lengths.sum() / longest:.1%} padding"
-pd.DataFrame(waste).T
+            print(f"{name}, batches of {size}, {way}: {1 - lengths.sum() / longest:.1%} padding")
 
 # %% [markdown]
 # The bound on pixels does much of the work, because large photos all end near the same length. Grouping by length does

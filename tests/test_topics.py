@@ -118,7 +118,7 @@ def test_looks_give_maps_of_the_pictures(tiny):
     with pytest.raises(ValueError, match="find='no such thing': no box was written for it"):
         attention.looks(tiny, processor, rows, "no such thing")
     with pytest.raises(ValueError, match="is known on the embedded pictures alone"):
-        attention.boxes_of(squares()[0], "barcode")
+        attention.boxes_of({"meta": {"image_url": "https://images.openfoodfacts.org/1.jpg"}}, "barcode")
 
 
 def test_lift_and_distances_of_a_known_map():
