@@ -1,7 +1,7 @@
-"""How long sequences get and how much of a batch is padding, by arithmetic: without opening a picture."""
+"""How long sequences get, by arithmetic: without opening a picture."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from datasets import Dataset
@@ -22,10 +22,3 @@ def longest(rows: Dataset, count: int, min_pixels: int, max_pixels: int) -> Data
     """The `count` rows whose pictures make most image tokens, by their `width` and `height`."""
     tokens = image_tokens(zip(rows["width"], rows["height"], strict=True), min_pixels, max_pixels)
     return rows.select(np.argsort(-tokens, kind="stable")[:count])
-
-
-def padding_share(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
-    """Share of padding when sequences of these `lengths` are batched in this `order` and filled up to the longest."""
-    taken = np.asarray(lengths)[np.asarray(order)]
-    batches = [taken[start : start + batch_size] for start in range(0, len(taken), batch_size)]
-    return float(1 - taken.sum() / sum(batch.max() * len(batch) for batch in batches))

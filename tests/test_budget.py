@@ -1,11 +1,11 @@
-"""Lengths and padding by arithmetic against the processor's own."""
+"""Lengths by arithmetic against the processor's own."""
 
 import pytest
 import torch
 from PIL import Image
 from transformers import Qwen2VLProcessor
 
-from helpers.budget import image_tokens, padding_share
+from helpers.budget import image_tokens
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
 
@@ -18,10 +18,3 @@ def test_image_tokens_are_those_of_the_processor(scale):
     grids = [images(Image.new("RGB", size), **budget, return_tensors="pt")["image_grid_thw"] for size in sizes]
     assert image_tokens(sizes, **budget).tolist() == (torch.cat(grids).prod(1) // 4).tolist()
     assert image_tokens([], **budget).tolist() == []
-
-
-def test_padding_depends_on_the_order():
-    lengths = [10, 2, 10, 2, 6]
-    assert padding_share(lengths, [0, 1, 2, 3, 4], 2) == pytest.approx(1 - 30 / 46)
-    assert padding_share(lengths, [0, 2, 1, 3, 4], 2) == 0
-    assert padding_share(lengths, range(5), 1) == 0

@@ -71,7 +71,7 @@ def test_a_notebook_is_short_and_its_parameters_are_literals(path):
     (parameters,) = tagged(path, "parameters")
     for node in ast.parse(cells[parameters].source).body:
         ast.literal_eval(node.value)  # literals only: nothing is derived before the values are injected
-    assert "parameters.given(globals()" in cells[parameters + 1].source
+    assert "opening(globals()," in cells[parameters + 1].source
     if path.stem != "00_tiny_base":
         assert 15 <= len(cells) <= 30, f"{len(cells)} cells"
         assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")

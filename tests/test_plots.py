@@ -1,4 +1,4 @@
-"""Figures: what is drawn, told apart, small enough for a committed notebook, and refused in a sentence."""
+"""Figures: what is drawn and where, small enough for a committed notebook, and refused in a sentence."""
 
 import io
 
@@ -7,8 +7,10 @@ import pytest
 from datasets import Dataset
 from matplotlib import pyplot as plt
 from PIL import Image
+from test_data import row, splits
 
-from helpers import plots
+from helpers import data, plots
+from helpers.data.planted import plant_each
 from helpers.evaluate import score
 
 A = [0.1, 0.2, 0.5, 0.6]
@@ -18,7 +20,7 @@ A = [0.1, 0.2, 0.5, 0.6]
 def scored():
     """Rows, truth, predictions and score of fourteen noisy pictures of 400 x 300.
 
-    The true box is A in all but the last, which has no table; the IoU falls from picture to picture, p12 has no answer.
+    The true box is A in all but the last, which has no table; the IoU falls with each, p12 has no prediction.
     """
     rng = np.random.default_rng(0)
     images = {f"p{i}": Image.fromarray(rng.integers(0, 255, (300, 400, 3), np.uint8)) for i in range(14)}
@@ -38,7 +40,7 @@ def titles(figure):
     return [axes.get_title() for axes in figure.axes]
 
 
-def test_boxes_are_drawn_where_they_are_and_told_apart():
+def test_boxes_are_drawn_where_they_are_and_differ():
     _, axes = plt.subplots()
     plots.draw_boxes(axes, Image.new("L", (1024, 512)), [A], [[0, 0, 1, 1], A])
     truth, whole, _ = axes.patches
@@ -47,8 +49,6 @@ def test_boxes_are_drawn_where_they_are_and_told_apart():
     assert (truth.get_width(), truth.get_height()) == pytest.approx((0.4 * 256, 0.4 * 128))
     assert (whole.get_width(), whole.get_height()) == (256, 128)
     assert truth.get_linestyle() != whole.get_linestyle() and truth.get_edgecolor() != whole.get_edgecolor()
-    plots.draw_boxes(axes, Image.new("RGB", (10, 10)))
-    assert len(axes.patches) == 3
     plt.close("all")
 
 
@@ -61,14 +61,6 @@ def test_gallery_shows_each_row_in_order(scored, as_figures):
     assert titles(plots.gallery(rows.select([13, 2]), truth)) == ["no table", ""]
 
 
-def test_worst_and_best_leave_out_pictures_without_a_table(scored, as_figures):
-    rows, truth, predictions, result = scored
-    assert titles(plots.worst(rows, truth, predictions, 2)) == ["no box", f"IoU {result['per_picture'][11]['iou']:.2f}"]
-    assert titles(plots.best(rows, truth, predictions, 1)) == ["IoU 1.00"]
-    everything = plots.worst(rows, truth, predictions, 99)
-    assert sum(bool(axes.images) for axes in everything.axes) == 13
-
-
 def test_before_and_after_show_the_same_pictures(scored, as_figures):
     rows, truth, predictions, result = scored
     perfect = [line | {"boxes": [A]} for line in predictions]
@@ -78,13 +70,12 @@ def test_before_and_after_show_the_same_pictures(scored, as_figures):
 
 
 def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
-    rows, truth, predictions, result = scored
-    shown = plots.worst(rows, truth, predictions)
+    rows, truth, predictions, _ = scored
+    shown = plots.gallery(rows, truth, predictions)
     assert shown.data.startswith(b"\xff\xd8") and len(shown.data) < 300_000  # even for pure noise
     chart = plots.iou_curves({"a": predictions}, truth, path=tmp_path / "figures" / "iou.png")
     assert Image.open(tmp_path / "figures" / "iou.png").format == "PNG"
     assert Image.open(io.BytesIO(chart.data)).format == "PNG" and len(chart.data) < 40_000
-    assert len(plots.errors_by({"a": result}).data) < 40_000
     assert not plt.get_fignums()
     monkeypatch.setenv("RANK", "1")
     plots.iou_curves({"a": predictions}, truth, path=tmp_path / "second.png")
@@ -99,47 +90,14 @@ def test_curves_show_the_share_above_each_iou(scored, as_figures):
     for x, y in curve[1:-1]:
         assert y == pytest.approx((iou > x).mean())
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["a (n = 13)", "b (n = 13)"]
-    assert right.lines[0].get_linestyle() != right.lines[1].get_linestyle()
-
-
-@pytest.mark.parametrize(
-    ("group", "ticks"),
-    [
-        ("by_size", ["below 10 %\nn = 0", "10 to 30 %\nn = 13", "30 % and more\nn = 0"]),
-        ("by_rotation", ["0\nn = 7", "90\nn = 6"]),
-        ("by_category", ["nutrition-table\nn = 13"]),
-    ],
-)
-def test_errors_by_group(scored, as_figures, group, ticks):
-    figure = plots.errors_by({"a": scored[3], "b": scored[3]}, group)
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ticks
-    points = figure.axes[0].containers[0].lines[0].get_ydata()
-    key = "mean_iou" if group == "by_rotation" else "mean_iou_boxes"
-    expected = [g[key]["value"] for g in scored[3][group].values() if g[key]["value"] is not None]
-    np.testing.assert_allclose(points, expected)
-
-
-def test_errors_by_an_unknown_group_is_refused(scored):
-    with pytest.raises(ValueError, match="'by_colour'; the groups are by_size, by_rotation, by_category"):
-        plots.errors_by({"a": scored[3]}, "by_colour")
-
-
-def test_reliability_diagram_shows_the_bins(scored, as_figures):
-    reliability = scored[3]["confidence"]["reliability"]
-    axes = plots.reliability_diagram(reliability).axes[0]
-    points = axes.collections[0].get_offsets()
-    np.testing.assert_allclose(points, [[row["confidence"], row["right"]] for row in reliability["bins"]])
 
 
 def test_loss_curves(as_figures):
     log = [{"step": i, "loss": 1 / i} for i in range(1, 21)] + [{"step": 10, "eval_loss": 0.2}, {"train_loss": 0.3}]
     training, smooth, held_out = plots.loss_curves({"r4-joint": log}, smooth=5).axes[0].lines
     np.testing.assert_allclose(training.get_ydata(), [1 / i for i in range(1, 21)])
-    assert smooth.get_xdata()[0] == 3 and smooth.get_ydata()[0] == pytest.approx(
-        np.mean([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
-    )
+    assert (smooth.get_xdata()[0], smooth.get_ydata()[0]) == (3, pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5))
     assert len(held_out.get_xdata()) == 1
-    assert len(plots.loss_curves({"stage 1": log[:20], "stage 2": log[:20]}).axes[0].lines) == 2
     with pytest.raises(ValueError, match="log of r4-joint has no line with 'loss'"):
         plots.loss_curves({"r4-joint": [{"train_loss": 0.3}]})
 
@@ -151,6 +109,34 @@ class Words:
 
     def decode(self, ids):
         return self.words[ids[0]]
+
+
+def test_panels_draw_both_kinds_of_boxes_and_name_them(as_figures):
+    picture = Image.new("RGB", (100, 50))
+    pictures = [("a", picture, [[0, 0, 0.5, 1]], [[0.1, 0.1, 0.2, 0.2]]), ("b", picture, [], [])]
+    figure = plots.panels(pictures, columns=4, names=("truth", "prediction"))
+    first, second = figure.axes
+    assert titles(figure) == ["a", "b"] and not second.patches
+    assert [patch.get_width() for patch in first.patches] == pytest.approx([50, 10])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "prediction"]
+
+
+def test_the_audits_sheet_shows_each_kind_of_fault(as_figures):
+    raw, _ = plant_each(row(1))
+    audit = data.audit(raw)
+    shown = [title.split("\n")[0] for title in titles(plots.audit_sheet(raw, audit)) if title]
+    counts = audit.table().set_index("fault")["count"]
+    assert shown == [f"{fault} {n} of {count}" for fault, count in counts.items() for n in range(1, min(count, 3) + 1)]
+
+
+def test_the_audits_sheet_draws_raw_boxes_where_they_can_be(as_figures):
+    nan = float("nan")
+    boxes = [[0.1, 0.2, 0.5, 0.6], [0.5, 0.6, 0.1, 0.2], [0.2, 0.2, 0.2, 0.9], [nan] * 4, [0.1, 0.2]]
+    raw = splits(val=[row(1, boxes)])
+    axes = plots.audit_sheet(raw, data.audit(raw), each=1).axes[0]
+    assert len(axes.patches) == 3
+    (crosses,) = axes.collections
+    assert crosses.get_offsets().tolist() == [[0.55, 0.8]]  # the one without area, from the lower left
 
 
 def test_label_mask_marks_what_is_trained_and_escapes_the_tokens():

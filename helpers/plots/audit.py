@@ -1,6 +1,5 @@
 """What an audit found, as pictures."""
 
-
 import datasets
 import numpy as np
 from IPython.display import Image as Shown
@@ -23,8 +22,6 @@ def audit_sheet(raw: datasets.DatasetDict, audit: Audit, *, each: int = 3) -> Sh
     picked = [(fault, f"{n} of {len(kind)}") for kind in kinds for n, fault in enumerate(kind[:each], 1)]
     rows, columns = max(1, -(-len(picked) // 6)), max(1, min(6, len(picked)))
     figure, grid = new_figure(rows, columns, (max(2.1 * columns, 4.2), 2.7 * rows))
-    for axes in grid.flat:
-        axes.set_axis_off()
     for axes, (fault, number) in zip(grid.flat, picked, strict=False):
         title = f"{fault.fault} {number}\n{fault.split} {_short(fault.image_id)}"
         picture, boxes = _raw_picture(raw, fault)

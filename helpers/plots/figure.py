@@ -1,9 +1,13 @@
-"""What all figures share: colours, the white ground, and the way out to a file and a notebook."""
+"""What all figures share: colours, the white ground, and the way out to a file and a notebook.
+
+Importing it sets matplotlib's defaults, so that a chart which a notebook draws by itself looks like the others.
+"""
 
 import io
 from pathlib import Path
 
 import numpy as np
+from cycler import cycler
 from IPython.display import Image as Shown
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -12,22 +16,20 @@ from helpers.settings import is_main
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
-DPI = 80
+plt.rcParams.update({
+    "figure.dpi": 80, "figure.figsize": (6, 3.4), "figure.facecolor": "white", "figure.constrained_layout.use": True,
+    "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.axisbelow": True, "grid.color": "0.9",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
+    "legend.fontsize": 8, "legend.framealpha": 0.85, "legend.edgecolor": "none",
+})  # fmt: skip
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """An empty figure of `size` in inches and its axes [rows, columns], on a white ground."""
-    return plt.subplots(rows, columns, figsize=size, dpi=DPI, facecolor="white", layout="constrained", squeeze=False)
-
-
-def charts(columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """One row of empty charts of `size` in inches together, on a white ground with a light grid."""
-    figure, grid = new_figure(1, columns, size)
+    """An empty figure of `size` in inches and its axes [rows, columns], for pictures: no ticks, no frame."""
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axes in grid.flat:
-        axes.grid(color="0.9", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid[0]
+        axes.set_axis_off()
+    return figure, grid
 
 
 def finish(figure: Figure, path: Path | None = None, photos: bool = False) -> Shown:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 from IPython.display import Image as Shown
 from matplotlib import patheffects
 from matplotlib.axes import Axes
@@ -54,8 +53,6 @@ def panels(
     rows, columns = -(-len(pictures) // columns), min(columns, len(pictures))
     tallest = max(image.height / image.width for _, image, _, _ in pictures)
     figure, grid = new_figure(rows, columns, (max(2.2 * columns, 4.2), rows * (2.1 * min(tallest, 1.2) + 0.2) + 0.4))
-    for axes in grid.flat:
-        axes.set_axis_off()
     for axes, (caption, image, solid, dashed) in zip(grid.flat, pictures, strict=False):
         draw_boxes(axes, image, solid, dashed, title=caption)
     styles = zip(names, (TRUTH, PREDICTION), ("-", DASHED), strict=True)
@@ -74,18 +71,6 @@ def gallery(
     `rows` have "image_id" and "image"; `truth` and `predictions` are those of `score` and may hold more pictures.
     """
     return panels(_captioned(rows, truth, predictions), columns=6, names=BOTH, title=title)
-
-
-def worst(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12) -> Shown:
-    """The n pictures with the lowest IoU, the lowest first; pictures without a table take no part."""
-    lowest = rows.select(_by_iou(rows, truth, predictions)[:n])
-    return gallery(lowest, truth, predictions, title=f"the worst {len(lowest)}")
-
-
-def best(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict], n: int = 12) -> Shown:
-    """The n pictures with the highest IoU, the highest first; pictures without a table take no part."""
-    highest = rows.select(_by_iou(rows, truth, predictions)[::-1][:n])
-    return gallery(highest, truth, predictions, title=f"the best {len(highest)}")
 
 
 def before_after(
@@ -120,10 +105,3 @@ def _captioned(
             caption = f"IoU {record['iou']:.2f}" if record["predicted"] else "no box"
         pictures.append((caption, row["image"], record["true"], record["predicted"]))
     return pictures
-
-
-def _by_iou(rows: Dataset, truth: Sequence[dict], predictions: Sequence[dict]) -> list[int]:
-    """Numbers of the rows whose picture has a table, the lowest IoU first."""
-    number = {image_id: i for i, image_id in enumerate(rows["image_id"])}
-    records = [r for r in score(truth, predictions, resamples=0)["per_picture"] if r["iou"] is not None]
-    return [number[record["image_id"]] for record in sorted(records, key=lambda r: r["iou"])]

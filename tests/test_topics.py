@@ -1,0 +1,144 @@
+"""What the topic notebooks share, what one of them needs, and that each stays short."""
+
+import re
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from small_training import load_tiny, small_processor, squares
+from transformers import Qwen2VLProcessor
+
+from helpers import collate, data, model
+from helpers.dev.pairs import read_notebook
+from helpers.parameters import ParameterError
+from helpers.recipes import RECIPES, SCALES
+from helpers.settings import TINY_BASE
+from helpers.topics import attention, sizes
+from helpers.topics.opening import model_path, opening
+
+RULES = {"scale": ("tiny", "7b"), "pictures": range(8, 124), "rate": (0.0, 1e-4), "only": bool,
+         "run": "a run's name, or None", "ranks": [range(1, 1000)]}  # fmt: skip
+
+
+def opened(monkeypatch, *arguments):
+    """The parameters of a notebook that ran as a script with these arguments."""
+    monkeypatch.setattr("sys.argv", ["notebook.py", *arguments])
+    namespace = {"max_pixels": None, "scale": "tiny", "pictures": 8, "rate": 1e-5, "only": True, "run": None,
+                 "ranks": "2,8"}  # fmt: skip
+    opening(namespace, "max_pixels", **RULES)
+    return namespace
+
+
+def test_an_opening_fills_in_what_the_scale_says(monkeypatch):
+    assert opened(monkeypatch) == {"max_pixels": SCALES["tiny"]["max_pixels"], "scale": "tiny", "pictures": 8,
+                                   "rate": 1e-5, "only": True, "run": None, "ranks": [2, 8]}  # fmt: skip
+    given = opened(monkeypatch, "pictures=9", "max_pixels=784", "ranks=4", "run=r4-joint", "scale=7b", "only=False")
+    assert (given["pictures"], given["max_pixels"], given["ranks"], given["run"]) == (9, 784, [4], "r4-joint")
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("pictures=7", "pictures=7 is not valid: expected a whole number from 8 to 123."),
+    ("rate=1", "rate=1 is not valid: expected a number above 0.0 and at most 0.0001."),
+    ("only=yes", "only='yes' is not valid: expected True or False."),
+    ("run= ", "run=' ' is not valid: expected a run's name, or None."),
+    ("ranks=0,2", "ranks='0,2' is not valid: expected whole numbers from 1 to 999 with commas between them"),
+    ("scale=7B", "scale='7B' is not valid: expected one of tiny, 7b."),
+    ("max_pixels=3", "max_pixels=3 is not valid: expected a whole number from 784"),
+    ("picture=9", "picture is not a parameter; did you mean pictures?"),
+])  # fmt: skip
+def test_an_opening_refuses_in_one_sentence(monkeypatch, given, said):
+    with pytest.raises(ParameterError) as refused:
+        opened(monkeypatch, given)
+    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+
+
+def test_a_models_path(monkeypatch, tmp_path):
+    assert model_path("tiny", None) == model_path("tiny", "embedded") == str(TINY_BASE)
+    assert model_path("tiny", "someone/model") == "someone/model"
+    with pytest.raises(ParameterError, match=r"has no config\.json"):
+        model_path("tiny", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ParameterError, match="scale='7b' needs a GPU"):
+        model_path("7b", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert model_path("7b", None) == "Qwen/Qwen2-VL-7B-Instruct"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_tiny(attn_implementation="eager")
+
+
+def test_the_parts_of_7b_add_up(tiny):
+    for vlm in (tiny, sizes.seven_b()):
+        parts, towers = sizes.parameters_by_part(vlm), model.parameters_by_tower(vlm)
+        for tower in towers:
+            assert sum(n for part, n in parts.items() if part.startswith(tower)) == towers[tower]["total"]
+    assert parts["language: layers"] == 6_525_618_176 and sum(parts.values()) == 8_291_375_616
+
+
+def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
+    batch, kept = collate.Collator(small_processor(), "Where?")([squares()[i] for i in range(2)]), {}
+    for recipe in ("r1-llm-only", "r4-joint"):
+        targets = RECIPES[recipe][0].lora_targets
+        by_hand = sizes.lora_weights(tiny, targets, 2)
+        tuned = get_peft_model(tiny, LoraConfig(r=2, target_modules=targets))
+        model.trainable_to_fp32(tuned)
+        assert by_hand == sum(weight.numel() for weight in tuned.parameters() if weight.requires_grad) > 0
+        with sizes.kept_bytes(tuned) as counted, torch.autocast("cpu", torch.bfloat16):
+            tuned.get_base_model().model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+        kept[recipe] = counted["kept"]
+        tuned.unload()
+    width, rows = tiny.config.vision_config.embed_dim, len(batch["pixel_values"])
+    assert kept["r1-llm-only"] == 0
+    assert kept["r4-joint"] > 2 * rows * width * tiny.config.vision_config.depth  # a state in bf16 a block, at least
+
+
+def test_where_each_coordinate_is_chosen():
+    pieces = ["7", "<|box_start|>", *"(27,4),(1000,9)", "<|box_end|>"]
+    assert attention.coordinate_places(pieces, 0) == [2, 5, 9, 14]
+    assert attention.coordinate_places(pieces, 3) == [9, 14]
+    assert attention.coordinate_places(["no", " table"], 0) == []
+
+
+def test_looks_give_maps_of_the_pictures(tiny):
+    processor = Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=16 * 784, max_pixels=144 * 784)
+    rows = data.load_raw("embedded", limit={"train": 1, "selection": 1, "val": 6})["val"]
+    barcodes = [attention.boxes_of(row, "barcode") for row in rows]
+    assert {found.shape[1] for found in barcodes} == {4} and any(len(found) for found in barcodes)
+    looks = attention.looks(tiny, processor, rows, "barcode")
+    assert 0 < len(looks) <= sum(len(found) > 0 for found in barcodes)
+    for look in looks:
+        assert look.maps.shape[:2] == (tiny.config.text_config.num_hidden_layers, 4)
+        shares = look.maps.sum((2, 3))
+        assert (look.maps >= 0).all() and (shares > 0).all() and (shares < 1).all() and 0 <= look.iou <= 1
+    with pytest.raises(ValueError, match="find='no such thing': no box was written for it"):
+        attention.looks(tiny, processor, rows, "no such thing")
+    with pytest.raises(ValueError, match="is known on the embedded pictures alone"):
+        attention.boxes_of({"meta": {"image_url": "https://images.openfoodfacts.org/1.jpg"}}, "barcode")
+
+
+def test_lift_and_distances_of_a_known_map():
+    maps = np.zeros((1, 4, 4, 8))
+    maps[0, :, 1, 6] = 0.5  # one cell: x .75 to .875, y .25 to .5
+    box, picture = np.array([0.75, 0.25, 0.875, 0.5]), Image.new("RGB", (80, 40))
+    np.testing.assert_allclose(attention.lift(attention.Look(picture, box, box, 1.0, maps)), 32)  # all on one of 32
+    whole = attention.Look(picture, box, np.array([0.0, 0, 1, 1]), 0.0, maps)
+    np.testing.assert_allclose(attention.lift(whole), 1)
+    far = attention.distances([whole, whole], 0)
+    assert far.loc["writing x0", ["to x0", "to x1"]].tolist() == [0.0625] * 2
+    assert far.loc["writing y1", ["to y0", "to y1"]].tolist() == [0.125] * 2
+    assert np.isnan(far.loc["writing x0", "to y0"])
+    assert attention.attention_maps(whole, 0).data.startswith(b"\xff\xd8")
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_topic_notebook_is_short(repo, number):
+    (path,) = repo.glob(f"notebooks/{number:02}_*.ipynb")
+    parameters, *cells = [cell.source for cell in read_notebook(path).cells if cell.cell_type == "code"]
+    lines = [len(re.findall(r"^ *[^ #\n]", source, re.M)) for source in (parameters, *cells)]
+    assert sum(lines) <= 120 and statistics.median(lines) <= 8 and max(lines[1:]) <= 25
+    assert not any("helpers.dev" in source for source in cells)
