@@ -15,8 +15,8 @@ from PIL import Image
 from transformers.image_utils import load_image_as_tensor
 
 from helpers import finished, predict, serve
-from helpers.dev.check_served import served
 from helpers.messages import NO_TABLE, parse_text, target_text
+from helpers.topics.serving import served
 
 
 @pytest.fixture(scope="module")
