@@ -6,8 +6,8 @@
 #
 # **symptom → smallest reproduction → cause → fix.**
 #
-# Each section asserts that its bug still happens. Where an assertion fails, a library has repaired the bug, and the
-# section can go.
+# `tests/test_bugs.py` checks that each of them still happens. Where it does not, a library has repaired the bug, and
+# its section can go.
 #
 # | | bug | what you notice |
 # |---|---|---|
@@ -24,12 +24,11 @@
 pictures = 8  # in the batch that everything below is tried on
 learning_rate = 1e-5  # the small step of bug 3
 steps = 40  # of bug 3
-seed = 0
 
 # %%
 from helpers.topics.opening import opening
 
-opening(globals(), "seed", pictures=range(2, 65), learning_rate=(0.0, 1e-4), steps=range(2, 10_001))
+opening(globals(), pictures=range(2, 65), learning_rate=(0.0, 1e-4), steps=range(2, 10_001))
 
 # %%
 import re
@@ -41,11 +40,10 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, set_seed
+from transformers import Trainer
 from trl import SFTTrainer
 
-from helpers import collate, messages, model, predict, trainer
-from helpers.plots.figure import charts, finish
+from helpers import collate, messages, model, plots, predict, trainer
 from helpers.recipes import RECIPES
 from helpers.topics import bugs
 from helpers.topics.training import PROMPT, load, nf4, rows_and_processor, trainer_for
@@ -54,7 +52,6 @@ from helpers.topics.training import PROMPT, load, nf4, rows_and_processor, train
 # Everything below uses one batch of a few pictures, and loads the base model anew for each bug.
 
 # %%
-set_seed(seed)
 bf16 = torch.bfloat16
 pd.set_option("display.max_colwidth", None)
 rows, processor = rows_and_processor(train=pictures, selection=1, val=1)
@@ -81,8 +78,6 @@ forward = {"bf16 tower": bugs.outcome(load(dtype=bf16), **batch),
            "bf16 tower, its merger in fp32": bugs.outcome(mixed, **batch),
            "NF4 tower": bugs.outcome(wrong, **batch),
            "NF4 tower, pixels as bytes": bugs.outcome(wrong, **batch | {"pixel_values": as_bytes})}
-_, broken, whole, silent = forward.values()
-assert "Error" in broken and silent.startswith("loss") and silent != whole
 pd.Series(forward, name="one forward pass").to_frame()
 
 # %% [markdown]
@@ -115,9 +110,8 @@ print("check_precision: ", bugs.outcome(model.check_precision, wrong, "nf4"))
 places = {"on one device": {"": "cpu"}, "spread over two": {"model.visual": 0, "model.language_model": 1}}
 counted = pd.DataFrame({where: bugs.on_two_gpus(load(dtype=bf16), placed, rows, processor, folder, Trainer)
                         for where, placed in places.items()}).T
-assert counted["model"].iloc[0] == "DataParallel" and counted["batch"].tolist() == [8, 4]
 half = {name: tensor.chunk(2)[0] for name, tensor in batch.items()}
-print(f"One half of our batch: its pictures have {half['image_grid_thw'].prod(1).sum()} patches, its pixels {len(half['pixel_values'])}.")
+print(f"half: {half['image_grid_thw'].prod(1).sum()} patches in pictures, {len(half['pixel_values'])} in pixels")
 print(bugs.outcome(load(dtype=bf16), **half))
 counted
 
@@ -142,9 +136,8 @@ tower(**batch).loss.backward()
 weights = [weight for weight in tower.model.visual.parameters() if weight.grad is not None]
 walks = pd.concat({f"weights in {dtype}": bugs.walk(weights, learning_rate, steps, dtype)
                    for dtype in (torch.float32, bf16)}, axis=1)
-figure, (axes,) = charts(1, (6, 3))
-walks.xs("way", level=1, axis=1).plot(ax=axes, style=["-", "--"], xlabel="steps", ylabel="way, in learning rates")
-finish(figure)
+axes = walks.xs("way", level=1, axis=1).plot(style=["-", "--"], xlabel="steps", ylabel="way, in learning rates")
+plots.finish(axes.figure)
 
 # %%
 values = torch.cat([weight.detach().flatten() for weight in weights]).abs()
@@ -152,7 +145,6 @@ half_gap = (torch.nextafter(values, torch.full_like(values, torch.inf)) - values
 in_fp32, in_bf16 = walks.xs("moved", level=1, axis=1).iloc[-1]
 print(f"{(half_gap > learning_rate).float().mean():.1%} of the weights are too coarse for a step of {learning_rate}.\n"
       f"After {steps} steps {in_bf16:.1%} have moved in bf16, {in_fp32:.1%} in fp32.")
-assert in_bf16 < 0.9 < 0.99 < in_fp32
 
 # %% [markdown]
 # **A library does it too.** PEFT makes LoRA weights in fp32. TRL casts them to bf16 where the base is quantized.
@@ -186,7 +178,6 @@ for kind in (SFTTrainer, trainer.BoxTrainer):
     trained, start = bugs.resumed(kind, lambda: load(dtype=bf16), rows, processor, folder / kind.__name__)
     same = [sum(torch.equal(start[name], other[name].float()) for name in trained) for other in (trained, base)]
     begins[kind.__name__] = dict(zip(("as in the checkpoint", "as in the base"), same, strict=True))
-assert begins["SFTTrainer"]["as in the base"] == begins["BoxTrainer"]["as in the checkpoint"] == len(trained)
 file = load_file(folder / "SFTTrainer" / "checkpoint-2" / "model.safetensors")
 print("in Trainer's file:", next(name for name in file if "visual" in name))
 print("in the model:     ", next(name for name in base if "visual" in name))

@@ -14,20 +14,18 @@
 # 7. Merging into NF4, into the dequantized weights, into the full-precision base: which boxes move?
 
 # %% tags=["parameters"]
-scale = "tiny"  # 7b: the published model, on a GPU of about 30 GiB
+scale = "tiny"  # 7b: the published model, on a GPU of about 40 GiB
 ranks = "2,8,32"  # LoRA ranks that are trained here
 steps = 40  # of training, for each rank
 pictures = 40  # of val, for each IoU
-seed = 0
 
 # %%
 from helpers.topics.opening import model_path, opening
 
-opening(globals(), "seed", scale=("tiny", "7b"), ranks=[range(1, 1000)], steps=range(1, 10**5), pictures=range(4, 124))
+opening(globals(), scale=("tiny", "7b"), ranks=[range(1, 1000)], steps=range(1, 10**5), pictures=range(4, 124))
 path = model_path(scale, None)
 
 # %%
-import itertools
 import re
 import tempfile
 from pathlib import Path
@@ -37,11 +35,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, get_4bit_type, quantize_4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration, set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from helpers import collate, data, evaluate, model, plots, predict
-from helpers.plots.figure import charts, finish
 from helpers.recipes import RECIPES
+from helpers.topics.sizes import seven_b
 from helpers.topics.training import PROMPT, load, loss_of, nf4, rows_and_processor, trainer_for
 
 # %% [markdown]
@@ -52,8 +50,7 @@ from helpers.topics.training import PROMPT, load, loss_of, nf4, rows_and_process
 # a weight back, multiply level and scale. That is all of NF4.
 
 # %%
-set_seed(seed)
-weight = torch.randn(4, 64) * 0.02  # four blocks of 64
+weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 0.02  # four blocks of 64
 levels = get_4bit_type("nf4", device="cpu")  # the sixteen levels, from -1 to 1
 scales = weight.abs().amax(dim=1, keepdim=True)
 codes = ((weight / scales)[..., None] - levels).abs().argmin(-1)  # [4, 64], from 0 to 15
@@ -70,24 +67,23 @@ pd.DataFrame({"weight": weight[0, :6], "÷ scale": (weight / scales)[0, :6], "le
 #
 # **Why these levels?** Weights are roughly normal, so most of them are near zero. "NF" stands for *normal float*: the
 # levels are quantiles of the normal distribution, dense near zero. Below they are compared with sixteen even steps, on
-# the largest matrix of the language model.
+# a matrix of the language model.
 
-# %% tags=["thumbnail"]
+# %%
 def off(changed, exact):
     """‖changed − exact‖ / ‖exact‖, in per cent: the error in all tables below."""
     return 100 * ((changed.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
+# %% tags=["thumbnail"]
 exact = load(dtype=torch.bfloat16, path=path)
 linear = {name: layer.weight for name, layer in exact.named_modules() if isinstance(layer, nn.Linear)}
-language = {name: weight for name, weight in linear.items() if model.tower_of(name) == "language"}
-largest = max(language.values(), key=torch.numel).float().cpu().reshape(-1, 1024)
-scaled = largest.reshape(-1, 64) / largest.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
-figure, (axes,) = charts(1, (6.4, 2.4))
-axes.hist(scaled[:20_000].flatten(), bins=81, color="0.8")
+matrix = exact.model.language_model.layers[0].mlp.up_proj.weight.float().cpu().reshape(-1, 1024)
+scaled = matrix.reshape(-1, 64) / matrix.reshape(-1, 64).abs().amax(dim=1, keepdim=True)
+axes = pd.Series(scaled[:20_000].flatten()).plot.hist(
+    bins=81, color="0.8", figsize=(6.4, 2.4), xlabel="weight / largest weight of its block of 64, and NF4's levels")
 axes.vlines(levels, 0, axes.get_ylim()[1], linewidth=1.2)
-axes.set(xlabel="weight / largest weight of its block of 64, and NF4's sixteen levels", ylabel="weights")
-finish(figure)
+plots.finish(axes.figure)
 
 # %%
 for name, sixteen in (("NF4's levels", levels), ("sixteen even steps", torch.linspace(-1, 1, 16))):
@@ -103,13 +99,12 @@ for name, sixteen in (("NF4's levels", levels), ("sixteen even steps", torch.lin
 
 # %%
 bits = []
-for block, double in itertools.product((64, 256, 1024), (False, True)):
-    packed, state = quantize_4bit(largest, blocksize=block, quant_type="nf4", compress_statistics=double)
+for block, double in ((64, False), (64, True), (256, False), (256, True), (1024, False), (1024, True)):
+    packed, state = quantize_4bit(matrix, blocksize=block, quant_type="nf4", compress_statistics=double)
     size = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
-    bits.append({"block": block, "double quantization": double, "bits a weight": 8 * size / largest.numel(),
-                 "error, %": off(dequantize_4bit(packed, state), largest)})
-bits = pd.DataFrame(bits)
-bits.round(3)
+    bits.append({"block": block, "double quantization": double, "bits a weight": 8 * size / matrix.numel(),
+                 "error, %": off(dequantize_4bit(packed, state), matrix)})
+pd.DataFrame(bits).round(3)
 
 # %% [markdown]
 # Rounding the scales saves a third of a bit and costs next to no error, and larger blocks cost more error for what they
@@ -144,21 +139,19 @@ errors.groupby(model.tower_of).describe()[["count", "mean", "min", "max"]].round
 
 # %% [markdown]
 # About the same everywhere: that is NF4's doing. What it does to the result depends on the model, so it is measured: by
-# the loss of the true completions, with the base stored in five ways. `get_memory_footprint` counts the bytes of the
+# the loss of the true completions, with the base stored in four ways. `get_memory_footprint` counts the bytes of the
 # weights (of NF4 without the scales).
 
 # %%
 rows, processor = rows_and_processor(scale, path, train=8 * steps, selection=1, val=pictures)
 batch = collate.Collator(processor, PROMPT)(list(rows["val"].select(range(min(8, len(rows["val"]))))))
 int8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
-ways = {"fp32": (None, torch.float32), "bf16": (None, torch.bfloat16), "int8": (int8, torch.bfloat16),
-        "NF4": (nf4(torch.bfloat16), torch.bfloat16),
-        "NF4, vision tower too": (nf4(torch.bfloat16, skip=["lm_head"]), torch.bfloat16)}
+ways = {"bf16": None, "int8": int8, "NF4": nf4(torch.bfloat16),
+        "NF4, vision tower too": nf4(torch.bfloat16, skip=["lm_head"])}
 stored = {}
-for way, (config, dtype) in ways.items():
-    if scale == "tiny" or way != "fp32":  # at 7B that would be 31 GiB
-        vlm = load(config, dtype, path)
-        stored[way] = {"MiB": vlm.get_memory_footprint() / 2**20, "loss": loss_of(vlm, batch)}
+for way, config in ways.items():
+    vlm = load(config, torch.bfloat16, path)
+    stored[way] = {"MiB": vlm.get_memory_footprint() / 2**20, "loss": loss_of(vlm, batch)}
 pd.DataFrame(stored).T.round(3)
 
 # %% [markdown]
@@ -170,20 +163,16 @@ pd.DataFrame(stored).T.round(3)
 # Of 7B the published shapes are enough, on PyTorch's `meta` device, where they take no memory:
 
 # %%
-published = Qwen2VLConfig(text_config={
-    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-    "num_key_value_heads": 4, "vocab_size": 152064}, vision_config={"hidden_size": 3584}, tie_word_embeddings=False)
-with torch.device("meta"):
-    seven = Qwen2VLForConditionalGeneration(published)
+seven = seven_b()
 stage = RECIPES["r1-llm-only"][0]
 quantized = [layer for name, layer in seven.named_modules() if re.fullmatch(stage.lora_targets, name)]
 weights, in_nf4 = seven.num_parameters(), sum(layer.weight.numel() for layer in quantized)
 lora = sum(64 * (layer.in_features + layer.out_features) for layer in quantized)
 gigabytes = {way: (each * in_nf4 + 16 * (weights - in_nf4)) / 8 / 1e9
-             for way, each in (("bf16", 16), ("int8", 8), ("NF4", bits.loc[1, "bits a weight"]))}
-gigabytes["NF4, and LoRA of rank 64 with Adam"] = gigabytes["NF4"] + 16 * lora / 1e9
-gigabytes["all weights with Adam"] = 16 * weights / 1e9
-pd.Series(gigabytes, name=f"GB, {weights / 1e9:.2f} billion weights").to_frame().round(1)
+             for way, each in (("bf16", 16), ("int8", 8), ("NF4", bits[1]["bits a weight"]))}
+gigabytes |= {"NF4, and LoRA of rank 64 with Adam": gigabytes["NF4"] + 16 * lora / 1e9,
+              "all weights with Adam": 16 * weights / 1e9}
+pd.DataFrame({f"GB, {weights / 1e9:.2f} billion weights": gigabytes}).round(1)
 
 # %% [markdown]
 # What trains takes 16 bytes a weight: weight, gradient and Adam's two moments in fp32. All weights would need several
@@ -201,14 +190,15 @@ truth, scratch = data.truth_rows(rows["val"]), Path(tempfile.mkdtemp())
 
 def train(rank):
     """LoRA of `rank` on the language model of the NF4 base."""
-    set_seed(seed)
+    set_seed(0)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=stage.lora_targets, task_type="CAUSAL_LM")
     tuned = get_peft_model(load(nf4(), path=path), lora)
-    trainer_for(tuned, rows["train"], processor, scratch, max_steps=steps, seed=seed,
-                learning_rate=stage.learning_rate[scale]).train()
+    rate = stage.learning_rate[scale]
+    trainer_for(tuned, rows["train"], processor, scratch, max_steps=steps, learning_rate=rate).train()
     return tuned
 
 
+# %%
 def predicted(vlm, name):
     """The model's predictions for the pictures of val, and their score."""
     lines = predict.predict(vlm, processor, rows["val"], PROMPT, scratch / f"{name}.jsonl", key=name, do_sample=False,
@@ -251,27 +241,21 @@ pd.DataFrame(table).T
 # | the full-precision base | $W + BA$ | $e$ is gone, and $BA$ had learned around it |
 
 # %%
-def merged(kind):
-    """The adapter merged into one of the three bases; all but NF4 in bf16, as they are served."""
-    base = load(None if kind == "full precision" else nf4(), path=path)
-    base = base.dequantize().float() if kind == "dequantized" else base.float() if kind == "full precision" else base
-    merged = model.load_adapter(base, scratch / "adapter").merge_and_unload()
-    return merged if kind == "NF4" else merged.to(torch.bfloat16)
-
-
-# %%
+bases = {"NF4": lambda: load(nf4(), path=path),
+         "dequantized": lambda: load(nf4(), path=path).dequantize().float(),
+         "full precision": lambda: load(dtype=torch.float32, path=path)}
 trained = model.load_adapter(load(nf4(), path=path), scratch / "adapter")
-table, (before, score) = {"(as trained)": {"loss": loss_of(trained, batch)}}, predicted(trained, "as-trained")
-for kind in ("NF4", "dequantized", "full precision"):
-    vlm = merged(kind)
-    lines, scored = predicted(vlm, kind)
+before, score = predicted(trained, "as-trained")
+table, lines = {"(as trained)": {"loss": loss_of(trained, batch)}}, {}
+for kind, base in bases.items():
+    merged = model.load_adapter(base(), scratch / "adapter").merge_and_unload()
+    merged = merged if kind == "NF4" else merged.to(torch.bfloat16)  # as it is served
+    lines[kind], scored = predicted(merged, kind)
     change = evaluate.paired_bootstrap(scored["per_picture"], score["per_picture"])["difference"]
-    same = sum(a["boxes"] == b["boxes"] for a, b in zip(before, lines, strict=True))
-    table[kind] = {"loss": loss_of(vlm, batch), "same boxes": f"{same} of {len(truth)}",
+    same = sum(a["boxes"] == b["boxes"] for a, b in zip(before, lines[kind], strict=True))
+    table[kind] = {"loss": loss_of(merged, batch), "same boxes": f"{same} of {len(truth)}",
                    "mean IoU, merged minus as trained": evaluate.with_interval(change)}
-    if kind == "NF4":
-        in_nf4 = lines
-pd.DataFrame(table).T.rename_axis("merged into")
+pd.DataFrame(table).T.rename_axis("merged into").fillna("")
 
 # %% [markdown]
 # * **NF4** loses most of a small adapter. The weights lay on the levels, and what is less than half a step to the next
@@ -282,8 +266,7 @@ pd.DataFrame(table).T.rename_axis("merged into")
 # The boxes as trained (upper row) and merged into NF4 (lower row):
 
 # %%
-few = rows["val"].select(range(min(5, len(truth))))
-plots.before_after(few, truth, before, in_nf4)
+plots.before_after(rows["val"].select(range(4)), truth, before, lines["NF4"])
 
 # %% [markdown]
 # ## What to take along

@@ -20,6 +20,9 @@ batch_size = 24  # pictures in a batch of inference
 seed = 0
 
 # %%
+import os
+
+os.environ |= {"TQDM_DISABLE": "1", "KINETO_LOG_LEVEL": "99"}  # no progress bars, no notices from the profiler
 from helpers.topics.opening import opening
 
 opening(globals(), "seed", steps=range(2, 101), pictures=range(2, 124), batch_size=range(2, 1025))
@@ -40,9 +43,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 from trl import SFTTrainer
 
-from helpers import collate, features, model, predict, runs, trainer
+from helpers import collate, features, model, plots, predict, runs, trainer
 from helpers.boxes import CATEGORIES
-from helpers.plots.figure import charts, finish
 from helpers.recipes import RECIPES
 from helpers.topics.training import PROMPT, load, nf4, rows_and_processor, trainer_for
 
@@ -50,16 +52,14 @@ from helpers.topics.training import PROMPT, load, nf4, rows_and_processor, train
 rows, processor = rows_and_processor(train=8 * steps, selection=1, val=pictures)
 collator, scratch = collate.Collator(processor, PROMPT), Path(tempfile.mkdtemp())
 batch = collator([rows["train"][i] for i in range(8)])
+print(f"{runs.machine()}, {torch.get_num_threads()} thread(s), {model.compute_dtype()}")
 
-
+# %%
 def adapted(recipe, config=None):
     """The base, quantized as `config` says, with the recipe's LoRA."""
     set_seed(seed)
     targets = RECIPES[recipe][-1].lora_targets
     return get_peft_model(load(config), LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM"))
-
-
-print(f"{runs.machine()}, {torch.get_num_threads()} thread(s), {model.compute_dtype()}")
 
 # %% [markdown]
 # ## 1 · The limit
@@ -77,9 +77,10 @@ with FlopCounterMode(display=False) as counter:
 counts = counter.get_flop_counts().items()
 flops = {name.rpartition(".")[2]: sum(operations.values()) / 8e9 for name, operations in counts}
 limit = rate / 1e9 / flops["Global"]
-print(f"{rate / 1e9:.0f} GFLOP/s at best; {flops['Global']:.1f} GFLOP a picture, of which the vision tower needs "
-      f"{flops['visual'] / flops['Global']:.0%} and the head {flops['lm_head'] / flops['Global']:.0%}.\n"
-      f"So r4 could train {limit:.0f} pictures a second, if small layers were as fast as large matrix products.")
+vision, head = (flops[part] / flops["Global"] for part in ("visual", "lm_head"))
+Markdown(f"""A matrix product reaches **{rate / 1e9:.0f} GFLOP/s** here. A picture needs {flops["Global"]:.1f} GFLOP.
+The vision tower takes {vision:.0%} of that and the head {head:.0%}: it sees four patches for each image token. So r4
+could train {limit:.0f} pictures a second, if small layers were as fast as large matrix products.""")
 
 # %% [markdown]
 # ## 2 · Training, one change after the other
@@ -92,17 +93,17 @@ def rate_of(recipe="r4-joint", kind=trainer.BoxTrainer, cached=False, **options)
     """Pictures a second of a short training."""
     tuned = adapted(recipe, nf4())
     own = features.SeenCollator(collator, tuned, rows["train"], scratch / "cached", 8) if cached else collator
-    sft = trainer_for(tuned, own.rows if cached else rows["train"], processor, scratch, kind, own, max_steps=steps,
-                      seed=seed, **options)
+    sft = trainer_for(tuned, own.rows if cached else rows["train"], processor, scratch, kind, own,
+                      max_steps=steps, seed=seed, **options)
     return sft.train().metrics["train_samples_per_second"]
 
 
-published = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+published = {"gradient_checkpointing": True, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 rate_of()  # the first training of a process is slower
 ladder = pd.Series({
-    "stock": rate_of(kind=SFTTrainer, **published, gradient_checkpointing=True),
-    "our trainer": rate_of(**published, gradient_checkpointing=True),
-    "+ activations kept": rate_of(**published),
+    "stock": rate_of(kind=SFTTrainer, **published),
+    "our trainer": rate_of(**published),
+    "+ activations kept": rate_of(**published | {"gradient_checkpointing": False}),
     "+ batches of 8": rate_of(),
 })
 pd.DataFrame({"pictures/s": ladder, "× stock": ladder / ladder["stock"], "MFU, %": 100 * ladder / limit}).round(2)
@@ -112,6 +113,8 @@ pd.DataFrame({"pictures/s": ladder, "× stock": ladder / ladder["stock"], "MFU, 
 #
 # * **Gradient checkpointing** recomputes activations to save memory. Where memory suffices, do without.
 # * **Larger batches** give the machine larger matrices. The update is the same, since fewer gradients are accumulated.
+#
+# How much each change brings depends on the machine. Section 6 shows the same changes on a GPU.
 #
 # ## 3 · Where the time goes
 #
@@ -123,23 +126,13 @@ with profile() as profiler:
     tuned(**batch).loss.backward()
 spent = pd.Series({event.key.removeprefix("aten::"): event.self_cpu_time_total / 1000
                    for event in profiler.key_averages()}).sort_values()
-figure, (axes,) = charts(1, (6.4, 3))
-spent.tail(8).plot.barh(ax=axes, xlabel="ms of a step of 8 pictures")
-finish(figure)
+axes = spent.tail(8).plot.barh(xlabel="ms of a step of 8 pictures")
+plots.finish(axes.figure)
 
 # %% [markdown]
-# And by tower, forward only:
-
-# %%
-vlm = adapted("r4-joint", nf4()).train()
-pixels, grid = batch["pixel_values"], batch["image_grid_thw"]
-towers = {name: Timer(call, globals={"vlm": vlm.base_model.model, "batch": batch, "pixels": pixels, "grid": grid}
-                      ).timeit(3).median for name, call in (("vision tower", "vlm.get_image_features(pixels, grid)"),
-                                                            ("everything", "vlm(**batch)"))}
-print(f"The vision tower takes {towers['vision tower'] / towers['everything']:.0%} of the time of a forward pass, and "
-      f"{flops['visual'] / flops['Global']:.0%} of the operations.")
-
-# %% [markdown]
+# Matrix products (`mm`, `addmm`, `bmm`) are what the limit counts. All the rest is overhead: copies between dtypes,
+# element-wise operations, softmax. On a GPU the project fuses most of it (`helpers/fused.py`).
+#
 # ## 4 · A tower that does not train can look at each picture once
 #
 # In r1 and in r3's second stage the vision tower is frozen, and the pictures are the same in each epoch. So its
@@ -148,7 +141,7 @@ print(f"The vision tower takes {towers['vision tower'] / towers['everything']:.0
 
 # %%
 frozen = pd.Series({
-    "stock": rate_of("r1-llm-only", SFTTrainer, **published, gradient_checkpointing=True),
+    "stock": rate_of("r1-llm-only", SFTTrainer, **published),
     "ours": rate_of("r1-llm-only"),
     "ours, cached vision features": rate_of("r1-llm-only", cached=True),
 })
@@ -196,7 +189,9 @@ stock = measured[measured["kind"] == "stock"].set_index("recipe")["pictures_per_
 measured["× stock"] = measured["pictures_per_s"] / measured["recipe"].map(stock)
 measured["MFU, %"] = 100 * measured["mfu"]
 print(f"{report['device']}, {report['model']}, torch {report['torch']}, commit {report['commit']}")
-measured[["recipe", "micro_batch", "pictures_per_s", "× stock", "peak_gib", "MFU, %"]].round(2)
+columns = {"recipe": "recipe", "micro_batch": "batch", "pictures_per_s": "pictures/s", "× stock": "× stock",
+           "peak_gib": "peak GiB", "MFU, %": "MFU, %"}
+measured.sort_values(["recipe", "pictures_per_s"])[list(columns)].rename(columns=columns).rename_axis(None).round(2)
 
 # %%
 answers = pd.DataFrame(report["answer"])

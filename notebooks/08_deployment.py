@@ -32,7 +32,6 @@ import base64
 import itertools
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -97,8 +96,8 @@ except ParameterError as error:
 servers = ExitStack()
 atexit.register(servers.close)
 ours = servers.enter_context(served(sys.executable, "-m", "helpers.serve", str(folder)))
-transformers_cli = str(Path(sys.executable).with_name("transformers"))
-stock = servers.enter_context(served(transformers_cli, "serve", folder.name, folder=folder.parent))
+cli = str(Path(sys.executable).with_name("transformers"))
+stock = servers.enter_context(served(cli, "serve", folder.name, folder=folder.parent))
 
 # %% [markdown]
 # The client sends a picture as a data URL. The completion is text with boxes in thousandths of the picture's width and
@@ -187,7 +186,7 @@ sent, waiting = list(itertools.islice(itertools.cycle(photos.values()), requests
 for count in callers:
     start = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
-        seconds = statistics.median(pool.map(timed, sent))
+        seconds = pd.Series(pool.map(timed, sent)).median()
     rate = len(sent) / (time.perf_counter() - start)
     waiting[count] = {"median wait, s": seconds, "pictures a second": rate}
 pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
@@ -291,8 +290,7 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 # %%
 four_bits = Qwen2VLForConditionalGeneration.from_pretrained(folder, quantization_config=nf4())
 four_bits.save_pretrained(scratch / "nf4")
-again = Qwen2VLForConditionalGeneration.from_pretrained(scratch / "nf4")
-assert again.is_loaded_in_4bit
+assert Qwen2VLForConditionalGeneration.from_pretrained(scratch / "nf4").is_loaded_in_4bit
 for name, place in {"bf16": folder, "NF4": scratch / "nf4"}.items():
     print(f"{name}: {sum(file.stat().st_size for file in place.glob('*.safetensors')) / 1e6:.1f} MB")
 servers.close()
