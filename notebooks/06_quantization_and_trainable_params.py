@@ -40,7 +40,7 @@ from transformers import BitsAndBytesConfig, set_seed
 from helpers import collate, data, evaluate, model, plots, predict
 from helpers.recipes import RECIPES
 from helpers.topics.sizes import seven_b
-from helpers.topics.training import PROMPT, load, loss_of, nf4, rows_and_processor, trainer_for
+from helpers.topics.training import PROMPT, completion_logits, load, nf4, rows_and_processor, trainer_for
 
 # %% [markdown]
 # ## 1 · NF4 by hand
@@ -138,9 +138,9 @@ errors = pd.Series({name: off(dequantize_4bit(*quantize_4bit(weight.float(), blo
 errors.groupby(model.tower_of).describe()[["count", "mean", "min", "max"]].round(1)
 
 # %% [markdown]
-# About the same everywhere: that is NF4's doing. What it does to the result depends on the model, so it is measured: by
-# the loss of the true completions, with the base stored in four ways. `get_memory_footprint` counts the bytes of the
-# weights (of NF4 without the scales).
+# About the same everywhere: that is NF4's doing. What it does to the result depends on the model, so it is measured:
+# how far are the logits off that choose the tokens of the true completions? `get_memory_footprint` counts the bytes of
+# the weights (of NF4 without the scales).
 
 # %%
 rows, processor = rows_and_processor(scale, path, train=8 * steps, selection=1, val=pictures)
@@ -148,23 +148,23 @@ batch = collate.Collator(processor, PROMPT)(list(rows["val"].select(range(min(8,
 int8 = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
 ways = {"bf16": None, "int8": int8, "NF4": nf4(torch.bfloat16),
         "NF4, vision tower too": nf4(torch.bfloat16, skip=["lm_head"])}
-stored = {}
+stored, logits = {}, {}
 for way, config in ways.items():
     vlm = load(config, torch.bfloat16, path)
-    stored[way] = {"MiB": vlm.get_memory_footprint() / 2**20, "loss": loss_of(vlm, batch)}
-pd.DataFrame(stored).T.round(3)
+    logits[way] = completion_logits(vlm, batch)
+    stored[way] = {"MiB": vlm.get_memory_footprint() / 2**20, "logits, % off": off(logits[way], logits["bf16"])}
+pd.DataFrame(stored).T.round(1)
 
 # %% [markdown]
-# NF4 is no free lunch. But the adapter is trained *on top of* this rounded base, and learns around its errors. Part 7
-# comes back to that.
+# NF4 is no free lunch, and int8 is much closer. But the adapter is trained *on top of* this rounded base, and learns
+# around its errors. Section 7 comes back to that.
 #
 # ## 5 · Memory at 7B
 #
 # Of 7B the published shapes are enough, on PyTorch's `meta` device, where they take no memory:
 
 # %%
-seven = seven_b()
-stage = RECIPES["r1-llm-only"][0]
+seven, stage = seven_b(), RECIPES["r1-llm-only"][0]
 quantized = [layer for name, layer in seven.named_modules() if re.fullmatch(stage.lora_targets, name)]
 weights, in_nf4 = seven.num_parameters(), sum(layer.weight.numel() for layer in quantized)
 lora = sum(64 * (layer.in_features + layer.out_features) for layer in quantized)
@@ -246,24 +246,25 @@ bases = {"NF4": lambda: load(nf4(), path=path),
          "full precision": lambda: load(dtype=torch.float32, path=path)}
 trained = model.load_adapter(load(nf4(), path=path), scratch / "adapter")
 before, score = predicted(trained, "as-trained")
-table, lines = {"(as trained)": {"loss": loss_of(trained, batch)}}, {}
+exact, table, lines = completion_logits(trained, batch), {}, {}
 for kind, base in bases.items():
     merged = model.load_adapter(base(), scratch / "adapter").merge_and_unload()
     merged = merged if kind == "NF4" else merged.to(torch.bfloat16)  # as it is served
     lines[kind], scored = predicted(merged, kind)
     change = evaluate.paired_bootstrap(scored["per_picture"], score["per_picture"])["difference"]
     same = sum(a["boxes"] == b["boxes"] for a, b in zip(before, lines[kind], strict=True))
-    table[kind] = {"loss": loss_of(merged, batch), "same boxes": f"{same} of {len(truth)}",
-                   "mean IoU, merged minus as trained": evaluate.with_interval(change)}
-pd.DataFrame(table).T.rename_axis("merged into").fillna("")
+    table[kind] = {"logits, % off": round(off(completion_logits(merged, batch), exact), 1),
+                   "same boxes": f"{same} of {len(truth)}", "mean IoU, change": evaluate.with_interval(change)}
+pd.DataFrame(table).T.rename_axis("merged into")
 
 # %% [markdown]
 # * **NF4** loses most of a small adapter. The weights lay on the levels, and what is less than half a step to the next
 #   level rounds back to where it was.
 # * **Dequantized** keeps all of it, on the base that it was trained on. This is the pipeline's default.
-# * **Full precision** keeps all of it too, but on a base that the adapter has never seen.
+# * **Full precision** keeps all of it too, but on a base that the adapter was not trained on.
 #
-# The boxes as trained (upper row) and merged into NF4 (lower row):
+# A box that moves is not yet a loss: the last column says whether boxes get worse on average. Below are some boxes as
+# trained (upper row) and merged into NF4 (lower row):
 
 # %%
 plots.before_after(rows["val"].select(range(4)), truth, before, lines["NF4"])

@@ -178,7 +178,7 @@ pd.DataFrame(found).T
 #
 # ## 6 · 7B on a GPU
 #
-# `make bench` on a machine with a GPU builds the published 7B architecture with random weights, measures the same
+# `make bench` on a machine with a GPU builds the published 7B architecture with random weights, measures stock and ours
 # there, and writes `performance_7b.json`. *Fused* means that LoRA's product is added to the layer's output in place,
 # and norms, activations and rotations are compiled.
 

@@ -154,7 +154,8 @@ evaluate.metrics_table(metrics).rename(index={"fine-tuned": "detector"})
 #
 # Detectors of this family learn slowly from random weights: DETR's authors had success with ten to fifteen thousand
 # pictures and had not tried fewer ([their words](https://github.com/facebookresearch/detr/issues/125)). So the same
-# small detector was also trained for longer, with augmentation. Its weights are in `09_detector/`:
+# small detector was also trained for longer on the embedded pictures, with augmentation. Its weights are in
+# `09_detector/`:
 
 # %%
 story = json.loads((detector.LONGER / "trained.json").read_text())
@@ -221,11 +222,14 @@ cost.round(1)
 
 # %%
 best = max((name for name in table if name.startswith("r")), key=lambda name: table[name]["AP"], default="base")
-Markdown(f"""Here {best} has a mean IoU of {table[best]["mean IoU"]}, and the detector after the longer training
-{table["RT-DETR, longer"]["mean IoU"]}. From random weights and {len(rows["train"])} pictures a detector does not
-become good in minutes: it needs a pre-trained start, or more pictures and patience.""")
+Markdown(f"""Here {best} has a mean IoU of **{table[best]["mean IoU"]}**. The detector has
+**{table[f"RT-DETR, {epochs} epochs"]["mean IoU"]}** after {epochs} epochs on {len(rows["train"])} pictures, and
+{table["RT-DETR, longer"]["mean IoU"]} after the longer training.""")
 
 # %% [markdown]
+# From random weights and a thousand pictures, a detector does not become good in minutes. It needs a pre-trained start,
+# or more pictures and patience.
+#
 # **Take a detector** where the classes are fixed, where pictures come by the million or must be processed on a CPU or a
 # phone, where a score must rank boxes, and where there is a pre-trained one to start from. For nutrition tables alone,
 # at the volume of Open Food Facts, that is the reasonable choice, and RT-DETR does it without AGPL.

@@ -7,7 +7,7 @@ from transformers import BitsAndBytesConfig, Qwen2VLForConditionalGeneration, Qw
 from trl import SFTConfig, SFTTrainer
 
 from helpers import data, model
-from helpers.collate import Collator
+from helpers.collate import IGNORED, Collator
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
 from helpers.trainer import BoxTrainer
@@ -32,9 +32,13 @@ def load(config: BitsAndBytesConfig | None = None, dtype: torch.dtype | None = N
 
 
 @torch.inference_mode()
-def loss_of(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """The loss of a collated batch. On some CPUs an NF4 model cannot be trained after it: bitsandbytes repacks it."""
-    return vlm(**{name: tensor.to(vlm.device) for name, tensor in batch.items()}).loss.item()
+def completion_logits(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """float32 [n, vocabulary] on the CPU: the logits that choose each token inside the loss of a collated batch.
+
+    On some CPUs an NF4 model cannot be trained after it: bitsandbytes repacks the weights.
+    """
+    logits = vlm(**{name: tensor.to(vlm.device) for name, tensor in batch.items() if name != "labels"}).logits
+    return logits[:, :-1].cpu()[batch["labels"][:, 1:] != IGNORED].float()
 
 
 def rows_and_processor(scale: str = "tiny", path: str = str(TINY_BASE), **limit: int
