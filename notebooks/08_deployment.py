@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Deployment: a server, a page, and a million photos
 #
-# A run ends with a merged model: one folder that loads like any other. How is it put to use? Everything below runs for
-# real, on this machine:
+# A run ends with a merged model: one folder that loads like any other. How is it put to use? All code cells below run
+# for real, on this machine:
 #
 # 1. What must travel with the weights
 # 2. A server that speaks OpenAI's protocol, and a client
@@ -257,8 +257,10 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 # from vllm import LLM, SamplingParams
 # from helpers import finished, predict
 #
-# folder, shard, shards = "runs/…-merged", int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+# shard, shards = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+# folder = "runs/…-merged"
 # made_with = finished.check(folder)
+# prompt = {"type": "text", "text": made_with["prompt"]}
 # budget = {key: made_with[key] for key in ("min_pixels", "max_pixels")}
 # llm = LLM(folder, dtype="bfloat16", max_model_len=2048, mm_processor_kwargs=budget,
 #           limit_mm_per_prompt={"image": 1, "video": 0}, allowed_local_media_path="/data/photos")
@@ -268,8 +270,8 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 #     part, some = Path(f"boxes/{shard:03}-{start:08}.jsonl"), photos[start : start + 512]
 #     if part.exists():
 #         continue
-#     chats = [[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": f"file://{photo}"}},
-#                                            {"type": "text", "text": made_with["prompt"]}]}] for photo in some]
+#     pictures = [{"type": "image_url", "image_url": {"url": f"file://{photo}"}} for photo in some]
+#     chats = [[{"role": "user", "content": [picture, prompt]}] for picture in pictures]
 #     lines = []
 #     for photo, output in zip(some, llm.chat(chats, greedy)):
 #         tokens = list(output.outputs[0].token_ids)
