@@ -18,7 +18,7 @@
 
 # %% tags=["parameters"]
 scale = "tiny"  # 7b: the real photos, on a GPU
-model_id = None  # Hub id or folder of an RT-DETR v2, such as PekingU/rtdetr_v2_r18vd; None: a small one, random weights
+detector_id = None  # Hub id or folder of an RT-DETR v2 (PekingU/rtdetr_v2_r18vd); None: a small one, random weights
 dataset_id = None  # None: that of the scale
 one_class = True  # every table is a "nutrition-table", as Open Food Facts trains; False: the kinds that the data has
 epochs = 4
@@ -33,7 +33,7 @@ keep = None  # a new folder for the detector, its boxes and its scores, for `mak
 from helpers.topics.opening import model_path, opening
 
 opening(globals(), "dataset_id", "learning_rate", "train_limit", "val_limit", "seed", scale=("tiny", "7b"),
-        model_id="a Hub id or a folder, or None", one_class=bool, epochs=range(1, 10**6), augment=bool,
+        detector_id="a Hub id or a folder, or None", one_class=bool, epochs=range(1, 10**6), augment=bool,
         keep="a new folder, or None")
 vlm_path = model_path(scale, None)
 
@@ -72,7 +72,7 @@ names = ["nutrition-table"] if one_class else names
 
 # %%
 set_seed(seed)
-rtdetr, processor = detector.load(model_id, names) if model_id else detector.small(names, side=160)
+rtdetr, processor = detector.load(detector_id, names) if detector_id else detector.small(names, side=160)
 change = Augment(seed) if augment else None
 collator = detector.Collator(processor, names, change)
 first = rows["train"][0]
@@ -242,7 +242,7 @@ Markdown(f"""Here {best} has a mean IoU of **{table[best]["mean IoU"]}**. The de
 # pre-trained base, and both saw rendered packs. For real photos run it at full scale, where both start pre-trained:
 #
 # ```sh
-# papermill 09_detector_baseline.ipynb out.ipynb -p scale 7b -p model_id PekingU/rtdetr_v2_r18vd -p epochs 40 \
+# papermill 09_detector_baseline.ipynb out.ipynb -p scale 7b -p detector_id PekingU/rtdetr_v2_r18vd -p epochs 40 \
 #     -p learning_rate 5e-5 -p keep ../runs/detector
 # make compare A=r4-joint B=runs/detector
 # ```

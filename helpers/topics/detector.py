@@ -42,23 +42,24 @@ def small(names: Sequence[str], side: int) -> tuple[RTDetrV2ForObjectDetection, 
     return RTDetrV2ForObjectDetection(config), RTDetrImageProcessor(size={"height": side, "width": side})
 
 
-def load(model_id: str | Path, names: Sequence[str] | None = None):
+def load(detector_id: str | Path, names: Sequence[str] | None = None):
     """A trained RT-DETR v2 of the Hub or a folder, in fp32, and its image processor.
 
     With `names` the head is made for these classes, and a head for others (COCO's 80) gives way to random weights.
     Raises ParameterError where there is no such model.
     """
     try:
-        kind = AutoConfig.from_pretrained(model_id).model_type
+        kind = AutoConfig.from_pretrained(detector_id).model_type
         if kind == "rt_detr_v2":
             model = RTDetrV2ForObjectDetection.from_pretrained(
-                model_id, use_safetensors=True, dtype=torch.float32,
+                detector_id, use_safetensors=True, dtype=torch.float32,
                 **({"ignore_mismatched_sizes": True, **_labels(names)} if names else {}))
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            return model.to(device), AutoImageProcessor.from_pretrained(model_id)
+            return model.to(device), AutoImageProcessor.from_pretrained(detector_id)
     except (OSError, ValueError) as error:
-        raise ParameterError(f"model_id={str(model_id)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-    raise ParameterError(f"model_id={str(model_id)!r} is a {kind}; expected an RT-DETR v2.")
+        why = str(error).splitlines()[0]
+        raise ParameterError(f"detector_id={str(detector_id)!r} cannot be loaded: {why}") from error
+    raise ParameterError(f"detector_id={str(detector_id)!r} is a {kind}; expected an RT-DETR v2.")
 
 
 class Collator:
