@@ -37,7 +37,8 @@ TRAINING = (
 
 def quiet_libraries() -> None:
     """Keep notices that no reader can act on out of the outputs; errors and this project's own words stay."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torch.utils.cpp_extension"):  # the second: CUDA is installed, and there is no GPU
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers
 

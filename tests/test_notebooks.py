@@ -28,7 +28,7 @@ SMALL = {
                                "prompt_pictures": 2},
     "05_debug_dtype_issue": {"pictures": 3, "steps": 5},
     "06_quantization_and_trainable_params": {"ranks": "2", "steps": 3, "pictures": 4},
-    "07_performance": {"train_pictures": 8, "pictures": 2, "batch_size": 2, "steps": 2},
+    "07_performance": {"pictures": 2, "batch_size": 2, "steps": 2},
     "08_deployment": {"steps": 2, "pictures": 4, "callers": "1,2", "requests": 4},
     "09_detector_baseline": {"epochs": 1, "train_limit": 4, "val_limit": 8},  # a single step
 }
