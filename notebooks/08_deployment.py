@@ -43,9 +43,9 @@ import datasets
 import openai
 import pandas as pd
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2VLForConditionalGeneration
 
 from helpers import data, finished, many, merge, messages, parity, plots, predict
+from helpers import model as models
 from helpers.parameters import ParameterError
 from helpers.recipes import RECIPES
 from helpers.topics.serving import reply, served
@@ -290,9 +290,9 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 # `PUSH=user/name`. The 4-bit copy is these calls, and it needs no setting when it is loaded again:
 
 # %%
-four_bits = Qwen2VLForConditionalGeneration.from_pretrained(folder, quantization_config=nf4())
+four_bits = models.load(folder, quantization_config=nf4())
 four_bits.save_pretrained(scratch / "nf4")
-assert Qwen2VLForConditionalGeneration.from_pretrained(scratch / "nf4").is_loaded_in_4bit
+assert models.load(scratch / "nf4").is_loaded_in_4bit
 for name, place in {"bf16": folder, "NF4": scratch / "nf4"}.items():
     print(f"{name}: {sum(file.stat().st_size for file in place.glob('*.safetensors')) / 1e6:.1f} MB")
 servers.close()

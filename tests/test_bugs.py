@@ -5,7 +5,7 @@ Where a test says that a bug is gone, a library has repaired it: take its sectio
 
 import pytest
 import torch
-from small_training import NF4, load_tiny, small_processor, squares
+from small_training import load_tiny, nf4_config, small_processor, squares
 from torch import nn
 from transformers import Trainer
 from trl import SFTTrainer
@@ -72,7 +72,7 @@ def test_trl_casts_lora_on_a_quantized_base_and_the_projects_trainer_keeps_fp32(
     from peft import LoraConfig, get_peft_model
 
     for kind, dtype in ((SFTTrainer, torch.bfloat16), (trainer.BoxTrainer, torch.float32)):
-        vlm = get_peft_model(load_tiny(quantization_config=NF4), LoraConfig(r=2, target_modules=r".*\.q_proj"))
+        vlm = get_peft_model(load_tiny(quantization_config=nf4_config()), LoraConfig(r=2, target_modules=r".*\.q_proj"))
         trainer_for(vlm, *material, tmp_path, kind)
         assert {p.dtype for p in vlm.parameters() if p.requires_grad} == {dtype}, f"TRL's cast of LoRA {GONE}"
 

@@ -18,7 +18,6 @@ from transformers.image_utils import load_image_as_tensor
 
 from helpers import finished, predict, serve
 from helpers.messages import NO_TABLE, parse_text, target_text
-from helpers.topics.serving import served
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """How a topic notebook begins: one call that checks its parameters before any work, and opens what they name."""
 
-from collections.abc import Callable
-from typing import Any
-
 from helpers import parameters
-from helpers.parameters import ParameterError
+from helpers.parameters import ParameterError, Rule
 from helpers.recipes import SCALES
 from helpers.settings import local_model
 
@@ -42,17 +39,17 @@ def opening(namespace: dict, *pipelines: str, **own: Short) -> None:
     quiet_libraries()
 
 
-def _rule(short: Short) -> tuple[str, Callable[[Any], bool]]:
-    """What `parameters.check` takes for a rule of `opening`: (what is expected, the test)."""
+def _rule(short: Short) -> Rule:
+    """The rule that a short form of `opening` stands for."""
     if isinstance(short, str):
         rule = parameters.text(short)
-        return (short, lambda value: value is None or rule[1](value)) if short.endswith("None") else rule
+        return rule._replace(accepts=lambda value: value is None or rule.accepts(value)) if short.endswith("None") else rule
     if isinstance(short, range):
         return parameters.whole(short.start, short.stop - 1)
     if isinstance(short, list):
         (each,) = short
         expected = f"whole numbers from {each.start} to {each.stop - 1} with commas between them, such as 2,8"
-        return expected, lambda value: all(n.isdecimal() and int(n) in each for n in str(value).split(","))
+        return Rule(expected, lambda value: all(n.isdecimal() and int(n) in each for n in str(value).split(",")))
     if isinstance(short, tuple):
         return parameters.one_of(*short) if isinstance(short[0], str) else parameters.number(*short)
     return parameters.flag()

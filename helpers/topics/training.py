@@ -26,17 +26,14 @@ def load(config: BitsAndBytesConfig | None = None, dtype: torch.dtype | None = N
          ) -> Qwen2VLForConditionalGeneration:
     """The frozen base, quantized as `config` says; all else in `dtype` (None: `model.compute_dtype()`)."""
     model.patches_as_product()
-    return Qwen2VLForConditionalGeneration.from_pretrained(
+    return model.load(
         path, dtype=dtype or model.compute_dtype(), quantization_config=config, attn_implementation=model.attention(),
         device_map=model.device_map()).requires_grad_(False).eval()
 
 
 @torch.inference_mode()
 def completion_logits(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """float32 [n, vocabulary] on the CPU: the logits that choose each token inside the loss of a collated batch.
-
-    On some CPUs an NF4 model cannot be trained after it: bitsandbytes repacks the weights.
-    """
+    """float32 [n, vocabulary] on the CPU: the logits that choose each token inside the loss of a collated batch."""
     logits = vlm(**{name: tensor.to(vlm.device) for name, tensor in batch.items() if name != "labels"}).logits
     return logits[:, :-1].cpu()[batch["labels"][:, 1:] != IGNORED].float()
 
