@@ -43,7 +43,9 @@ def _rule(short: Short) -> Rule:
     """The rule that a short form of `opening` stands for."""
     if isinstance(short, str):
         rule = parameters.text(short)
-        return rule._replace(accepts=lambda value: value is None or rule.accepts(value)) if short.endswith("None") else rule
+        if short.endswith("None"):
+            return rule._replace(accepts=lambda value: value is None or rule.accepts(value))
+        return rule
     if isinstance(short, range):
         return parameters.whole(short.start, short.stop - 1)
     if isinstance(short, list):
