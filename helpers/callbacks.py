@@ -5,6 +5,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from helpers import data, evaluate, predict
+from helpers.settings import Run
 from helpers.trainer import BoxTrainer
 
 
@@ -13,33 +14,31 @@ class IoUDuringTraining(TrainerCallback):
 
     Args:
         sft: the trainer, whose log gets the number (so W&B, TensorBoard and `log.jsonl` do).
-        rows: a `datasets.Dataset` of the project's schema, from `selection` and never from `val`: what is chosen by
-            this number must not be reported on. The processes share the pictures out.
-        every: steps between two measurements.
-        keep_best: save a checkpoint whenever the number is the best so far (the earlier of equal ones), protected
-            from rotation; `BoxTrainer.load_best` takes it back at the end.
-        generation: arguments of `predict.generate_lines`' `model.generate`, such as `max_new_tokens`.
+        selection: a `datasets.Dataset` of the project's schema, of which the first `run.eval_pictures` are used; never
+            `val`: what is chosen by this number must not be reported on. The processes share the pictures out.
+        run: its `eval_steps`, `prompt`, `predict_batch_size`, `max_new_tokens`, and `keep`: with `best` a checkpoint is
+            saved whenever the number is the best so far (the earlier of equal ones), protected from rotation;
+            `BoxTrainer.load_best` takes it back at the end.
 
-    The training goes on as if nothing had been asked: greedy decoding draws no random number, and the model returns
-    to its mode. Raises ValueError where no picture of `rows` has a box, because then there is no IoU.
+    The training goes on as if nothing had been generated: greedy decoding draws no random number, and the model returns
+    to its mode. Raises ValueError where no picture has a box, because then there is no IoU.
     """
 
-    def __init__(self, sft: BoxTrainer, rows, prompt: str, *, every: int, batch_size: int, keep_best: bool = False,
-                 **generation):
-        self.sft, self.rows, self.prompt, self.every = sft, rows, prompt, every
-        self.batch_size, self.keep_best = batch_size, keep_best
-        self.generation = generation | {"do_sample": False, "use_cache": True}
-        self.truth = data.truth_rows(rows)
+    def __init__(self, sft: BoxTrainer, selection, run: Run):
+        self.sft, self.run = sft, run
+        self.rows = selection.select(range(min(run.eval_pictures, len(selection))))
+        self.generation = {"do_sample": False, "use_cache": True, "max_new_tokens": run.max_new_tokens}
+        self.truth = data.truth_rows(self.rows)
         if not any(row["objects"]["bbox"] for row in self.truth):
-            raise ValueError(f"none of the {len(rows)} pictures for the IoU during training has a box; take more.")
+            raise ValueError(f"none of the {len(self.rows)} pictures for the IoU during training has a box; take more.")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Measure where it is time, log, and ask for a checkpoint where this is the best so far."""
-        if state.global_step % self.every and state.global_step < state.max_steps:
+        if state.global_step % self.run.eval_steps and state.global_step < state.max_steps:
             return
         log_this_step, iou = control.should_log, self._measure()
         control.should_log = log_this_step  # or the step's loss would not be logged: Trainer resets it in `log`
-        if self.keep_best and (state.best_metric is None or iou > state.best_metric):
+        if self.run.keep == "best" and (state.best_metric is None or iou > state.best_metric):
             state.best_metric, state.best_global_step, control.should_save = iou, state.global_step, True
 
     def _measure(self) -> float:
@@ -49,10 +48,10 @@ class IoUDuringTraining(TrainerCallback):
         was_training, lines = model.training, []
         model.eval()
         try:
-            for start in range(0, len(mine), self.batch_size):
-                batch = [self.rows[i] for i in mine[start : start + self.batch_size]]
+            for start in range(0, len(mine), self.run.predict_batch_size):
+                batch = [self.rows[i] for i in mine[start : start + self.run.predict_batch_size]]
                 with accelerator.autocast():
-                    lines += predict.generate_lines(model, self.sft.processing_class, batch, self.prompt,
+                    lines += predict.generate_lines(model, self.sft.processing_class, batch, self.run.prompt,
                                                     self.generation)
             lines = gather_object(lines)
             score = evaluate.score(self.truth, lines, resamples=0)

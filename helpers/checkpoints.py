@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from helpers.files import read_json, write_json
+from helpers.runs import read_json, write_json
 
 COMPLETE = "complete"  # in a checkpoint: {file: bytes}, written last; without it one was cut off and is never loaded
 

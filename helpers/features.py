@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from helpers.collate import IGNORED, Collator
-from helpers.progress import progress_bar
 from helpers.recipes import Stage
+from helpers.runs import progress_bar
 
 PADDING = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}  # None: the tokenizer's
 
@@ -43,7 +43,7 @@ class SeenCollator:
     """
 
     def __init__(self, collator: Collator, vlm: torch.nn.Module, rows: datasets.Dataset, file: Path, batch_size: int,
-                 workers: int = 0):
+                 workers: int | None = None):
         if collator.augment:
             raise ValueError("augmented pictures are other ones in each epoch: what the tower sees cannot be kept.")
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -54,6 +54,7 @@ class SeenCollator:
         bar = progress_bar(len(rows), 0, "seen once", "picture")
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as out:
+            workers = (4 if torch.cuda.is_available() else 0) if workers is None else workers
             for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=workers):
                 seen = see(vlm, batch["pixel_values"], batch["image_grid_thw"])
                 for number, tokens in enumerate(seen):

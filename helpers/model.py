@@ -19,9 +19,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from helpers import parity
 from helpers.collate import IGNORED
-from helpers.parameters import ParameterError
 from helpers.recipes import Stage
-from helpers.settings import check_architecture
+from helpers.settings import ParameterError, check_architecture
 
 TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
-from helpers import checkpoints, parity, runs
+from helpers import checkpoints, merge, parity, runs
 from helpers.collate import IGNORED
 from helpers.faults import ForgivingReporter, StopNotice, Stopped, explained
 from helpers.model import check_one_way, keep_4bit_trainable
@@ -32,6 +33,16 @@ from helpers.trainlog import LossLog, ProgressBar, read_log
 __all__ = ["COMPLETE", "WEIGHTS", "BoxTrainer", "LossLog", "ProgressBar", "load_trainable", "read_log"]
 
 WEIGHTS = "trainable.safetensors"
+# What every training of this project has in its SFTConfig.
+COMMON: dict[str, Any] = {
+    "remove_unused_columns": False,  # the collator reads rows of the project's schema
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # a loss that is no number must be seen
+    "save_total_limit": 2,
+    "dataloader_num_workers": 4 if torch.cuda.is_available() else 0,  # processes that open pictures
+    "use_cpu": not torch.cuda.is_available(),
+    "ddp_find_unused_parameters": False,
+}
 COMPLETE = checkpoints.COMPLETE
 
 
@@ -171,6 +182,20 @@ class BoxTrainer(SFTTrainer):
             raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
         load_trainable(self._trainable(), self.folder / f"checkpoint-{step}")
         return step
+
+    def save_result(self, folder: Path, keep: str = "last") -> None:
+        """Write what was trained, adapter or whole model, to `folder`: the last step's weights or the `best`'s."""
+        if keep == "best":
+            print(f"the best IoU during training, {self.state.best_metric:.3f}, was at step {self.load_best()}: kept")
+        tuned = self.accelerator.unwrap_model(self.model)
+        if runs.is_main():
+            if isinstance(tuned, PeftModel):
+                tuned.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+            else:
+                merge.save_whole(tuned, self.processing_class, folder)
+            parity.write(folder, self.made_with or {}, self.base)
+        self.accelerator.wait_for_everyone()
 
     def create_model_card(self, *args, **kwargs) -> None:
         """None here: the run's manifest says what a card would."""

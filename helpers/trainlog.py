@@ -7,8 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from helpers import checkpoints
-from helpers.files import write_text
-from helpers.progress import progress_bar
+from helpers.runs import progress_bar, write_text
 
 WINDOW = 20  # steps whose mean loss tells a trend
 WORSE = 1.5  # this many times the mean of the first WINDOW steps: the training has diverged

@@ -46,7 +46,7 @@ from peft import LoraConfig, get_peft_model
 
 from helpers import data, finished, many, merge, messages, parity, plots, predict
 from helpers import model as models
-from helpers.parameters import ParameterError
+from helpers.settings import ParameterError
 from helpers.recipes import RECIPES
 from helpers.topics.serving import reply, served
 from helpers.topics.training import PROMPT, TINY_BASE, load, nf4, rows_and_processor, trainer_for

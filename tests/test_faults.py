@@ -17,8 +17,8 @@ from small_training import StopAt, build
 from transformers import TrainerCallback, TrainerState
 
 from helpers import checkpoints, collate, data, faults, parameters, runs, trainer, trainlog
-from helpers.files import read_json
 from helpers.model import KeepActivations
+from helpers.runs import read_json
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_a_full_disk_ends_in_words_and_the_last_checkpoint_stays(file, error, tm
 
 
 def test_a_manifest_is_whole_or_the_old_one_when_the_disk_is_full(tmp_path, monkeypatch):
-    from helpers.files import write_json
+    from helpers.runs import write_json
 
     write_json(tmp_path / "manifest.json", {"old": 1})
 

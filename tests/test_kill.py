@@ -18,8 +18,8 @@ import pytest
 from pipeline_runner import SOURCE
 
 from helpers.checkpoints import checkpoints, is_complete, last_checkpoint
-from helpers.files import file_hash
 from helpers.recipes import RECIPES
+from helpers.runs import file_hash
 from helpers.settings import PROJECT
 from helpers.trainlog import read_log
 

@@ -79,7 +79,7 @@ def test_a_notebook_is_short_and_its_parameters_are_literals(path):
 
 def test_a_kernel_that_starts_in_the_folder_finds_the_helpers():
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", "import helpers.parameters"], cwd=ROOT / "notebooks", env=clean, check=True)
+    subprocess.run([sys.executable, "-c", "import helpers.settings"], cwd=ROOT / "notebooks", env=clean, check=True)
 
 
 @pytest.mark.parametrize("opened", [".", "notebooks"])

@@ -13,9 +13,8 @@ from transformers import Qwen2VLProcessor
 
 from helpers import collate, data, model
 from helpers.dev.pairs import read_notebook
-from helpers.parameters import ParameterError
 from helpers.recipes import RECIPES, SCALES
-from helpers.settings import TINY_BASE
+from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import attention, sizes
 from helpers.topics.opening import model_path, opening
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback
 
-from helpers import checkpoints, runs, trainer
+from helpers import checkpoints, trainer
 
 
 class WeightsAtStart(TrainerCallback):
@@ -86,6 +86,3 @@ def test_no_checkpoint_and_steps_done(tmp_path):
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     checkpoints.drop_old_checkpoints(tmp_path, 1, None)
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-10"]
-    assert not runs.is_done(tmp_path, "train", "a")
-    runs.mark_done(tmp_path, "train", "a")
-    assert runs.is_done(tmp_path, "train", "a") and not runs.is_done(tmp_path, "train", "b")

@@ -23,7 +23,7 @@ from PIL import Image
 
 from helpers import runs
 from helpers.dev.pairs import KERNEL, PairError, check, find_pairs, read_notebook
-from helpers.files import write_text
+from helpers.runs import write_text
 
 SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1",
             "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
