@@ -191,7 +191,7 @@ assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and not torch.cuda.is_initial
 torch.cuda.is_initialized = lambda: True
 parameters.choose_gpus("0,1")  # a cell run for the second time
 try:
-    settings.choose_gpus("1")
+    parameters.choose_gpus("1")
 except parameters.ParameterError as error:
     print(error)
 """

@@ -42,7 +42,7 @@ def opening(namespace: dict, *pipelines: str, **own: Short) -> None:
 def _rule(short: Short) -> Rule:
     """The rule that a short form of `opening` stands for."""
     if isinstance(short, str):
-        return recipes.text(short)
+        return recipes.text(short.removesuffix(", or None"))
     if isinstance(short, range):
         return recipes.whole(short.start, short.stop - 1)
     if isinstance(short, list):
