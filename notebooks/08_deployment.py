@@ -217,7 +217,7 @@ pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 # `make app` opens a page at http://127.0.0.1:7860: a photo goes in; out come the boxes with the model's confidence, the
 # text, and the crops. This is what it finds in a few pictures (true boxes solid, predictions dashed):
 
-# %% tags=["thumbnail"]
+# %%
 plots.gallery(val.select(range(4)), data.truth_rows(val), local)
 
 # %% [markdown]
