@@ -226,7 +226,7 @@ def step(folder: Path, name: str, inputs: dict[str, Any], made: Path | None = No
         yield True
         if is_main():
             write_json(folder / "steps.json", read_json(folder / "steps.json") | {name: step_key})
-        _note_time(run_folder or folder, name, time.perf_counter() - start)
+        _note_time(run_folder or folder, Path(name).stem, time.perf_counter() - start)
 
 
 def _note_time(folder: Path, name: str, seconds: float) -> None:
