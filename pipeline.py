@@ -91,8 +91,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
-from helpers import model, parity, plots, predict, trainer
+from helpers import budget, collate, data, evaluate, merge, messages, model, parity, plots, predict, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
 
@@ -296,7 +295,7 @@ def make_trainable(base, stage):
 
 # %% [markdown]
 # Three things save time, and change a number only in its last digits. On a GPU LoRA's product is added to the layer's
-# output in place, and the small operations between matrix products are compiled (`fused.speed_up`). Activations are
+# output in place, and the small operations between matrix products are compiled (`speed.speed_up`). Activations are
 # kept instead of worked out twice (`gradient_checkpointing`) in as many layers as the longest batch leaves memory for,
 # which is tried. And a vision tower that does not train sees each picture once, instead of once an epoch.
 
@@ -307,18 +306,19 @@ def checkpointing(tuned):
         return run.gradient_checkpointing, []
     rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collate.Collator(processor, run.prompt, run.loss_scope)(rows_of)
-    if model.fits_whole(tuned, longest):
+    if speed.fits_whole(tuned, longest):
         return False, []
-    return True, model.layers_that_fit(tuned, longest)
+    return True, speed.layers_that_fit(tuned, longest)
 
 
 def training_data(stage_run, tuned, augment):
     """The rows to train on, and the collator that makes batches of them."""
     collator = collate.Collator(processor, run.prompt, run.loss_scope, augment)
-    if not features.worth_keeping(stage_run.stage, run.augment, run.epochs):
+    if not speed.worth_caching(stage_run.stage, run.augment, run.epochs):
         return rows["train"], collator
-    seen = features.SeenCollator(collator, tuned, rows["train"], stage_run.folder / "seen.bin", run.batch_size, workers)
-    return seen.rows, seen
+    cached = speed.CachedFeaturesCollator(collator, tuned, rows["train"], stage_run.folder / "features.bin",
+                                          run.batch_size, workers)
+    return cached.rows, cached
 
 
 # %%
@@ -363,26 +363,26 @@ def train(stage_run, base_path):
     """Train one stage on the model at `base_path`; returns the table of what trained, per tower."""
     folder, stage = stage_run.folder, stage_run.stage
     tuned = make_trainable(load_base(stage.precision, base_path), stage)
-    print(fused.speed_up(tuned))
+    print(speed.speed_up(tuned))
     checkpointed, kept = checkpointing(tuned)
     augment = Augment(run.seed) if run.augment else None
     train_rows, collator = training_data(stage_run, tuned, augment)
     sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
                              data_collator=collator, processing_class=processor,
-                             callbacks=[trainer.LossLog(folder), model.KeepActivations(kept)],
+                             callbacks=[trainer.LossLog(folder), speed.KeepActivations(kept)],
                              made_with=made_with, base=parity.base_of(base_path, run.model_revision))
     if augment:
         sft.add_callback(augment)  # tells it the epoch
     if run.eval_steps:
         few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
-        sft.add_callback(callbacks.IoUDuringTraining(
+        sft.add_callback(trainer.IoUDuringTraining(
             sft, few, run.prompt, every=run.eval_steps, batch_size=run.predict_batch_size,
             keep_best=run.keep == "best", max_new_tokens=run.max_new_tokens))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):
-        sft.train(resume_from_checkpoint=checkpoints.last_checkpoint(folder))
-    fused.plain_rotations()
+        sft.train(resume_from_checkpoint=trainer.last_checkpoint(folder))
+    speed.plain_rotations()
     if run.keep == "best":
         print(f"the best IoU during training, {sft.state.best_metric:.3f}, was at step {sft.load_best()}: kept")
     if runs.is_main():

@@ -1,38 +1,47 @@
-"""TRL's SFTTrainer with checkpoints that hold exactly what trains, and that resume exactly.
+"""TRL's SFTTrainer with checkpoints that hold exactly what trains, that resume exactly, and endings that say why.
 
 Trainer's own checkpoints of a full Qwen2-VL carry old key names (`visual.*`) and load non-strictly: the resumed model
 is silently the base again. Saving the trainable weights alone, in fp32, is smaller and exact, for LoRA as for a tower.
 """
 
 import contextlib
+import json
 import math
+import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import gather_object
 from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from tqdm import tqdm
+from transformers import PrinterCallback, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
-from helpers import checkpoints, parity, runs
+from helpers import data, evaluate, parity, predict, runs
 from helpers.collate import IGNORED
-from helpers.faults import ForgivingReporter, StopNotice, Stopped, explained
+from helpers.files import read_json, write_json, write_text
 from helpers.model import check_one_way, keep_4bit_trainable
-from helpers.trainlog import LossLog, ProgressBar, read_log
-
-__all__ = ["COMPLETE", "WEIGHTS", "BoxTrainer", "LossLog", "ProgressBar", "load_trainable", "read_log"]
+from helpers.progress import progress_bar
+from helpers.settings import take_signals
+from helpers.speed import KeepActivations
 
 WEIGHTS = "trainable.safetensors"
-COMPLETE = checkpoints.COMPLETE
+COMPLETE = "complete"  # in a checkpoint: {file: bytes}, written last; without it one was cut off and is never loaded
+WINDOW = 20  # steps whose mean loss tells a trend
+WORSE = 1.5  # this many times the mean of the first WINDOW steps: the training has diverged
 
 
 class BoxTrainer(SFTTrainer):
@@ -69,7 +78,7 @@ class BoxTrainer(SFTTrainer):
         Raises Stopped (a SystemExit) after the checkpoint that a SIGTERM asked for.
         """
         if self.args.should_save:
-            checkpoints.drop_half_checkpoints(self.folder)
+            drop_half_checkpoints(self.folder)
         if resume_from_checkpoint and runs.is_main():
             print(f"{self.folder.name} goes on from {Path(resume_from_checkpoint).name}")
         if "wandb" in self.args.report_to:
@@ -100,7 +109,7 @@ class BoxTrainer(SFTTrainer):
                           pin_memory=args.dataloader_pin_memory)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's own; features that a frozen tower has made before (`SeenCollator`) take the place of pictures.
+        """TRL's own; features that a frozen tower has made before (`CachedFeaturesCollator`) take pictures' place.
 
         SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
         they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
@@ -145,16 +154,16 @@ class BoxTrainer(SFTTrainer):
                 return
             if self.made_with:
                 parity.write(folder, self.made_with, self.base)
-            checkpoints.mark_complete(folder)
+            mark_complete(folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face of its own in each library
             free = shutil.disk_usage(self.folder).free / 2**30
             shutil.rmtree(folder, ignore_errors=True)  # half of it: it would never be loaded, and takes room
-            last = checkpoints.last_checkpoint(self.folder)
+            last = last_checkpoint(self.folder)
             raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; the same "
                           f"command goes on from {Path(last).name if last else 'the start'}.") from error
         finally:
             self.args.save_total_limit = kept
-        checkpoints.drop_old_checkpoints(self.folder, kept, self.state.best_model_checkpoint)
+        drop_old_checkpoints(self.folder, kept, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.made_with:
@@ -243,3 +252,324 @@ def load_trainable(parameters: dict[str, torch.nn.Parameter], checkpoint: Path) 
     with torch.no_grad():
         for name, weight in saved.items():
             parameters[name].copy_(weight)
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole: every file's size, so that one which a crash has cut shows too."""
+    write_json(checkpoint / COMPLETE, {path.name: path.stat().st_size for path in checkpoint.iterdir()})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    sizes = read_json(checkpoint / COMPLETE)
+    return bool(sizes) and all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+                               for name, size in sizes.items())
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, whole or not, the newest last."""
+    return sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint (its `complete` file is written last), or None."""
+    whole = [path for path in checkpoints(folder) if is_complete(path)]
+    return str(whole[-1]) if whole else None
+
+
+def drop_half_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that a kill has cut off."""
+    for path in checkpoints(folder):
+        if not is_complete(path):
+            shutil.rmtree(path)
+
+
+def drop_old_checkpoints(folder: Path, keep: int | None, best: str | None) -> None:
+    """Keep `keep` checkpoints: the newest, and among them the one that is `best` (its path) by its score."""
+    others = [path for path in checkpoints(folder) if str(path) != best]
+    room = max(1, (keep or len(others)) - bool(best and Path(best).is_dir()))
+    for path in others[:-room]:
+        (path / COMPLETE).unlink(missing_ok=True)  # first: what is half removed must not look whole
+        shutil.rmtree(path)
+
+
+class LossLog(TrainerCallback):
+    """Append every logged step to `log.jsonl`, and stop the training when the loss is no number or diverges."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Drop what a killed run had logged after its last checkpoint."""
+        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step] if state.global_step else []
+        self.losses = [line["loss"] for line in kept if "loss" in line]
+        if state.is_world_process_zero:
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Raises FloatingPointError, before a checkpoint of this step could be written."""
+        if not logs or not {"loss", "eval_iou"} & set(logs):
+            return
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        fault = self._fault(logs)
+        if fault:
+            last = last_checkpoint(self.path.parent)
+            good = f"{Path(last).name} is the last good checkpoint" if last else "no checkpoint was written yet"
+            raise FloatingPointError(
+                f"{fault} at step {state.global_step} of {state.max_steps}; {good} (in {self.path.parent}). Lower "
+                f"learning_rate (now {args.learning_rate}) and give the new run a run_name of its own.")
+
+    def _fault(self, logs: dict) -> str:
+        """What is wrong with this step's loss or gradient, or nothing."""
+        if "loss" not in logs:
+            return ""
+        self.losses.append(logs["loss"])
+        for name, value in (("loss", logs["loss"]), ("size of the gradient", float(logs.get("grad_norm") or 0))):
+            if not math.isfinite(value):
+                return f"the {name} is {value}"
+        first, last = sum(self.losses[:WINDOW]) / WINDOW, sum(self.losses[-WINDOW:]) / WINDOW
+        if len(self.losses) >= 2 * WINDOW and last > WORSE * first:
+            return (f"the training diverges: the loss is {last:.3g} over the last {WINDOW} steps, and was {first:.3g} "
+                    f"over the first {WINDOW}")
+        return ""
+
+
+def read_log(path: Path) -> list[dict]:
+    """The logged steps, `[{"step", "loss", "grad_norm", "learning_rate", ...}]`; a cut last line is dropped."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class ProgressBar(TrainerCallback):
+    """One text bar with the loss, the same in a terminal, in JupyterLab and in papermill's log.
+
+    It stands in for Trainer's own, which prints every logged step, or a table of them in a notebook.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = progress_bar(state.max_steps, state.global_step, "training", "step", state.is_world_process_zero)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()
+
+
+class Stopped(SystemExit):
+    """The training was told to stop and has saved; the message is the process's last word, its exit status 1."""
+
+
+class StopNotice(TrainerCallback):
+    """SIGTERM, Ctrl-C, a notebook's stop button or the end of the program that runs it: finish the step, save, stop.
+
+    `came` names what came, and is empty where nothing did. Under a launcher all processes stop at the same step.
+    """
+
+    came = ""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT (where this is the main thread: Python hands it all signals) until the block ends."""
+        self.came, poller = "", _kernel_poller()
+        self.kernel_of = os.getppid() if poller else 0
+        before = take_signals(self._on_signal) if threading.current_thread() is threading.main_thread() else {}
+        try:
+            with _kernel_outlives_its_parent(poller) if before and poller else contextlib.nullcontext():
+                yield
+        finally:
+            for number, taker in before.items():
+                signal.signal(number, taker)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.came = signal.Signals(number).name
+        if number == signal.SIGINT:  # a person waits; `print` is not for a signal's handler
+            with contextlib.suppress(OSError):  # `| tee` has ended by the same Ctrl-C
+                os.write(2, b"\nSIGINT: this step is finished and saved first; a second one ends at once, without.\n")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """A whole step is done: the one point at which weights, optimizer and data order agree."""
+        if self.kernel_of and os.getppid() != self.kernel_of:
+            self.came = self.came or "the program that ran this notebook has ended"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            anyone = torch.tensor(float(bool(self.came)), device=args.device)
+            torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
+            self.came = self.came or ("another process was told to stop" if anyone.item() else "")
+        if self.came:
+            control.should_save = control.should_training_stop = True
+
+
+def _kernel_poller() -> Any:
+    """In a notebook's kernel its thread that looks whether the program that started it still runs, else None."""
+    kernels = sys.modules.get("ipykernel.kernelapp")
+    return kernels.IPKernelApp.instance().poller if kernels and kernels.IPKernelApp.initialized() else None
+
+
+class _AnyProcess:
+    """Stands for a process id, and differs from none."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _kernel_outlives_its_parent(poller: Any) -> Iterator[None]:
+    """papermill dies of a SIGTERM at once, and its kernel within a second of it, in the middle of a step.
+
+    Until the block ends any parent is right for the kernel; `StopNotice` looks itself, after each step.
+    """
+    parent, poller.parent_pid = poller.parent_pid, _AnyProcess()
+    try:
+        yield
+    finally:
+        poller.parent_pid = parent
+
+
+class ForgivingReporter(TrainerCallback):
+    """A logging service (W&B, TensorBoard) that may fail: the training goes on without it, and says so once."""
+
+    def __init__(self, inner: TrainerCallback):
+        self.inner: TrainerCallback | None = inner
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def event(*args: Any, **kwargs: Any) -> None:
+            if self.inner is None:
+                return
+            try:
+                getattr(self.inner, name)(*args, **kwargs)
+            except Exception as error:  # each service has its own
+                service = type(self.inner).__name__.removesuffix("Callback")
+                print(f"{service} fails ({type(error).__name__}: {str(error).strip()}): the training goes on without "
+                      "it, log.jsonl has the curve.")
+                self.inner = None
+
+        return event
+
+
+def explained(error: Exception, sft: Any) -> Exception | None:
+    """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
+    last = last_checkpoint(sft.folder)
+    goes_on = f"The same command goes on from {last.rsplit('/', 1)[-1] if last else 'the start'}."
+    if isinstance(error, torch.OutOfMemoryError):
+        return torch.OutOfMemoryError(f"out of GPU memory at step {sft.state.global_step + 1} ({_gpu_memory()}): "
+                                      f"{_smaller(sft)}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        first = str(error).split("\n")[0]
+        return RuntimeError(f"a process that reads the data died at step {sft.state.global_step + 1} ({first}), most "
+                            f"often for want of memory or of room in /dev/shm. {goes_on}")
+    return _bad_picture(error, sft)
+
+
+def _smaller(sft: Any) -> str:
+    """What to change so that a step takes less memory: the effective batch stays the same."""
+    args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    advice = []
+    kept = [one.layers for one in sft.callback_handler.callbacks if isinstance(one, KeepActivations)]
+    if any(kept) or not args.gradient_checkpointing:
+        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
+    if batch > 1:
+        advice.append(f"batch_size={batch // 2} and accumulation={-(-steps * batch // (batch // 2))} (now {batch} and "
+                      f"{steps}) give the same effective batch")
+    advice.append(f"a max_pixels below {pixels} makes shorter sequences")
+    return "; ".join(advice) + "; a smaller batch needs a run_name of its own."
+
+
+def _gpu_memory() -> str:
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB are in use here, {free / 2**30:.1f} of " \
+           f"{total / 2**30:.1f} GiB are free"
+
+
+def _bad_picture(error: Exception, sft: Any) -> Exception | None:
+    """Pictures are read to their end before a training starts; one that no longer is whole gets its name said."""
+    from datasets import Image
+    from PIL import UnidentifiedImageError
+
+    from helpers.data.pictures import picture_facts
+
+    if not isinstance(error, (UnidentifiedImageError, OSError)) or "image" not in sft.train_dataset.column_names:
+        return None
+    for row in sft.train_dataset.cast_column("image", Image(decode=False)):
+        fault = picture_facts(row["image"])["error"]
+        if fault:
+            return ValueError(f"the picture of image_id={row['image_id']!r} can no longer be read ({fault}), and could "
+                              "be when the run started; mend or remove it, and start again.")
+    return None
+
+
+class IoUDuringTraining(TrainerCallback):
+    """Generate on a few pictures every `every` steps and after the last one; log their mean IoU as `eval_iou`.
+
+    Args:
+        sft: the trainer, whose log gets the number (so W&B, TensorBoard and `log.jsonl` do).
+        rows: a `datasets.Dataset` of the project's schema, from `selection` and never from `val`: what is chosen by
+            this number must not be reported on. The processes share the pictures out.
+        every: steps between two measurements.
+        keep_best: save a checkpoint whenever the number is the best so far (the earlier of equal ones), protected
+            from rotation; `BoxTrainer.load_best` takes it back at the end.
+        generation: arguments of `predict.generate_lines`' `model.generate`, such as `max_new_tokens`.
+
+    The training goes on as if nothing had been asked: greedy decoding draws no random number, and the model returns
+    to its mode. Raises ValueError where no picture of `rows` has a box, because then there is no IoU.
+    """
+
+    def __init__(self, sft: BoxTrainer, rows, prompt: str, *, every: int, batch_size: int, keep_best: bool = False,
+                 **generation):
+        self.sft, self.rows, self.prompt, self.every = sft, rows, prompt, every
+        self.batch_size, self.keep_best = batch_size, keep_best
+        self.generation = generation | {"do_sample": False, "use_cache": True}
+        self.truth = data.truth_rows(rows)
+        if not any(row["objects"]["bbox"] for row in self.truth):
+            raise ValueError(f"none of the {len(rows)} pictures for the IoU during training has a box; take more.")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Measure where it is time, log, and ask for a checkpoint where this is the best so far."""
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        log_this_step, iou = control.should_log, self._measure()
+        control.should_log = log_this_step  # or the step's loss would not be logged: Trainer resets it in `log`
+        if self.keep_best and (state.best_metric is None or iou > state.best_metric):
+            state.best_metric, state.best_global_step, control.should_save = iou, state.global_step, True
+
+    def _measure(self) -> float:
+        """Mean IoU (0-1) of the model as it is now; the same number in every process."""
+        accelerator, model = self.sft.accelerator, self.sft.accelerator.unwrap_model(self.sft.model)
+        mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
+        was_training, lines = model.training, []
+        model.eval()
+        try:
+            for start in range(0, len(mine), self.batch_size):
+                batch = [self.rows[i] for i in mine[start : start + self.batch_size]]
+                with accelerator.autocast():
+                    lines += predict.generate_lines(model, self.sft.processing_class, batch, self.prompt,
+                                                    self.generation)
+            lines = gather_object(lines)
+            score = evaluate.score(self.truth, lines, resamples=0)
+            iou = score["summary"]["mean_iou"]["value"]
+            self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
+        finally:
+            model.train(was_training)
+        if accelerator.is_main_process:
+            unstopped = sum(not line["stopped"] for line in lines)
+            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures"
+                       + (f", {unstopped} answers never stopped" if unstopped else ""))
+        return iou

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from small_training import StopAt, build
 
-from helpers import checkpoints, trainer
-from helpers.callbacks import IoUDuringTraining
+from helpers import trainer
+from helpers.trainer import IoUDuringTraining
 
 ASK = {"every": 2, "batch_size": 2, "max_new_tokens": 12}
 
@@ -29,7 +29,7 @@ def watched(folder, processor, rows, recipe="r4-joint", **options):
 def scored_as(monkeypatch, numbers):
     """The scorer says these numbers, one at each measurement (a random model's answers all score 0)."""
     rest = iter(numbers)
-    monkeypatch.setattr("helpers.callbacks.evaluate.score",
+    monkeypatch.setattr("helpers.trainer.evaluate.score",
                         lambda *args, **options: {"summary": {"mean_iou": {"value": next(rest)}}})
 
 
@@ -72,7 +72,7 @@ def test_the_number_is_the_evaluators_own(tmp_path, processor, rows, monkeypatch
         return [{"image_id": i, "boxes": [[x0, y0, x1, y1]], "labels": ["nutrition-table"], "confidences": [1.0],
                  "rejected": [], "stopped": True} for i, (y0, x0, y1, x1) in found]
 
-    monkeypatch.setattr("helpers.callbacks.predict.generate_lines", says_the_truth)
+    monkeypatch.setattr("helpers.trainer.predict.generate_lines", says_the_truth)
     assert sft.callback_handler.callbacks[-1]._measure() == pytest.approx(1)
 
 
@@ -94,7 +94,7 @@ def test_the_best_checkpoint_comes_back_also_after_a_kill(tmp_path, processor, r
         killed.train()
     scored_as(monkeypatch, [0.2])
     resumed = watched(tmp_path / "killed", processor, rows, **options)
-    resumed.train(resume_from_checkpoint=checkpoints.last_checkpoint(tmp_path / "killed"))
+    resumed.train(resume_from_checkpoint=trainer.last_checkpoint(tmp_path / "killed"))
     assert resumed.load_best() == 4
     assert all(torch.equal(weight, best[name]) for name, weight in resumed._trainable().items())
 

@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 from pipeline_runner import SOURCE
 
-from helpers.checkpoints import checkpoints, is_complete, last_checkpoint
 from helpers.files import file_hash
 from helpers.recipes import RECIPES
 from helpers.settings import PROJECT
-from helpers.trainlog import read_log
+from helpers.trainer import checkpoints, is_complete, last_checkpoint, read_log
 
 SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback
 
-from helpers import checkpoints, runs, trainer
+from helpers import runs, trainer
 
 
 class WeightsAtStart(TrainerCallback):
@@ -29,7 +29,7 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(recipe, tmp_path, pr
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     (tmp_path / "killed" / "checkpoint-4").mkdir()  # a checkpoint that was being written: no `complete` file
-    checkpoint = checkpoints.last_checkpoint(tmp_path / "killed")
+    checkpoint = trainer.last_checkpoint(tmp_path / "killed")
     assert checkpoint.endswith("checkpoint-3")
 
     start = WeightsAtStart()
@@ -75,17 +75,17 @@ def test_a_cut_log_line_is_dropped(tmp_path):
 
 
 def test_no_checkpoint_and_steps_done(tmp_path):
-    assert checkpoints.last_checkpoint(tmp_path) is None
+    assert trainer.last_checkpoint(tmp_path) is None
     for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_text("whole")
-        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}")
+        trainer.mark_complete(tmp_path / f"checkpoint-{step}")
     (tmp_path / "checkpoint-11" / "weights").write_text("")  # a crash of the machine: the name is there, not the bytes
-    assert checkpoints.last_checkpoint(tmp_path).endswith("checkpoint-10")
-    checkpoints.drop_half_checkpoints(tmp_path)
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    checkpoints.drop_old_checkpoints(tmp_path, 1, None)
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-10"]
+    assert trainer.last_checkpoint(tmp_path).endswith("checkpoint-10")
+    trainer.drop_half_checkpoints(tmp_path)
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    trainer.drop_old_checkpoints(tmp_path, 1, None)
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == ["checkpoint-10"]
     assert not runs.is_done(tmp_path, "train", "a")
     runs.mark_done(tmp_path, "train", "a")
     assert runs.is_done(tmp_path, "train", "a") and not runs.is_done(tmp_path, "train", "b")
