@@ -296,19 +296,17 @@ def make_trainable(base, stage):
 # %% [markdown]
 # Three things save time, and change a number only in its last digits. On a GPU LoRA's product is added to the layer's
 # output in place, and the small operations between matrix products are compiled (`speed.speed_up`). Activations are
-# kept instead of worked out twice (`gradient_checkpointing`) in as many layers as the longest batch leaves memory for,
-# which is tried. And a vision tower that does not train sees each picture once, instead of once an epoch.
+# kept instead of recomputed (`gradient_checkpointing`) in as many layers as the longest batch leaves memory for, which
+# is tried. And a vision tower that does not train encodes each picture once, instead of once an epoch.
 
 # %%
 def checkpointing(tuned):
-    """Whether to work activations out twice, and the layers that keep theirs all the same."""
+    """Whether to recompute activations, and the layers that keep theirs all the same."""
     if run.gradient_checkpointing is not None:
         return run.gradient_checkpointing, []
     rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collate.Collator(processor, run.prompt, run.loss_scope)(rows_of)
-    if speed.fits_whole(tuned, longest):
-        return False, []
-    return True, speed.layers_that_fit(tuned, longest)
+    return speed.checkpointing(tuned, longest)
 
 
 def training_data(stage_run, tuned, augment):
@@ -375,9 +373,10 @@ def train(stage_run, base_path):
         sft.add_callback(augment)  # tells it the epoch
     if run.eval_steps:
         few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
+        greedy = {"max_new_tokens": run.max_new_tokens, "do_sample": False, "use_cache": True}
         sft.add_callback(trainer.IoUDuringTraining(
-            sft, few, run.prompt, every=run.eval_steps, batch_size=run.predict_batch_size,
-            keep_best=run.keep == "best", max_new_tokens=run.max_new_tokens))
+            sft, few, lambda batch: predict.generate_lines(tuned, processor, batch, run.prompt, greedy),
+            every=run.eval_steps, batch_size=run.predict_batch_size, keep_best=run.keep == "best"))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
     with runs.timed(folder, "train"):

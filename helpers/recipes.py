@@ -56,7 +56,7 @@ SCALES: dict[str, dict] = {
         "lora_dropout": 0.05,
         "min_pixels": 256 * IMAGE_TOKEN,
         "max_pixels": 1280 * IMAGE_TOKEN,
-        "gradient_checkpointing": None,  # measured: where a step does not fit without (`speed.fits_whole`)
+        "gradient_checkpointing": None,  # measured: where a step does not fit without (`speed.checkpointing`)
         "augment": False,
         "save_steps": 25,
         "predict_batch_size": 16,

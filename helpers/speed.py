@@ -1,4 +1,4 @@
-"""Everything that only makes a GPU faster: LoRA in fewer passes, compiled parts, activations kept, cached features.
+"""Everything that only makes training faster: LoRA in fewer passes, compiled parts, kept activations, cached features.
 
 PEFT's LoRA makes the base's output, LoRA's output, LoRA's scaled output and the sum, each as large as the layer's own.
 Here LoRA's product is added to the base's output in place (`addmm_`), forward and backward, as in Unsloth's kernels
@@ -30,12 +30,13 @@ from helpers.model import free_memory, gpus
 from helpers.progress import progress_bar
 from helpers.recipes import Stage
 
+RESERVE = 0.08  # of a GPU's memory, for what a step that is tried does not show
 ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")  # functions of transformers' module
 PADDING = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}  # None: the tokenizer's
 
 
 def speed_up(tuned: nn.Module) -> str:
-    """Both of the above where they pay, with a model on one GPU; says in words what was done.
+    """Add LoRA in place and compile what stands between matrix products, where that pays; says what was done.
 
     `TORCHDYNAMO_DISABLE=1` in the environment is PyTorch's own switch against compiling.
     """
@@ -50,10 +51,10 @@ def speed_up(tuned: nn.Module) -> str:
 
 
 class LoraProduct(torch.autograd.Function):
-    """x W' + bias + scale * dropout(x) A' B', for a frozen W held in NF4 or plainly.
+    """x W' + bias + scale * dropout(x) A' B', for a frozen W, quantized to NF4 or not.
 
-    x [..., inputs]; A [rank, inputs] and B [outputs, rank] in fp32, used in x's dtype; W as `base` holds it. W is put
-    together anew for the backward pass, so that only x, dropout's mask and a [rows, rank] product are kept.
+    x [..., inputs]; A [rank, inputs] and B [outputs, rank] in fp32, used in x's dtype; W is `base`'s. It is dequantized
+    anew for the backward pass, so that only x, dropout's mask and a [rows, rank] product are kept.
     """
 
     @staticmethod
@@ -86,7 +87,7 @@ class LoraProduct(torch.autograd.Function):
 
 
 def plain_weight(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """The layer's weight [outputs, inputs] in `dtype`, put together where it is held in NF4."""
+    """The layer's weight [outputs, inputs] in `dtype`, dequantized where it is NF4."""
     state = getattr(layer.weight, "quant_state", None)
     return (layer.weight if state is None else dequantize_4bit(layer.weight, state)).to(dtype)
 
@@ -142,7 +143,7 @@ def compile_between(vlm: nn.Module) -> None:
 
 
 def plain_rotations() -> None:
-    """Give transformers' module its own rotations back: a model that answers then does so as it would anywhere."""
+    """Give transformers' module its own rotations back: a model that generates then does so as it would anywhere."""
     for name in ROTATIONS:
         now = getattr(modeling_qwen2_vl, name)
         setattr(modeling_qwen2_vl, name, getattr(now, "_torchdynamo_orig_callable", now))
@@ -161,21 +162,44 @@ def _can_compile() -> bool:
     return True
 
 
-def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> bool:
-    """Whether a training step on `batch` keeps all its activations in GPU memory, tried once and said in a line.
+def checkpointing(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[bool, list[nn.Module]]:
+    """Whether activations must be recomputed, and the layers that can keep theirs all the same (`KeepActivations`).
 
-    Gradients of earlier micro-batches, AdamW's two numbers a weight and `reserve`, a share of the memory, must fit
-    beside it. Otherwise activations have to be worked out twice: gradient checkpointing. Give the longest batch there
-    is. Without a GPU: True.
+    Training steps on `batch`, the longest there is, are tried. Gradients of earlier micro-batches, AdamW's two numbers
+    a weight and a reserve must fit beside. Where not all layers can keep their activations, a
+    few of each tower that gradients pass through are tried, the language model's first; then as many as the memory
+    allows, in the order they run, and these together: one tower's peak may have hidden the other's. Half of them where
+    that does not fit; none with several GPUs in one process. Without a GPU: False.
     """
     if not torch.cuda.is_available():
-        return True
+        return False, []
     took, room = _peak(vlm, batch), _room()
-    fits = took < (1 - reserve) * room
-    takes = f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
+    allowed, takes = (1 - RESERVE) * room, f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
     print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
-          f"gradient checkpointing is {'off' if fits else 'on'}")
-    return fits
+          f"gradient checkpointing is {'off' if took < allowed else 'on'}")
+    if took < allowed or len(gpus()) > 1:
+        return took >= allowed, []
+    base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
+    towers = [base.model.language_model.layers, base.model.visual.blocks]
+
+    def with_kept(layers: Sequence[nn.Module]) -> float:
+        base.activation_checkpointing_enable()
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        return _peak(vlm, batch)
+
+    took, few = with_kept([]), 2
+    kept, left = [], allowed - took
+    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
+        each = (with_kept(layers[:few]) - took) / few
+        count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
+        if count:
+            kept, left = [*kept, *layers[:count]], left - count * each
+    while kept and with_kept(kept) > allowed:
+        kept = kept[: len(kept) // 2]
+    base.activation_checkpointing_disable()
+    print(f"{len(kept)} of {sum(map(len, towers))} layers keep their activations all the same")
+    return True, kept
 
 
 def _room() -> float:
@@ -208,42 +232,6 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     return took + each * sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
 
 
-def layers_that_fit(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> list[nn.Module]:
-    """Layers that can keep their activations where `fits_whole` said that all cannot.
-
-    Of each tower that gradients pass through a few layers are tried, the language model's first; then as many as the
-    memory allows, in the order they run, and these together: one tower's peak may have hidden the other's. Half of them
-    where that does not fit. `KeepActivations` puts it to use. None with several GPUs in one process.
-    """
-    if not torch.cuda.is_available() or len(gpus()) > 1:
-        return []
-    base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
-    base.activation_checkpointing_enable()
-    took = _peak(vlm, batch)
-    towers = [base.model.language_model.layers, base.model.visual.blocks]
-    allowed, kept, few = (1 - reserve) * _room(), [], 2
-
-    def with_kept(layers: list[nn.Module]) -> float:
-        for layer in layers:
-            layer.gradient_checkpointing = False
-        peak = _peak(vlm, batch)
-        for layer in layers:
-            layer.gradient_checkpointing = True
-        return peak
-
-    left = allowed - took
-    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
-        each = (with_kept(layers[:few]) - took) / few
-        count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
-        if count:
-            kept, left = [*kept, *layers[:count]], left - count * each
-    while kept and with_kept(kept) > allowed:
-        kept = kept[: len(kept) // 2]
-    base.activation_checkpointing_disable()
-    print(f"{len(kept)} of {sum(map(len, towers))} layers keep their activations all the same")
-    return kept
-
-
 class KeepActivations(TrainerCallback):
     """Takes `layers` out of gradient checkpointing when the training begins."""
 
@@ -256,18 +244,21 @@ class KeepActivations(TrainerCallback):
 
 
 def worth_caching(stage: Stage, augment: bool, epochs: float) -> bool:
-    """Whether a frozen tower sees pictures more than once, always alike, in one process (each would see all)."""
+    """Whether a frozen tower encodes pictures more than once, always alike, in one process (each would encode all)."""
     frozen = "vision" not in stage.towers
     return frozen and not augment and epochs > 1 and int(os.environ.get("WORLD_SIZE", 1)) == 1
 
 
 class CachedFeaturesCollator:
-    """Batches of rows whose pictures have been seen: no picture is opened any more, and the tower does not run.
+    """Batches of rows whose pictures are encoded already: no picture is opened any more, the vision tower does not run.
+
+    For stages whose tower does not train (r1, r3's second) and pictures that stay as they are. The numbers are those
+    of a training step, to the last bit.
 
     Args:
-        collator: makes tokens and labels, without augmentation (ValueError with).
-        vlm: a Qwen2-VL whose vision tower is frozen, held in bf16 or fp32.
-        rows: what will be asked for, by `image_id`. `self.rows` are the same ones, their pictures left undecoded.
+        collator: makes tokens and labels, without augmentation.
+        vlm: a Qwen2-VL whose vision tower is frozen.
+        rows: what batches are made of, by `image_id`. `self.rows` are the same ones, their pictures left undecoded.
         file: where the features go as long as this process runs: hidden size x image tokens of each picture
             (9 MB at 7B and 1280 tokens). It has no name any more once it is whole: no kill leaves it behind.
         batch_size: of a training step. A matrix product rounds otherwise for a single picture than for several.
@@ -276,27 +267,25 @@ class CachedFeaturesCollator:
     place of `pixel_values`: `BoxTrainer` hands them to the model.
     """
 
-    def __init__(self, collator: Collator, vlm: torch.nn.Module, rows: datasets.Dataset, file: Path, batch_size: int,
+    def __init__(self, collator: Collator, vlm: nn.Module, rows: datasets.Dataset, file: Path, batch_size: int,
                  workers: int = 0):
-        if collator.augment:
-            raise ValueError("augmented pictures are other ones in each epoch: what the tower sees cannot be kept.")
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
         self.pad = collator.processor.tokenizer.pad_token_id
         self.ready: dict[str, dict[str, torch.Tensor]] = {}  # image_id -> tensors of one row, without padding
         self.places: dict[str, slice] = {}  # image_id -> rows of `self.features`
         ids, end, width = iter(rows["image_id"]), 0, vlm.config.text_config.hidden_size
-        bar = progress_bar(len(rows), 0, "seen once", "picture")
+        bar = progress_bar(len(rows), 0, "caching vision features", "picture")
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as out:
             for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=workers):
-                seen = vision_features(vlm, batch["pixel_values"], batch["image_grid_thw"])
-                for number, tokens in enumerate(seen):
+                encoded = vision_features(vlm, batch["pixel_values"], batch["image_grid_thw"])
+                for number, tokens in enumerate(encoded):
                     real, image_id = batch["attention_mask"][number].bool(), next(ids)
                     self.ready[image_id] = {name: batch[name][number][real].clone() for name in PADDING}
                     self.ready[image_id]["image_grid_thw"] = batch["image_grid_thw"][number]
                     self.places[image_id] = slice(end, end := end + len(tokens))
                     out.write(tokens.cpu().view(torch.uint8).numpy().tobytes())
-                bar.update(len(seen))
+                bar.update(len(encoded))
         bar.close()
         self.features = torch.from_file(str(file), size=end * width, dtype=tokens.dtype).view(end, width)
         file.unlink()
@@ -311,7 +300,7 @@ class CachedFeaturesCollator:
 
 
 @torch.no_grad()
-def vision_features(vlm: torch.nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What the tower makes of N pictures in a training step: N tensors [image tokens, hidden]."""
+def vision_features(vlm: nn.Module, pixel_values: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the vision tower makes of N pictures in a training step: N tensors [image tokens, hidden]."""
     with torch.autocast(vlm.device.type, torch.bfloat16, enabled=vlm.dtype == torch.bfloat16):
         return vlm.get_image_features(pixel_values.to(vlm.device), grids.to(vlm.device)).pooler_output

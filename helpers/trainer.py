@@ -12,31 +12,32 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
-from helpers import data, evaluate, parity, predict, runs
+from helpers import data, evaluate, parity, runs
 from helpers.collate import IGNORED
+from helpers.data.pictures import picture_facts
 from helpers.files import read_json, write_json, write_text
 from helpers.model import check_one_way, keep_4bit_trainable
 from helpers.progress import progress_bar
 from helpers.settings import take_signals
-from helpers.speed import KeepActivations
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"  # in a checkpoint: {file: bytes}, written last; without it one was cut off and is never loaded
@@ -58,13 +59,12 @@ class BoxTrainer(SFTTrainer):
         super().__init__(model, args=args, **kwargs)
         check_one_way(self.model, self.args.n_gpu)
         keep_4bit_trainable(self.model)  # it may generate between two steps
-        self.made_with, self.base = made_with, base
+        self.made_with, self.base, self.notice = made_with, base, StopNotice()
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
-        self.callback_handler.callbacks = [
-            ForgivingReporter(one) if one.__module__.startswith("transformers.integrations") else one
-            for one in self.callback_handler.callbacks]
-        self.notice = StopNotice()
+        for one in self.callback_handler.callbacks:
+            if one.__module__.startswith("transformers.integrations"):
+                let_fail(one)
         for callback in (ProgressBar(), self.notice):
             self.add_callback(callback)
 
@@ -73,12 +73,14 @@ class BoxTrainer(SFTTrainer):
         return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, faults said in a sentence.
+        """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, errors in a sentence.
 
-        Raises Stopped (a SystemExit) after the checkpoint that a SIGTERM asked for.
+        Raises Stopped (a SystemExit) after the checkpoint that a SIGTERM or SIGINT called for.
         """
         if self.args.should_save:
-            drop_half_checkpoints(self.folder)
+            for path in sort_checkpoints(str(self.folder)):
+                if not is_complete(path):
+                    shutil.rmtree(path)
         if resume_from_checkpoint and runs.is_main():
             print(f"{self.folder.name} goes on from {Path(resume_from_checkpoint).name}")
         if "wandb" in self.args.report_to:
@@ -136,7 +138,7 @@ class BoxTrainer(SFTTrainer):
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save:  # every process comes here
             return
         folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,21 +156,32 @@ class BoxTrainer(SFTTrainer):
                 return
             if self.made_with:
                 parity.write(folder, self.made_with, self.base)
-            mark_complete(folder)
+            write_json(folder / COMPLETE, {path.name: path.stat().st_size for path in folder.iterdir()})
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face of its own in each library
             free = shutil.disk_usage(self.folder).free / 2**30
             shutil.rmtree(folder, ignore_errors=True)  # half of it: it would never be loaded, and takes room
-            last = last_checkpoint(self.folder)
-            raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; the same "
-                          f"command goes on from {Path(last).name if last else 'the start'}.") from error
+            raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; "
+                          f"{goes_on(self.folder)}.") from error
         finally:
             self.args.save_total_limit = kept
-        drop_old_checkpoints(self.folder, kept, self.state.best_model_checkpoint)
+        rotate_checkpoints(str(self.folder), kept, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Copy a checkpoint's weights into those that train.
+
+        Raises ParityError where it was made with something else, ValueError where names or shapes differ.
+        """
         if self.made_with:
             parity.check(resume_from_checkpoint, self.made_with, self.base)
-        load_trainable(self._trainable(), Path(resume_from_checkpoint))
+        own, saved = self._trainable(), load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        odd = sorted(name for name in {*own, *saved}
+                     if name not in own or name not in saved or own[name].shape != saved[name].shape)
+        if odd:
+            raise ValueError(f"{resume_from_checkpoint} holds other weights than the ones that train here, such as "
+                             f"{odd[0]}; was it made by another recipe or rank?")
+        with torch.no_grad():
+            for name, weight in saved.items():
+                own[name].copy_(weight)
 
     def load_best(self) -> int:
         """Give the model the weights of the step whose `eval_iou` was best, from its checkpoint; returns the step.
@@ -178,11 +191,8 @@ class BoxTrainer(SFTTrainer):
         step = self.state.best_global_step
         if not step:
             raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
-        load_trainable(self._trainable(), self.folder / f"checkpoint-{step}")
+        self._load_from_checkpoint(str(self.folder / f"checkpoint-{step}"))
         return step
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None here: the run's manifest says what a card would."""
 
 
 class UpdateShare(torch.utils.data.Sampler):
@@ -238,133 +248,52 @@ def ignore_filler(rows: list[dict], batch: dict[str, torch.Tensor]) -> dict[str,
     return batch
 
 
-def load_trainable(parameters: dict[str, torch.nn.Parameter], checkpoint: Path) -> None:
-    """Copy a checkpoint's weights into `parameters` (`{name: parameter}`).
-
-    Raises ValueError when names or shapes are not exactly the same.
-    """
-    saved = load_file(checkpoint / WEIGHTS)
-    shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
-    if shapes != {name: tuple(weight.shape) for name, weight in saved.items()}:
-        odd = sorted(set(shapes) ^ set(saved)) or [name for name in saved if shapes[name] != tuple(saved[name].shape)]
-        raise ValueError(f"{checkpoint} holds other weights than the ones that train here, such as {odd[0]}; was it "
-                         "made by another recipe or rank?")
-    with torch.no_grad():
-        for name, weight in saved.items():
-            parameters[name].copy_(weight)
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Say that a checkpoint is whole: every file's size, so that one which a crash has cut shows too."""
-    write_json(checkpoint / COMPLETE, {path.name: path.stat().st_size for path in checkpoint.iterdir()})
-
-
-def is_complete(checkpoint: Path) -> bool:
-    sizes = read_json(checkpoint / COMPLETE)
-    return bool(sizes) and all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-                               for name, size in sizes.items())
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, whole or not, the newest last."""
-    return sorted(folder.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.rpartition("-")[2]))
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether every file of a checkpoint has its size: neither a kill nor a crash of the machine has cut it off."""
+    sizes = read_json(Path(checkpoint, COMPLETE))
+    files = {name: Path(checkpoint, name) for name in sizes}
+    return bool(sizes) and all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint (its `complete` file is written last), or None."""
-    whole = [path for path in checkpoints(folder) if is_complete(path)]
-    return str(whole[-1]) if whole else None
+    return next(filter(is_complete, reversed(sort_checkpoints(str(folder)))), None)
 
 
-def drop_half_checkpoints(folder: Path) -> None:
-    """Remove checkpoints that a kill has cut off."""
-    for path in checkpoints(folder):
-        if not is_complete(path):
-            shutil.rmtree(path)
+def goes_on(folder: Path) -> str:
+    last = last_checkpoint(folder)
+    return f"the same command goes on from {Path(last).name if last else 'the start'}"
 
 
-def drop_old_checkpoints(folder: Path, keep: int | None, best: str | None) -> None:
-    """Keep `keep` checkpoints: the newest, and among them the one that is `best` (its path) by its score."""
-    others = [path for path in checkpoints(folder) if str(path) != best]
-    room = max(1, (keep or len(others)) - bool(best and Path(best).is_dir()))
-    for path in others[:-room]:
-        (path / COMPLETE).unlink(missing_ok=True)  # first: what is half removed must not look whole
-        shutil.rmtree(path)
-
-
-class LossLog(TrainerCallback):
-    """Append every logged step to `log.jsonl`, and stop the training when the loss is no number or diverges."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "log.jsonl"
-        self.losses: list[float] = []
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Drop what a killed run had logged after its last checkpoint."""
-        kept = [line for line in read_log(self.path) if line["step"] <= state.global_step] if state.global_step else []
-        self.losses = [line["loss"] for line in kept if "loss" in line]
-        if state.is_world_process_zero:
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Raises FloatingPointError, before a checkpoint of this step could be written."""
-        if not logs or not {"loss", "eval_iou"} & set(logs):
-            return
-        if state.is_world_process_zero:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        fault = self._fault(logs)
+def explained(error: Exception, sft: BoxTrainer) -> Exception | None:
+    """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
+    step = sft.state.global_step + 1
+    if isinstance(error, torch.OutOfMemoryError):
+        numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
+        return torch.OutOfMemoryError(f"out of GPU memory at step {step} ({numbers.rstrip('.')}): {_smaller(sft)}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return RuntimeError(f"a process that reads the data died at step {step} ({str(error).splitlines()[0]}), most "
+                            f"often for want of memory or of room in /dev/shm; {goes_on(sft.folder)}.")
+    for row in sft.train_dataset.cast_column("image", Image(decode=False)) if isinstance(error, OSError) else ():
+        fault = picture_facts(row["image"])["error"]  # pictures were read to their end before the training started
         if fault:
-            last = last_checkpoint(self.path.parent)
-            good = f"{Path(last).name} is the last good checkpoint" if last else "no checkpoint was written yet"
-            raise FloatingPointError(
-                f"{fault} at step {state.global_step} of {state.max_steps}; {good} (in {self.path.parent}). Lower "
-                f"learning_rate (now {args.learning_rate}) and give the new run a run_name of its own.")
-
-    def _fault(self, logs: dict) -> str:
-        """What is wrong with this step's loss or gradient, or nothing."""
-        if "loss" not in logs:
-            return ""
-        self.losses.append(logs["loss"])
-        for name, value in (("loss", logs["loss"]), ("size of the gradient", float(logs.get("grad_norm") or 0))):
-            if not math.isfinite(value):
-                return f"the {name} is {value}"
-        first, last = sum(self.losses[:WINDOW]) / WINDOW, sum(self.losses[-WINDOW:]) / WINDOW
-        if len(self.losses) >= 2 * WINDOW and last > WORSE * first:
-            return (f"the training diverges: the loss is {last:.3g} over the last {WINDOW} steps, and was {first:.3g} "
-                    f"over the first {WINDOW}")
-        return ""
+            return ValueError(f"the picture of image_id={row['image_id']!r} can no longer be read ({fault}), and could "
+                              "be when the run started; mend or remove it, and start again.")
+    return None
 
 
-def read_log(path: Path) -> list[dict]:
-    """The logged steps, `[{"step", "loss", "grad_norm", "learning_rate", ...}]`; a cut last line is dropped."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-class ProgressBar(TrainerCallback):
-    """One text bar with the loss, the same in a terminal, in JupyterLab and in papermill's log.
-
-    It stands in for Trainer's own, which prints every logged step, or a table of them in a notebook.
-    """
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.bar = progress_bar(state.max_steps, state.global_step, "training", "step", state.is_world_process_zero)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.close()
+def _smaller(sft: BoxTrainer) -> str:
+    """What to change so that a step takes less memory: the effective batch stays the same."""
+    args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    advice = []
+    if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
+        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
+    if batch > 1:
+        advice.append(f"batch_size={batch // 2} and accumulation={-(-steps * batch // (batch // 2))} (now {batch} and "
+                      f"{steps}) give the same effective batch")
+    advice.append(f"a max_pixels below {pixels} makes shorter sequences")
+    return "; ".join(advice) + "; a smaller batch needs a run_name of its own."
 
 
 class Stopped(SystemExit):
@@ -381,14 +310,22 @@ class StopNotice(TrainerCallback):
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT (where this is the main thread: Python hands it all signals) until the block ends."""
-        self.came, poller = "", _kernel_poller()
-        self.kernel_of = os.getppid() if poller else 0
+        """Take SIGTERM and SIGINT (where this is the main thread: Python hands it all signals) until the block ends.
+
+        papermill dies of a SIGTERM at once, and its kernel within a second of it, in the middle of a step, because a
+        thread of the kernel (`poller`) compares its parent. Until the block ends any parent is right for that thread.
+        """
+        kernels = sys.modules.get("ipykernel.kernelapp")
+        poller = kernels.IPKernelApp.instance().poller if kernels and kernels.IPKernelApp.initialized() else None
+        self.came, self.kernel_of = "", os.getppid() if poller else 0
         before = take_signals(self._on_signal) if threading.current_thread() is threading.main_thread() else {}
+        if poller:
+            parent, poller.parent_pid = poller.parent_pid, type("AnyProcess", (), {"__ne__": lambda *_: False})()
         try:
-            with _kernel_outlives_its_parent(poller) if before and poller else contextlib.nullcontext():
-                yield
+            yield
         finally:
+            if poller:
+                poller.parent_pid = parent
             for number, taker in before.items():
                 signal.signal(number, taker)
 
@@ -412,137 +349,111 @@ class StopNotice(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def _kernel_poller() -> Any:
-    """In a notebook's kernel its thread that looks whether the program that started it still runs, else None."""
-    kernels = sys.modules.get("ipykernel.kernelapp")
-    return kernels.IPKernelApp.instance().poller if kernels and kernels.IPKernelApp.initialized() else None
-
-
-class _AnyProcess:
-    """Stands for a process id, and differs from none."""
-
-    def __ne__(self, other: object) -> bool:
-        return False
-
-
-@contextlib.contextmanager
-def _kernel_outlives_its_parent(poller: Any) -> Iterator[None]:
-    """papermill dies of a SIGTERM at once, and its kernel within a second of it, in the middle of a step.
-
-    Until the block ends any parent is right for the kernel; `StopNotice` looks itself, after each step.
-    """
-    parent, poller.parent_pid = poller.parent_pid, _AnyProcess()
-    try:
-        yield
-    finally:
-        poller.parent_pid = parent
-
-
-class ForgivingReporter(TrainerCallback):
-    """A logging service (W&B, TensorBoard) that may fail: the training goes on without it, and says so once."""
-
-    def __init__(self, inner: TrainerCallback):
-        self.inner: TrainerCallback | None = inner
-
-    def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("on_"):
-            return super().__getattribute__(name)
-
-        def event(*args: Any, **kwargs: Any) -> None:
-            if self.inner is None:
-                return
+def let_fail(service: TrainerCallback) -> None:
+    """Let a logging service (W&B, TensorBoard) fail: the training goes on without it, and says so once."""
+    def forgiving(event: Callable) -> Callable:
+        def call(*args, **kwargs) -> None:
             try:
-                getattr(self.inner, name)(*args, **kwargs)
+                event(*args, **kwargs)
             except Exception as error:  # each service has its own
-                service = type(self.inner).__name__.removesuffix("Callback")
-                print(f"{service} fails ({type(error).__name__}: {str(error).strip()}): the training goes on without "
-                      "it, log.jsonl has the curve.")
-                self.inner = None
+                print(f"{type(service).__name__.removesuffix('Callback')} fails ({type(error).__name__}: "
+                      f"{str(error).strip()}): the training goes on without it, log.jsonl has the curve.")
+                for name in events:
+                    setattr(service, name, lambda *args, **kwargs: None)
 
-        return event
+        return call
 
-
-def explained(error: Exception, sft: Any) -> Exception | None:
-    """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
-    last = last_checkpoint(sft.folder)
-    goes_on = f"The same command goes on from {last.rsplit('/', 1)[-1] if last else 'the start'}."
-    if isinstance(error, torch.OutOfMemoryError):
-        return torch.OutOfMemoryError(f"out of GPU memory at step {sft.state.global_step + 1} ({_gpu_memory()}): "
-                                      f"{_smaller(sft)}")
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        first = str(error).split("\n")[0]
-        return RuntimeError(f"a process that reads the data died at step {sft.state.global_step + 1} ({first}), most "
-                            f"often for want of memory or of room in /dev/shm. {goes_on}")
-    return _bad_picture(error, sft)
+    events = [name for name in dir(service) if name.startswith("on_")]
+    for name in events:
+        setattr(service, name, forgiving(getattr(service, name)))
 
 
-def _smaller(sft: Any) -> str:
-    """What to change so that a step takes less memory: the effective batch stays the same."""
-    args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
-    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    advice = []
-    kept = [one.layers for one in sft.callback_handler.callbacks if isinstance(one, KeepActivations)]
-    if any(kept) or not args.gradient_checkpointing:
-        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
-    if batch > 1:
-        advice.append(f"batch_size={batch // 2} and accumulation={-(-steps * batch // (batch // 2))} (now {batch} and "
-                      f"{steps}) give the same effective batch")
-    advice.append(f"a max_pixels below {pixels} makes shorter sequences")
-    return "; ".join(advice) + "; a smaller batch needs a run_name of its own."
+class LossLog(TrainerCallback):
+    """Append every logged step to `log.jsonl`, and stop the training when the loss is no number or diverges."""
 
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
 
-def _gpu_memory() -> str:
-    if not torch.cuda.is_available():
-        return "no GPU is visible"
-    free, total = torch.cuda.mem_get_info()
-    return f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB are in use here, {free / 2**30:.1f} of " \
-           f"{total / 2**30:.1f} GiB are free"
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Begin with the checkpoint's own history: what a killed run had logged after it is gone."""
+        if state.is_world_process_zero:
+            write_text(self.path, "".join(map(_log_line, state.log_history)))
 
-
-def _bad_picture(error: Exception, sft: Any) -> Exception | None:
-    """Pictures are read to their end before a training starts; one that no longer is whole gets its name said."""
-    from datasets import Image
-    from PIL import UnidentifiedImageError
-
-    from helpers.data.pictures import picture_facts
-
-    if not isinstance(error, (UnidentifiedImageError, OSError)) or "image" not in sft.train_dataset.column_names:
-        return None
-    for row in sft.train_dataset.cast_column("image", Image(decode=False)):
-        fault = picture_facts(row["image"])["error"]
+    def on_log(self, args, state, control, **kwargs) -> None:
+        """Raises FloatingPointError, before a checkpoint of this step could be written."""
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(_log_line(state.log_history[-1]))
+        fault = loss_fault(state.log_history)
         if fault:
-            return ValueError(f"the picture of image_id={row['image_id']!r} can no longer be read ({fault}), and could "
-                              "be when the run started; mend or remove it, and start again.")
-    return None
+            last = last_checkpoint(self.path.parent)
+            good = f"{Path(last).name} is the last good checkpoint" if last else "no checkpoint was written yet"
+            raise FloatingPointError(
+                f"{fault} at step {state.global_step} of {state.max_steps}; {good} (in {self.path.parent}). Lower "
+                f"learning_rate (now {args.learning_rate}) and give the new run a run_name of its own.")
+
+
+def _log_line(logged: dict) -> str:
+    """A line of log.jsonl; nothing for what Trainer logs at the end of a training."""
+    return json.dumps({"step": logged["step"], **logged}) + "\n" if {"loss", "eval_iou"} & {*logged} else ""
+
+
+def loss_fault(history: list[dict]) -> str:
+    """What is wrong with the last logged loss or gradient, or nothing."""
+    losses = [line["loss"] for line in history if "loss" in line]
+    for name, key in (("loss", "loss"), ("size of the gradient", "grad_norm")):
+        if not math.isfinite(history[-1].get(key) or 0):
+            return f"the {name} is {history[-1][key]}"
+    first, last = sum(losses[:WINDOW]) / WINDOW, sum(losses[-WINDOW:]) / WINDOW
+    if len(losses) >= 2 * WINDOW and last > WORSE * first:
+        return (f"the training diverges: the loss is {last:.3g} over the last {WINDOW} steps, and was {first:.3g} "
+                f"over the first {WINDOW}")
+    return ""
+
+
+def read_log(path: Path) -> list[dict]:
+    """The logged steps, `[{"step", "loss", "grad_norm", "learning_rate", ...}]`; a cut last line is dropped."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's own text bar with the loss on it, in place of a line, or a notebook's table, for every logged step."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.training_bar = progress_bar(state.max_steps, state.global_step, "training", "step",
+                                         state.is_world_process_zero)
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
 
 class IoUDuringTraining(TrainerCallback):
     """Generate on a few pictures every `every` steps and after the last one; log their mean IoU as `eval_iou`.
 
     Args:
-        sft: the trainer, whose log gets the number (so W&B, TensorBoard and `log.jsonl` do).
-        rows: a `datasets.Dataset` of the project's schema, from `selection` and never from `val`: what is chosen by
-            this number must not be reported on. The processes share the pictures out.
-        every: steps between two measurements.
+        rows: of the project's schema, from `selection` and never from `val`: what is chosen by this number must not be
+            reported on. Processes share them out. Raises ValueError where none has a box.
+        generate: at most `batch_size` rows -> their lines, as `predict.generate_lines` makes them; greedily, so that
+            no random number is drawn and the training goes on as if nothing had been generated.
         keep_best: save a checkpoint whenever the number is the best so far (the earlier of equal ones), protected
             from rotation; `BoxTrainer.load_best` takes it back at the end.
-        generation: arguments of `predict.generate_lines`' `model.generate`, such as `max_new_tokens`.
-
-    The training goes on as if nothing had been asked: greedy decoding draws no random number, and the model returns
-    to its mode. Raises ValueError where no picture of `rows` has a box, because then there is no IoU.
     """
 
-    def __init__(self, sft: BoxTrainer, rows, prompt: str, *, every: int, batch_size: int, keep_best: bool = False,
-                 **generation):
-        self.sft, self.rows, self.prompt, self.every = sft, rows, prompt, every
-        self.batch_size, self.keep_best = batch_size, keep_best
-        self.generation = generation | {"do_sample": False, "use_cache": True}
-        self.truth = data.truth_rows(rows)
+    def __init__(self, sft: BoxTrainer, rows: Dataset, generate: Callable[[list[dict]], list[dict]], *, every: int,
+                 batch_size: int, keep_best: bool = False):
+        self.sft, self.rows, self.generate, self.every = sft, rows, generate, every
+        self.batch_size, self.keep_best, self.truth = batch_size, keep_best, data.truth_rows(rows)
         if not any(row["objects"]["bbox"] for row in self.truth):
             raise ValueError(f"none of the {len(rows)} pictures for the IoU during training has a box; take more.")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Measure where it is time, log, and ask for a checkpoint where this is the best so far."""
+        """Measure where it is time, log, and call for a checkpoint where this is the best so far."""
         if state.global_step % self.every and state.global_step < state.max_steps:
             return
         log_this_step, iou = control.should_log, self._measure()
@@ -556,20 +467,15 @@ class IoUDuringTraining(TrainerCallback):
         mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
         was_training, lines = model.training, []
         model.eval()
-        try:
-            for start in range(0, len(mine), self.batch_size):
-                batch = [self.rows[i] for i in mine[start : start + self.batch_size]]
-                with accelerator.autocast():
-                    lines += predict.generate_lines(model, self.sft.processing_class, batch, self.prompt,
-                                                    self.generation)
-            lines = gather_object(lines)
-            score = evaluate.score(self.truth, lines, resamples=0)
-            iou = score["summary"]["mean_iou"]["value"]
-            self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
-        finally:
-            model.train(was_training)
+        for start in range(0, len(mine), self.batch_size):
+            with accelerator.autocast():
+                lines += self.generate([self.rows[i] for i in mine[start : start + self.batch_size]])
+        lines = gather_object(lines)
+        iou = evaluate.score(self.truth, lines, resamples=0)["summary"]["mean_iou"]["value"]
+        self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
+        model.train(was_training)
         if accelerator.is_main_process:
             unstopped = sum(not line["stopped"] for line in lines)
             tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures"
-                       + (f", {unstopped} answers never stopped" if unstopped else ""))
+                       + (f", {unstopped} completions never stopped" if unstopped else ""))
         return iou

@@ -150,14 +150,14 @@ def test_on_a_cpu_nothing_is_fused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_frozen_tower_that_saw_once_trains_the_same_weights(tmp_path, processor, rows, dtype):
+def test_cached_features_train_the_same_weights(tmp_path, processor, rows, dtype):
     """Two epochs of r1, the tower in every step against once before: losses and weights, to the last bit."""
     plain = build("r1-llm-only", tmp_path / "plain", processor, rows, nf4=True, dtype=dtype)
     once = build("r1-llm-only", tmp_path / "once", processor, rows, nf4=True, dtype=dtype)
     once.data_collator = speed.CachedFeaturesCollator(once.data_collator, once.model, rows,
                                                       tmp_path / "features.bin", 4)
     once.train_dataset = once.data_collator.rows
-    once.model.base_model.model.model.visual.forward = None  # it is not asked again
+    once.model.base_model.model.model.visual.forward = None  # it does not run again
     for sft in (plain, once):
         set_seed(0)  # of LoRA's dropout
         sft.train()
@@ -167,19 +167,17 @@ def test_a_frozen_tower_that_saw_once_trains_the_same_weights(tmp_path, processo
     assert not (tmp_path / "features.bin").exists()
 
 
-def test_batches_of_seen_pictures_are_the_collators_own(tmp_path, processor, rows):
+def test_batches_of_encoded_pictures_are_the_collators_own(tmp_path, processor, rows):
     collator, vlm = collate.Collator(processor, "Where?"), load()
-    seen = speed.CachedFeaturesCollator(collator, vlm, rows, tmp_path / "features.bin", 4)
+    cached = speed.CachedFeaturesCollator(collator, vlm, rows, tmp_path / "features.bin", 4)
     taken = [rows[i] for i in (5, 0, 9, 2)]
-    expected, batch = collator(taken), seen(taken)
+    expected, batch = collator(taken), cached(taken)
     tower = speed.vision_features(vlm, expected.pop("pixel_values"), expected["image_grid_thw"])
     assert torch.equal(batch.pop("image_features"), torch.cat(tower))
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
-    with pytest.raises(ValueError, match="augmented pictures"):
-        speed.CachedFeaturesCollator(collate.Collator(processor, "Where?", augment=dict), vlm, rows, tmp_path / "x", 4)
 
 
-def test_pictures_are_seen_once_only_where_that_is_right(monkeypatch):
+def test_features_are_cached_only_where_that_is_right(monkeypatch):
     assert speed.worth_caching(R1, augment=False, epochs=3)
     assert speed.worth_caching(RECIPES["r3-two-stage"][1], augment=False, epochs=2)
     for stage in (R4, RECIPES["r2-vision-only"][0], RECIPES["r3-two-stage"][0]):
@@ -198,10 +196,6 @@ def test_the_longest_batch(rows):
     found = budget.image_tokens(zip(three["width"], three["height"], strict=True), 784, 99 * 784)
     assert found.tolist() == sorted(tokens, reverse=True)[:3] and found[2] > tokens.mean()
     assert len(budget.longest(sized, 99, 784, 64 * 784)) == 16
-
-
-def test_without_a_gpu_there_is_no_memory_to_save():
-    assert speed.fits_whole(None, {})
 
 
 def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
@@ -235,8 +229,9 @@ def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor,
         def out_of_memory(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(tuned, "forward", out_of_memory)
-    assert speed.fits_whole(tuned.eval(), collate.Collator(processor, "Where?")([rows[0], rows[1]])) == fits
+        monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
+    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
+    assert speed.checkpointing(tuned.eval(), batch) == (not fits, [])
     assert not gradients(tuned) and not tuned.training
     said = capsys.readouterr().out
     assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
@@ -244,9 +239,11 @@ def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor,
 
 def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows, tmp_path, monkeypatch, capsys):
     """A stand-in for a GPU: a step takes 10 GiB, 1 more for a layer of language that keeps its own, 2 for vision."""
+    assert speed.checkpointing(None, {}) == (False, [])  # without a GPU
     tuned, gib = adapted(load(dtype=torch.float32)), 2**30
     base = tuned.get_base_model()
     language, vision = base.model.language_model.layers, base.model.visual.blocks
+    one = {"labels": [0]}
 
     def peak(*_):
         return gib * (10 + sum(not layer.gradient_checkpointing for layer in language)
@@ -255,21 +252,24 @@ def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(speed, "_peak", peak)
+    whole = len(language) + 2 * len(vision)
     for more, expected in ((0.5, []), (1.5, language[:1]), (len(language) + 3, [*language, vision[0]]),
-                           (99, [*language, *vision])):
+                           (whole - 0.5, [*language, *vision[:-1]])):
         monkeypatch.setattr(speed, "_room", lambda more=more: (10 + more) * gib / 0.92)
-        assert speed.layers_that_fit(tuned, {}) == list(expected)
+        assert speed.checkpointing(tuned, one) == (True, list(expected))
         assert f"{len(expected)} of {len(language) + len(vision)} layers" in capsys.readouterr().out
         assert not base.is_activation_checkpointing
+    monkeypatch.setattr(speed, "_room", lambda: (10.5 + whole) * gib / 0.92)
+    assert speed.checkpointing(tuned, one) == (False, [])
     # where the vision tower's part of a step is the larger one by 1.5 GiB, it hides most of what two layers take
     monkeypatch.setattr(speed, "_peak", lambda *_: max(peak(), 11.5 * gib))
     monkeypatch.setattr(speed, "_room", lambda: 13 * gib / 0.92)
-    assert speed.layers_that_fit(tuned, {}) == list(language[:2])  # four seem to fit, and take 14
+    assert speed.checkpointing(tuned, one) == (True, list(language[:2]))  # four seem to fit, and take 14
     for more in (0.5, 3.5):  # a trial that runs out of memory
         room = (10 + more) * gib
         monkeypatch.setattr(speed, "_peak", lambda *_, room=room: peak() if peak() <= room else math.inf)
         monkeypatch.setattr(speed, "_room", lambda room=room: room / 0.92)
-        assert len(speed.layers_that_fit(tuned, {})) == int(more)
+        assert len(speed.checkpointing(tuned, one)[1]) == int(more)
     monkeypatch.undo()
     sft = build("r4-joint", tmp_path, processor, rows, max_steps=1, gradient_checkpointing=True)
     layers = sft.model.get_base_model().model.language_model.layers
