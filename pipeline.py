@@ -1,11 +1,12 @@
 # %% [markdown]
 # # Teaching Qwen2-VL to draw boxes
 #
-# This notebook fine-tunes **Qwen2-VL-7B-Instruct** with QLoRA to find nutrition tables in photos of food packaging.
-# It holds the whole way: photos → messages → tokens and labels → a quantised model → training → boxes → a score → one
-# merged model on disk.
+# Qwen2-VL is a vision-language model: it takes pictures and text, and writes text. This notebook fine-tunes
+# **Qwen2-VL-7B-Instruct** with QLoRA until it can tell where the nutrition table is in a photo of food packaging. It
+# goes the whole way: photos → messages → tokens and labels → a quantized model → training → boxes → a score → one
+# merged model on disk. Each section says why its step exists, shows it on one small example, and then does it for real.
 #
-# It runs at two sizes through the same code. On a GPU with room it takes the real 7B model and the data set
+# It runs at two sizes through the same code. On a GPU with room it takes the 7B model and the data set
 # `openfoodfacts/nutrition-table-detection`. Anywhere else it takes the *embedded default*: a tiny model of the same
 # architecture and rendered packaging, both in this repository, in minutes on a laptop's CPU and offline.
 #
@@ -28,9 +29,9 @@ model_revision = None  # commit, branch or tag on the Hub; None: the commit this
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
 
-# the question and what the loss looks at
+# the prompt, and what the loss is computed on
 prompt = "Detect the bounding box of the nutrition table."
-loss_scope = "assistant"  # assistant: the answer alone; all-text: system and question too
+loss_scope = "assistant"  # assistant: the completion alone; all-text: system and user text too
 min_pixels = None  # pixel budget of a picture; 28 x 28 pixels make one image token
 max_pixels = None
 
@@ -42,9 +43,9 @@ accumulation = None  # steps whose gradients are added up
 lora_rank = None
 lora_alpha = None
 lora_dropout = None
-precision = None  # nf4 or bf16: how the frozen base is held; None: as the recipe says
+precision = None  # nf4 or bf16: what the frozen base is stored in; None: as the recipe says
 memory = None  # low: batches of 2 and merging on the CPU, so that r1 and r4 at 7B need a GPU of 16 GiB
-gradient_checkpointing = None  # recompute activations instead of keeping them; None: where memory needs it
+gradient_checkpointing = None  # recompute activations in the backward pass; None: where memory needs it
 augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
 seed = 0
 train_limit = None  # use only the first so many pictures
@@ -56,8 +57,8 @@ keep = "last"  # last or best: which step's weights are kept, best by that IoU
 # prediction, merging
 predict_batch_size = None
 max_new_tokens = 128
-constrained = False  # let only answers in the format through; False is the published protocol
-merge_base = "dequantised"  # or full: which weights the adapter is merged into
+constrained = False  # constrained decoding: only boxes in the format can be generated; False is the published protocol
+merge_base = "dequantized"  # or full: which weights the adapter is merged into
 
 # where and how
 gpus = None  # such as "0,1"; None: all
@@ -68,8 +69,9 @@ save_steps = None  # a checkpoint every so many steps
 report_to = "auto"  # wandb, tensorboard, none; auto: W&B where there are credentials
 
 # %% [markdown]
-# The parameters are checked before anything heavy is imported. A misspelled name, a wrong type, a folder that cannot
-# be written or a GPU that is too small stops the run here, with one sentence.
+# A training takes hours on a GPU, so a mistake should cost seconds. The parameters are checked before anything heavy is
+# imported: a misspelled name, a wrong type, a folder that cannot be written or a GPU that is too small ends the run
+# here, with one sentence. What comes back, `run`, has every default filled in.
 
 # %%
 from helpers import settings
@@ -86,6 +88,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from IPython.display import display
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
@@ -99,10 +102,19 @@ transformers.set_seed(run.seed)
 pd.options.display.max_colwidth = 160
 
 # %% [markdown]
+# Before the details, a picture of the whole. A photo is cut into patches, and the **vision tower** turns them into
+# image tokens. They stand in the prompt like words, and the **language model** reads both and writes the completion,
+# one token after the other. Grey is frozen, hatched is quantized to 4 bits, orange is trained. The loss is computed on
+# the completion only.
+
+# %%
+plots.overview([stage_run.stage for stage_run in run.stages], run.loss_scope)
+
+# %% [markdown]
 # ## 2 · Data
 #
-# A row is one photo with its boxes. A box is `[y_min, x_min, y_max, x_max]` in shares of the picture, from the top
-# left. All sources (the Hub, your own folder, the embedded scenes) become rows of this one schema.
+# Every source of photos (the Hub, a folder of your own, the embedded scenes) becomes rows of one schema. Here is one
+# row. A box is `[y_min, x_min, y_max, x_max]` as shares of the picture, from its top left corner.
 
 # %%
 limit = {"train": run.train_limit, "val": run.val_limit}
@@ -114,9 +126,10 @@ if run.stages and not len(raw["train"]):
 raw["val"][0]
 
 # %% [markdown]
-# Photos come with faults: a box of no size, a picture stored lying on its side. The audit finds them; each rule says
-# what is done. Nothing is dropped in silence: the sheet shows up to three pictures of each kind, with the boxes that
-# came in, and `audit.jsonl` in the run's folder lists every finding by its id.
+# Photos that people took come with faults: a box of no size, a picture stored on its side, one photo twice. A model
+# learns such faults as readily as it learns the rest, so we look for them first. The audit finds them by rule, and the
+# table says what is done about each. Nothing is dropped in silence: the sheet shows up to three pictures of each kind
+# with the boxes that came in, and `audit.jsonl` in the run's folder lists every finding by its id.
 
 # %%
 with runs.main_first():
@@ -125,13 +138,17 @@ with runs.main_first():
 display(audit.table(), audit.statistics)
 plots.audit_sheet(raw, audit)
 
+# %% [markdown]
+# These are the boxes as they will be trained on. If they lie beside the tables here, stop and mend the data: no
+# training can.
+
 # %%
 truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
 plots.gallery(six, truth, title="Six pictures of val and their true boxes")
 
 # %% [markdown]
-# Before any model, a number to beat: the one box that fits the training pictures best, given as the answer for every
-# picture. Tables like to sit near the middle, so a model that scores no more than this has learned no more than that.
+# Before any model, a number to beat. Which *one* box, given for every picture, fits the training pictures best? Tables
+# like to sit near the middle, so even this scores something. A model that scores no more has learned no more than that.
 
 # %%
 fitted_on = "train" if len(rows["train"]) else "val"
@@ -143,8 +160,11 @@ print(f"best constant box, fitted on {fitted_on}, {constant_box.round(3)}: mean 
 # %% [markdown]
 # ## 3 · Messages
 #
-# A vision-language model answers in text, so a box must become text. Qwen2-VL has its own format for this, with whole
-# thousandths of the picture's width and height, x first. Its pre-training has seen it, so we keep it.
+# A language model writes text, so a box must become text. Qwen2-VL was pre-trained with a format of its own for this:
+# whole thousandths of the picture's width and height, x first, between special tokens. The model knows it already, so
+# we keep it, and spend the training on *where* instead of on *how to write it*.
+#
+# One row becomes a prompt, which the model gets, and a completion, which it shall write:
 
 # %%
 example = rows["val"][0]
@@ -152,31 +172,36 @@ chat = messages.to_messages(example, run.prompt)
 display({"prompt": chat["prompt"], "completion": chat["completion"]})
 
 # %% [markdown]
-# The parser turns such text back into boxes. It must return what went in, to half a thousandth.
+# The way back is a parser. It must return what went in, up to the rounding to thousandths. What it cannot read it
+# rejects with a reason; it repairs nothing, because a repaired box would hide a model that writes nonsense.
 
 # %%
-answer = chat["completion"][0]["content"][0]["text"]
-parsed = messages.parse_text(answer)
+completion = chat["completion"][0]["content"][0]["text"]
+parsed = messages.parse_text(completion)
 display({"from the text": parsed.boxes_xyxy_unit.tolist(), "truth (y first)": example["objects"]["bbox"]})
+messages.parse_text("<|box_start|>(700,495),(126,625)<|box_end|>").rejected
 
 # %% [markdown]
 # ## 4 · Tokens and labels
 #
-# The processor cuts the picture into patches of 14 × 14 pixels; 2 × 2 patches become one image token. `min_pixels` and
-# `max_pixels` bound how many there are. They must be the same in training and in use, or the boxes suffer: so they are
-# stored with every checkpoint and model, with the prompt and the tokenizer, and a use that differs is refused.
+# The processor cuts the picture into patches of 14 × 14 pixels, and the model merges 2 × 2 patches into one image
+# token. `min_pixels` and `max_pixels` bound how many there are: more tokens show smaller print and cost more time. They
+# must be the same in training and in use, or the boxes get worse without a word. So they are stored with every
+# checkpoint and model (`parity.json`), with the prompt and the tokenizer, and a use that differs is refused.
 
 # %%
 processor = Qwen2VLProcessor.from_pretrained(run.model_path, revision=run.model_revision,
                                              min_pixels=run.min_pixels, max_pixels=run.max_pixels)
 made_with = parity.record(processor, run.prompt, run.max_new_tokens)
 collator = collate.Collator(processor, run.prompt, run.loss_scope)
-collate.check_limits(rows, collator, run)  # the longest answer and the longest sequence
+collate.check_limits(rows, collator, run)  # the longest completion and the longest sequence fit
 print(collator.texts([example])[0])
 
 # %% [markdown]
-# The label mask decides what the loss sees. With `assistant` it is the answer and the `<|im_end|>` after it (that one
-# token teaches the model to stop). `<|image_pad|>` repeats once for every image token.
+# A model is trained to predict each next token. The **labels** say on which tokens it is corrected; everywhere else
+# they are -100, which the loss skips. With `assistant` they are the completion and the `<|im_end|>` after it. That last
+# token is easy to forget, and a model trained without it never learns to stop. `<|image_pad|>` repeats once for every
+# image token.
 
 # %%
 batch = collator([row for row in six.select([0, len(six) - 1])])
@@ -186,8 +211,19 @@ plots.label_mask(processor.tokenizer, batch["input_ids"][0], batch["labels"][0])
 # %% [markdown]
 # ## 5 · The model
 #
-# QLoRA holds the frozen base in 4 bits. Only the language model is quantised: the vision tower is small, and rounding
-# it costs accuracy at the very start. `llm_int8_skip_modules` says so, by the names that the modules have today.
+# In bf16 a 7B model takes 16 GB, before a single gradient. **QLoRA** stores the frozen weights in 4 bits instead. NF4
+# has 16 levels, placed where normally distributed weights lie, and one scale for each block of 64 weights. When a layer
+# computes, its weights are dequantized to bf16, used, and forgotten. Four numbers, there and back:
+
+# %%
+weights = torch.tensor([[0.9, 0.45, 0.02, -0.3]])
+packed, state = quantize_4bit(weights, quant_type="nf4")
+print(f"{weights.tolist()} as {packed.numel()} bytes and a scale of {state.absmax.item():.2f}:",
+      dequantize_4bit(packed, state))
+
+# %% [markdown]
+# Only the language model is quantized. The vision tower is small, and rounding it costs accuracy before the language
+# model sees a single token. `llm_int8_skip_modules` keeps it out, by the names that its modules have today.
 
 # %%
 nf4 = BitsAndBytesConfig(
@@ -217,8 +253,9 @@ def load_base(precision, path=run.model_path, device_map=None):
 
 
 # %% [markdown]
-# `model.load` is `from_pretrained`, and stops the run where a weight is missing, unexpected or of another shape;
-# `check_precision` where a layer is held otherwise than it should be. The table shows what is really NF4.
+# `model.load` is `from_pretrained`, and stops where a weight is missing or of another shape (transformers would fill it
+# with random numbers and only warn). `check_precision` stops where a layer is quantized that should not be, or the
+# other way round. The table shows what is really NF4.
 
 # %%
 first_precision = run.stages[0].stage.precision if run.stages else run.precision or "nf4"
@@ -229,40 +266,46 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # %% [markdown]
 # ## 6 · The baseline
 #
-# What does the model answer before any training? Greedy decoding, in batches padded on the left. The answers are kept
-# under a hash of everything they depend on, so four recipes ask the untrained model only once. With `constrained`
-# only the names below and the digits are left to choose: the form is given.
+# How good is the model before any training? Without this row nobody knows what the training was worth. We generate
+# greedily (the most likely token each time), in batches padded on the left, so that all prompts end where generation
+# begins. With `constrained` only the names below and digits can be generated: the format is then given, not learned.
+#
+# Predictions are files: one JSON line a picture. `runs.step` skips a step whose inputs have not changed, by a hash over
+# all of them, and a run that was killed goes on at the line where it stopped.
 
 # %%
 names = data.names_in(rows["train"]) if run.constrained else None
+val = {"val": runs.rows_hash(rows["val"]), "pixels": [run.min_pixels, run.max_pixels], "prompt": run.prompt,
+       "max_new_tokens": run.max_new_tokens, "names": names}
 
 
-def ask(vlm, path, **inputs):
-    """Boxes for every picture of val, one JSON line each; kept if they were made with the same inputs."""
-    key = runs.key(pixels=[run.min_pixels, run.max_pixels], val=runs.rows_hash(rows["val"]),
-                   max_new_tokens=run.max_new_tokens, names=names, **inputs)
-    with runs.exclusive(path):
-        if not (runs.is_done(path.parent, path.name, key) and path.is_file()):
+def predict_val(load, path, **inputs):
+    """Boxes for every picture of val by the model of `load()`, as JSON lines in `path`; kept where no input changed."""
+    inputs |= val
+    with runs.step(path.parent, path.name, inputs, made=path, run_folder=run.folder) as todo:
+        if todo:
+            vlm = load()
             vlm.set_attn_implementation(model.attention(training=False))
-            with runs.timed(run.folder, path.stem):
-                predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
-                                key=key, names=names, max_new_tokens=run.max_new_tokens, do_sample=False)
-            runs.mark_done(path.parent, path.name, key)
+            predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
+                            key=runs.key(**inputs), names=names, max_new_tokens=run.max_new_tokens, do_sample=False)
+            del vlm
+            model.free_memory()
     return predict.read_jsonl(path)
 
 
+# %% [markdown]
+# Four recipes share one untrained model, so its predictions lie in a folder of their own, named by their hash.
+
 # %%
-base_hash = runs.files_hash(run.model_path, run.model_revision)
-runs.open_folder(run, base=base_hash, train=runs.rows_hash(rows["train"]))
-if runs.is_main():
-    audit.write(run.folder / "audit.jsonl")
-asked = {"base": base_hash, "revision": run.model_revision, "precision": first_precision, "prompt": run.prompt,
-         "constrained": run.constrained}
-kept_in = Path(run.output_root) / "baselines" / runs.key(pixels=[run.min_pixels, run.max_pixels], **asked)
-baseline = ask(base, kept_in / "baseline.jsonl", **asked)
-print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
 del base
 model.free_memory()
+untrained = {"base": parity.files_hash(run.model_path, run.model_revision), "precision": first_precision}
+runs.open_folder(run, base=untrained["base"], train=runs.rows_hash(rows["train"]))
+if runs.is_main():
+    audit.write(run.folder / "audit.jsonl")
+shared = Path(run.output_root) / "baselines" / runs.key(**untrained, **val)
+baseline = predict_val(lambda: load_base(first_precision), shared / "baseline.jsonl", **untrained)
+print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
 
 # %% [markdown]
 # ## 7 · Training
@@ -274,8 +317,17 @@ for stage_run in run.stages:
     print(stage_run.name, stage_run.stage, sep=": ")
 
 # %% [markdown]
+# **LoRA** leaves a weight matrix $W$ as it is and learns a small product beside it: $W + \\frac{\\alpha}{r} B A$, where
+# $A$ has $r$ rows and $B$ has $r$ columns. With rank 64 that is 2 % of the weights of 7B. $B$ starts at zero, so the
+# model starts as it was. The smallest example, one layer of 4 inputs and 3 outputs at rank 1:
+
+# %%
+W, A, B = torch.zeros(3, 4), torch.tensor([[1.0, 0, 0, -1]]), torch.tensor([[0.5], [0], [1]])
+print(f"{A.numel() + B.numel()} numbers trained in place of {W.numel()}:", W + B @ A, sep="\n")
+
+# %% [markdown]
 # `target_modules` is *one* regular expression: inside a list PEFT would match nothing, and train nothing, without a
-# word. Weights that train are held in fp32 in every recipe: in bf16 a step of 1e-5 is rounded away.
+# word. Weights that train are fp32 in every recipe: in bf16 a step of 1e-5 is rounded away.
 
 # %%
 def make_trainable(base, stage):
@@ -293,36 +345,7 @@ def make_trainable(base, stage):
     return get_peft_model(base, lora)
 
 
-# %% [markdown]
-# Three things save time, and change a number only in its last digits. On a GPU LoRA's product is added to the layer's
-# output in place, and the small operations between matrix products are compiled (`speed.speed_up`). Activations are
-# kept instead of recomputed (`gradient_checkpointing`) in as many layers as the longest batch leaves memory for, which
-# is tried. And a vision tower that does not train encodes each picture once, instead of once an epoch.
-
 # %%
-def checkpointing(tuned):
-    """Whether to recompute activations, and the layers that keep theirs all the same."""
-    if run.gradient_checkpointing is not None:
-        return run.gradient_checkpointing, []
-    rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
-    longest = collate.Collator(processor, run.prompt, run.loss_scope)(rows_of)
-    return speed.checkpointing(tuned, longest)
-
-
-def training_data(stage_run, tuned, augment):
-    """The rows to train on, and the collator that makes batches of them."""
-    collator = collate.Collator(processor, run.prompt, run.loss_scope, augment)
-    if not speed.worth_caching(stage_run.stage, run.augment, run.epochs):
-        return rows["train"], collator
-    cached = speed.CachedFeaturesCollator(collator, tuned, rows["train"], stage_run.folder / "features.bin",
-                                          run.batch_size, workers)
-    return cached.rows, cached
-
-
-# %%
-workers = 4 if torch.cuda.is_available() else 0  # processes that open pictures
-
-
 def sft_config(stage_run, checkpointed):
     """How a stage is trained; an update is of batch_size x accumulation pictures, which all processes share."""
     batch_size, accumulation = run.share
@@ -338,149 +361,160 @@ def sft_config(stage_run, checkpointed):
         bf16=model.compute_dtype() == torch.bfloat16,
         gradient_checkpointing=checkpointed,
         max_length=None,  # TRL's default of 1024 would cut image tokens
-        remove_unused_columns=False,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
         save_steps=run.save_steps,
-        save_total_limit=2,
         seed=run.seed,
         report_to=run.report_to,
         run_name=stage_run.name,
-        dataloader_num_workers=workers,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        **trainer.COMMON,  # logging each step, how many checkpoints stay, processes that open pictures
     )
 
 
 # %% [markdown]
-# One stage, from the base to a result on disk. `BoxTrainer` is TRL's `SFTTrainer` with checkpoints that hold exactly
+# Three things save time and change a number only in its last digits. On a GPU LoRA's product is added in place and
+# small operations are compiled. Activations are recomputed in the backward pass (gradient checkpointing) only in as
+# many layers as memory asks for, which is tried with the longest batch. And a vision tower that does not train encodes
+# each picture once, not once an epoch.
+
+# %%
+def checkpointing(tuned):
+    """Whether to recompute activations, and the layers that keep theirs all the same."""
+    if run.gradient_checkpointing is not None:
+        return run.gradient_checkpointing, []
+    rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
+    longest = collator(rows_of)
+    return speed.checkpointing(tuned, longest)
+
+
+def training_data(stage_run, tuned, augment):
+    """The rows to train on, and the collator that makes batches of them."""
+    collator = collate.Collator(processor, run.prompt, run.loss_scope, augment)
+    if not speed.worth_caching(stage_run.stage, run.augment, run.epochs):
+        return rows["train"], collator
+    file = stage_run.folder / "features.bin"
+    cached = speed.CachedFeaturesCollator(collator, tuned, rows["train"], file, run.share[0])
+    return cached.rows, cached
+
+
+# %% [markdown]
+# Now one stage, from the base to weights on disk. `BoxTrainer` is TRL's `SFTTrainer` with checkpoints that hold exactly
 # the weights that train. Killed at any point, the same command goes on from the last whole checkpoint.
 
 # %%
-def train(stage_run, base_path):
-    """Train one stage on the model at `base_path`; returns the table of what trained, per tower."""
-    folder, stage = stage_run.folder, stage_run.stage
-    tuned = make_trainable(load_base(stage.precision, base_path), stage)
+def train(stage_run):
+    """Train one stage and save it; returns the table of what trained, per tower."""
+    stage, base_of = stage_run.stage, parity.base_of(stage_run.base, run.model_revision)
+    tuned = make_trainable(load_base(stage.precision, stage_run.base), stage)
     print(speed.speed_up(tuned))
     checkpointed, kept = checkpointing(tuned)
     augment = Augment(run.seed) if run.augment else None
-    train_rows, collator = training_data(stage_run, tuned, augment)
+    train_rows, stage_collator = training_data(stage_run, tuned, augment)
     sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
-                             data_collator=collator, processing_class=processor,
-                             callbacks=[trainer.LossLog(folder), speed.KeepActivations(kept)],
-                             made_with=made_with, base=parity.base_of(base_path, run.model_revision))
-    if augment:
-        sft.add_callback(augment)  # tells it the epoch
+                             data_collator=stage_collator, processing_class=processor,
+                             callbacks=[trainer.LossLog(stage_run.folder), speed.KeepActivations(kept)],
+                             made_with=made_with, base=base_of)
+    for callback in [augment] if augment else []:
+        sft.add_callback(callback)  # learns the epoch
     if run.eval_steps:
-        few = rows["selection"].select(range(min(run.eval_pictures, len(rows["selection"]))))
-        greedy = {"max_new_tokens": run.max_new_tokens, "do_sample": False, "use_cache": True}
-        sft.add_callback(trainer.IoUDuringTraining(
-            sft, few, lambda batch: predict.generate_lines(tuned, processor, batch, run.prompt, greedy),
-            every=run.eval_steps, batch_size=run.predict_batch_size, keep_best=run.keep == "best"))
+        sft.add_callback(trainer.IoUDuringTraining(sft, rows["selection"], run))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
-    with runs.timed(folder, "train"):
-        sft.train(resume_from_checkpoint=trainer.last_checkpoint(folder))
+    sft.train(resume_from_checkpoint=trainer.last_checkpoint(stage_run.folder))
     speed.plain_rotations()
-    if run.keep == "best":
-        print(f"the best IoU during training, {sft.state.best_metric:.3f}, was at step {sft.load_best()}: kept")
-    if runs.is_main():
-        saved = folder / ("model" if stage.trains == "full" else "adapter")
-        if stage.trains == "full":
-            merge.save_whole(tuned, processor, saved)
-        else:
-            tuned.save_pretrained(saved)
-            processor.save_pretrained(saved)
-        parity.write(saved, made_with, sft.base)
-    sft.accelerator.wait_for_everyone()
+    sft.save_result(stage_run.result, keep=run.keep)
     return table
 
 
 # %%
-base_path, trained = run.model_path, {}
+trained = {}
 for stage_run in run.stages:
-    base_key = runs.files_hash(base_path, run.model_revision)
-    key = runs.key(base=base_key, train=runs.rows_hash(rows["train"]), **runs.training_values(run))
-    with runs.exclusive(stage_run.folder / "training", wait=False):
-        if runs.is_done(stage_run.folder, "train", key):
-            print(f"{stage_run.name}: trained before with the same inputs, in {stage_run.folder}")
-        else:
-            trained[stage_run.name] = train(stage_run, base_path)
-            runs.mark_done(stage_run.folder, "train", key)
+    inputs = runs.training_values(run) | {"base": parity.files_hash(stage_run.base, run.model_revision),
+                                          "train": runs.rows_hash(rows["train"])}  # fmt: skip
+    with runs.step(stage_run.folder, "train", inputs, made=stage_run.result, wait=False) as todo:
+        if todo:
+            trained[stage_run.name] = pd.DataFrame(train(stage_run)).T
             model.free_memory()
-    if stage_run.stage.trains == "full":
-        base_path = str(stage_run.folder / "model")
+        else:
+            print(f"{stage_run.name}: trained before with the same inputs, in {stage_run.folder}")
 
 # %% [markdown]
-# The loss of every stage. It counts the answer's tokens alone (with `assistant`), and most of those are fixed by the
-# format: the curve drops fast to the level where only the digits are left to learn.
+# The table counts what trained in each tower: the recipe's towers and no other. The curve is the mean loss of the
+# completion's tokens. Most of these are fixed by the format, so it drops fast to the level where only digits are left
+# to learn. A low loss is no proof of good boxes; IoU, below, is.
 
 # %%
 logs = {stage_run.name: trainer.read_log(stage_run.folder / "log.jsonl") for stage_run in run.stages}
 if logs:
     display(plots.loss_curves(logs, smooth=9, path=run.folder / "figures" / "loss.png"))
-for name, table in trained.items():
-    display(name, pd.DataFrame(table).T)
+display(*trained.values())
 
 # %% [markdown]
 # ## 8 · Prediction
 #
-# The model that answers now is loaded from what was saved, the quantised base and the adapter as they were trained:
-# what a later reader of the folder gets is what is scored here. Every key of the adapter file must find its place.
+# The fine-tuned model is loaded from what was saved: the quantized base and the adapter, as they were trained. So what
+# is scored here is what a later reader of the folder gets. `load_adapter` checks that every weight of the file found
+# its place; after a rename of modules PEFT would load what fits and only warn.
 
 # %%
+last = run.stages[-1] if run.stages else None
+
+
 def load_trained():
     """The fine-tuned model as it was trained, from the files of the last stage."""
-    last = run.stages[-1]
     if last.stage.trains == "full":
-        return load_base("bf16", base_path)
-    parity.check(last.folder / "adapter", made_with, parity.base_of(base_path, run.model_revision))
-    return model.load_adapter(load_base(last.stage.precision, base_path), last.folder / "adapter")
+        return load_base("bf16", str(last.result))
+    parity.check(last.result, made_with, parity.base_of(last.base, run.model_revision))
+    return model.load_adapter(load_base(last.stage.precision, last.base), last.result)
 
 
 # %%
 predictions = baseline
-if run.stages:
-    tuned = load_trained()
-    predictions = ask(tuned, run.folder / "predictions.jsonl", prompt=run.prompt, trained=key)
-    del tuned
-    model.free_memory()
+if last:
+    trained_on = {"weights": parity.files_hash(last.result), "base": parity.files_hash(last.base, run.model_revision)}
+    predictions = predict_val(load_trained, run.folder / "predictions.jsonl", **trained_on)
 print(*(line["text"] for line in predictions[:3]), sep="\n")
 
 # %% [markdown]
 # ## 9 · Evaluation
 #
-# IoU, the overlap of predicted and true box over their union, a picture; 1 is perfect, 0 is a miss or no answer.
-# Each number stands with its 95 % bootstrap interval over the pictures. Three rows: the constant box, the model before
-# and after training.
+# **IoU** is the overlap of predicted and true box over their union: 1 is perfect, 0 is a miss or no box at all. By
+# hand, two boxes of 4 × 2 that share half of their area:
 
 # %%
-metrics = reports.write_metrics(
-    run.folder, {"fine-tuned": predictions, "base": baseline, "constant box": constant}, truth
-)
+a, b = [0, 0, 4, 2], [2, 0, 6, 2]
+shared_area, together = 2 * 2, 4 * 2 + 4 * 2 - 2 * 2
+print(f"IoU of {a} and {b}: {shared_area} / {together} = {shared_area / together:.3f}")
+
+# %% [markdown]
+# Each number stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
+# rows: the constant box, the model before training and after.
+
+# %%
+lines = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
+metrics = reports.write_metrics(run.folder, lines, truth)
 reports.metrics_table(metrics)
 
 # %% [markdown]
-# That is the cleaned truth. Against the truth as its source has it, an empty box counts as a miss and a picture that
-# the audit dropped as one without an answer:
+# That is against the cleaned truth. Against the truth as its source has it, an empty box counts as a miss, and a
+# picture that the audit dropped as one without a prediction:
 
 # %%
-raw_truth = data.raw_truth(raw["val"])
-raw_metrics = reports.write_metrics(
-    run.folder / "raw", {"fine-tuned": predictions, "base": baseline, "constant box": constant}, raw_truth
-)
+raw_metrics = reports.write_metrics(run.folder / "raw", lines, data.raw_truth(raw["val"]))
 reports.metrics_table(raw_metrics)
 
 # %% [markdown]
-# The same pictures before and after. Eyeballing is not evaluation, but it shows what kind of error is left.
+# The same pictures before and after. A glance is no evaluation, but it shows what kind of error is left. The curves
+# below it show all of val: how many pictures reach each IoU.
 
 # %%
-plots.before_after(six, truth, baseline, predictions,
-                   path=run.folder / "figures" / "before_after.png")
+plots.before_after(six, truth, baseline, predictions, path=run.folder / "figures" / "before_after.png")
 
 # %%
 plots.iou_curves({"constant box": constant, "base": baseline, "fine-tuned": predictions}, truth,
                  path=run.folder / "figures" / "iou.png")
+
+# %% [markdown]
+# Is the gain more than chance? Both models saw the same pictures, so we compare picture by picture: differences vary
+# less than scores do. If the interval does not contain 0, the gain is significant at 95 %.
 
 # %%
 before, after = metrics["scores"]["base"], metrics["scores"]["fine-tuned"]
@@ -490,29 +524,28 @@ print(f"fine-tuned minus base on the same {gain['n']} pictures: {evaluate.with_i
 # %% [markdown]
 # ## 10 · Merging
 #
-# An adapter needs its base beside it. Merging adds it into the weights, and gives one plain checkpoint to serve. Two
-# statements, both measured:
+# An adapter needs its base beside it, and not every server takes one. Merging adds $BA$ into the weights and gives one
+# plain checkpoint. Two things have to hold, and both are measured:
 #
 # * **Algebra.** On one base, the adapter applied and the adapter merged give the same logits, up to rounding.
-# * **What matters.** The model that ships (merged, bf16) against the model as it was trained (NF4 base + adapter):
-#   their boxes, compared in pairs. With `memory="low"` it is asked in NF4, rounded once more.
+# * **What matters.** The model that ships (merged, bf16) against the model as it was trained (NF4 base and adapter):
+#   their boxes and IoU, picture by picture. With `memory="low"` the merged model generates in NF4, rounded once more.
 #
-# The adapter has learned on top of NF4's rounding. Merged into the weights that NF4 stands for (`dequantised`), it
-# stays closer to the model as it was trained than merged into the `full` precision base, so that is the default. Seen
-# at the tiny scale for r1, r3 and r4: the same boxes in 85 to 105 of 123 pictures, mean IoU within .01; with `full`, on
-# an earlier tiny base, the same boxes in 10 to 16.
+# Into which weights? The adapter has learned beside NF4's rounded weights, and makes up for some of that rounding.
+# Merged into the *dequantized* weights it stays closest to what was trained; into the `full` ones it would correct
+# errors that are not there.
 
 # %%
 def merge_into(kind):
-    """The adapter merged into the `full` precision base, or into the `dequantised` NF4 weights it was trained on."""
+    """The adapter merged into the `full` precision base, or into the `dequantized` NF4 weights it was trained on."""
     dtype = torch.float32 if run.scale == "tiny" else torch.bfloat16  # 7B in fp32 would take 33 GB
     place = {"": "cpu"} if run.memory == "low" else model.device_map()
-    if kind == "dequantised" and run.stages[-1].stage.precision == "nf4":
-        base = load_base("nf4", base_path, place).dequantize().to(dtype)
+    if kind == "dequantized" and last.stage.precision == "nf4":
+        base = load_base("nf4", last.base, place).dequantize().to(dtype)
     else:
-        base = model.load(base_path, made_with, dtype=dtype, device_map=place,
-                          revision=run.model_revision if base_path == run.model_path else None)
-    adapted = model.load_adapter(base, run.stages[-1].folder / "adapter")
+        base = model.load(last.base, made_with, dtype=dtype, device_map=place,
+                          revision=run.model_revision if last.base == run.model_path else None)
+    adapted = model.load_adapter(base, last.result)
     if run.memory == "low":  # logits of a 7B model can take hours on a CPU; each layer's weights are compared
         return merge.merge_adapter(adapted, None)[0]
     merged, difference = merge.merge_adapter(adapted, batch)
@@ -522,39 +555,36 @@ def merge_into(kind):
 
 
 # %%
-merges = bool(run.stages) and run.stages[-1].stage.trains == "lora"
-if merges and not (runs.is_done(run.folder, "merge", key + run.merge_base) and run.merged_folder.is_dir()):
-    with runs.timed(run.folder, "merge"), runs.exclusive(run.merged_folder):
-        if runs.is_main():
-            merged = merge_into(run.merge_base)
-            merge.save_whole(merged, processor, run.merged_folder)
-            weights = merge.fingerprints(merged)
-            del merged  # one copy in memory is enough
-            merge.check_reload(weights, run.merged_folder)
-            parity.write(run.merged_folder, made_with, parity.base_of(base_path, run.model_revision))
-    runs.mark_done(run.folder, "merge", key + run.merge_base)
-shipped = run.merged_folder if merges else run.stages[-1].folder / "model" if run.stages else run.model_path
-if run.stages and runs.is_main():
+merges = bool(last) and last.stage.trains == "lora"
+if merges:
+    inputs = trained_on | {"merge_base": run.merge_base}
+    with runs.step(run.folder, "merge", inputs, made=run.merged_folder) as todo:
+        if todo and runs.is_main():
+            merge.save_merged(merge_into(run.merge_base), processor, run.merged_folder, made_with,
+                              parity.base_of(last.base, run.model_revision))
+shipped = run.merged_folder if merges else last.result if last else run.model_path
+if last and runs.is_main():
     parity.note_longest(shipped, run.max_new_tokens)
 
 # %% [markdown]
-# The merged folder is loaded like any other model, by its path, and asked the same questions.
+# The merged folder is loaded like any other model, by its path, and generates for the same pictures.
 
 # %%
-answers = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
 if merges:
-    held = "nf4" if run.memory == "low" else "bf16"
-    merged = load_base(held, run.merged_folder)
-    answers["merged"] = ask(merged, run.folder / "merged.jsonl", prompt=run.prompt, trained=key,
-                            merge_base=run.merge_base, precision=held)
-    same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, answers["merged"], strict=True))
-    metrics = reports.write_metrics(run.folder, answers, truth)
+    stored = "nf4" if run.memory == "low" else "bf16"
+    lines["merged"] = predict_val(lambda: load_base(stored, str(shipped)), run.folder / "merged.jsonl",
+                                  weights=parity.files_hash(shipped), precision=stored)
+    metrics = reports.write_metrics(run.folder, lines, truth)
     scored = [metrics["scores"][name]["per_picture"] for name in ("merged", "fine-tuned")]
     change = evaluate.with_interval(evaluate.paired_bootstrap(*scored)["difference"])
-    print(f"merged minus as trained: {change} mean IoU; the same boxes in {same} of {len(truth)} answers")
+    same = sum(a["boxes"] == b["boxes"] for a, b in zip(predictions, lines["merged"], strict=True))
+    print(f"merged minus as trained: {change} mean IoU; the same boxes in {same} of {len(truth)} pictures")
 
 # %% [markdown]
 # ## 11 · What we learned
+#
+# The rows to take along, and where everything lies. The topic notebooks in `notebooks/` go deeper: what the errors have
+# in common (04), what quantization costs (06), where the time goes (07), how to serve the result (08).
 
 # %%
 print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")

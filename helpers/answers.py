@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.boxes import CATEGORIES
-from helpers.files import write_text
+from helpers.runs import write_text
 
 
 def join(output: Path, parts: list[Path], coco: bool) -> dict[str, int]:

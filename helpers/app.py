@@ -16,8 +16,8 @@ import gradio as gr
 from PIL.Image import Image
 
 from helpers import finished, runs, scenes
-from helpers.parameters import ParameterError
 from helpers.predict import generate_lines
+from helpers.settings import ParameterError
 
 EXAMPLES = (0, 2, 5, 7, 9, 12)  # scenes of val
 Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]] | None, str, list[tuple[Image, str]]]

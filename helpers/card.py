@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from helpers import evaluate
 from helpers.evaluate.intervals import number
 from helpers.evaluate.reports import table_line
-from helpers.files import read_json
 from helpers.recipes import RECIPES
+from helpers.runs import read_json
 
 HELD = {
     "bf16": "This copy holds every weight in bfloat16.",

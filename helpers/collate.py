@@ -11,9 +11,8 @@ from helpers.data import names_in
 from helpers.data.pictures import as_rgb
 from helpers.grammar import longest_unit
 from helpers.messages import END_OF_TURN, target_text, to_messages
-from helpers.parameters import ParameterError
 from helpers.recipes import IMAGE_TOKEN
-from helpers.settings import Run
+from helpers.settings import ParameterError, Run
 
 IGNORED = -100  # the label that PyTorch's cross-entropy skips
 MAX_TOKENS = 2048  # a longer sequence is refused by name, never cut: a cut would lose image tokens

@@ -16,9 +16,9 @@ from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 
 from helpers import data, evaluate, finished, merge, model, parity, predict, runs
 from helpers.card import model_card
-from helpers.files import read_json, write_json, write_text
 from helpers.hub import PushError, check_push, push
-from helpers.parameters import ParameterError
+from helpers.runs import read_json, write_json, write_text
+from helpers.settings import ParameterError
 
 COPIES = ("bf16", "nf4")
 COMPARED = "compared.json"  # what `compare` measured, in the export's folder: the cards take it up

@@ -10,9 +10,8 @@ from PIL import Image, ImageOps
 
 from helpers import parity
 from helpers.data.pictures import as_rgb, open_picture
-from helpers.files import read_json
-from helpers.parameters import ParameterError
-from helpers.settings import check_architecture
+from helpers.runs import read_json
+from helpers.settings import ParameterError, check_architecture
 
 RUNS = Path(__file__).parents[1] / "runs"
 MAX_NEW_TOKENS = 128  # the pipeline's default, room for five boxes: of models whose parity.json holds none

@@ -28,10 +28,8 @@ from helpers import finished, runs
 from helpers.answers import join
 from helpers.data import DataError, load_raw
 from helpers.data.pictures import escaped, files_below, is_picture, open_picture
-from helpers.files import read_json, write_json, write_text
-from helpers.parameters import ParameterError
-from helpers.progress import progress_bar
-from helpers.settings import end_with_a_word
+from helpers.runs import progress_bar, read_json, write_json, write_text
+from helpers.settings import ParameterError, end_with_a_word
 
 PART = 64  # pictures of one file: what a kill costs at most
 LINE = 1024  # bytes of room a picture's answer needs, generously

@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from helpers import model as models
+from helpers import parity
 
 ROWS = 16  # rows of each layer's matrix that are checked weight by weight
 COMPARED = 64  # last tokens whose logits are compared: at 7B those of a whole batch would take 1.5 GiB, twice
@@ -76,6 +77,15 @@ def save_whole(model: torch.nn.Module, processor, folder: Path) -> None:
     processor.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def save_merged(merged: torch.nn.Module, processor, folder: Path, made_with: dict, base: dict[str, str]) -> None:
+    """`save_whole`, proven by loading it again, with its parity.json; `merged` should have no other name by then."""
+    save_whole(merged, processor, folder)
+    weights = fingerprints(merged)
+    del merged  # one copy in memory is enough
+    check_reload(weights, folder)
+    parity.write(folder, made_with, base)
 
 
 def fingerprints(model: torch.nn.Module) -> dict[str, str]:

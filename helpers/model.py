@@ -17,9 +17,8 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
 from helpers import parity
-from helpers.parameters import ParameterError
 from helpers.recipes import Stage
-from helpers.settings import check_architecture
+from helpers.settings import ParameterError, check_architecture
 
 TOWERS = {"vision": "model.visual", "language": "model.language_model", "head": "lm_head"}
 

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from helpers.files import file_hash, read_json, write_json
 from helpers.messages import target_text
+from helpers.runs import file_hash, read_json, write_json
 
 FILE = "parity.json"
 
@@ -44,6 +44,14 @@ def _short(content: bytes) -> str:
 def weights_hash(folder: str | Path) -> str:
     """A hash over the names and contents of a folder's safetensors files."""
     files = sorted(Path(folder).glob("*.safetensors"))
+    return _short("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode())
+
+
+def files_hash(folder: str | Path, revision: str | None = None) -> str:
+    """A hash over a model folder's files (name and content); for a Hub id, the id and its commit."""
+    if not Path(folder).is_dir():
+        return f"{folder}@{hub_commit(str(folder), revision)}"
+    files = sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors"))
     return _short("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode())
 
 

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from helpers.data.pictures import as_rgb
 from helpers.grammar import Grammar, GrammarConstraint
 from helpers.messages import parse_text, to_messages
-from helpers.progress import progress_bar
+from helpers.runs import progress_bar
 
 AT_ONCE = 4  # pictures that the vision tower looks at together
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch

@@ -1,6 +1,11 @@
-"""The four recipes and the two scales, as plain data: read them as a table."""
+"""The recipes, the two scales and the parameters, as plain data: read them as tables."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from helpers.messages import special_token
 
 # A regular expression works in PEFT only where `target_modules` is ONE string that matches the whole module name;
 # inside a list it matches nothing, without a word.
@@ -12,11 +17,11 @@ LORA_TARGETS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One training: what is held how, what trains, what comes out."""
+    """One training: what is stored how, what trains, what comes out."""
 
     trains: str  # "lora": adapters on `towers`; "full": all weights of `towers`, in fp32
     towers: tuple[str, ...]  # of "vision" (blocks, patch embedding, merger) and "language"
-    precision: str  # how the frozen base is held: "nf4" (the vision tower stays in bf16) or "bf16"
+    precision: str  # of the frozen base: "nf4" (the vision tower stays in bf16) or "bf16"
     learning_rate: dict[str, float]  # per scale
     suffix: str = ""  # appended to the run's name
 
@@ -27,7 +32,7 @@ class Stage:
 
 
 RECIPES: dict[str, tuple[Stage, ...]] = {
-    # nothing trains: the zero-shot row, held as r1 holds it
+    # nothing trains: the zero-shot row, quantized as in r1
     "base": (),
     # published .835 mean IoU (7B, first 50 pictures of val, 2 x RTX 6000 Ada)
     "r1-llm-only": (Stage("lora", ("language",), "nf4", {"7b": 2e-5, "tiny": 1e-3}),),
@@ -44,55 +49,122 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
 
 IMAGE_TOKEN = 28 * 28  # pixels: a patch is 14 x 14 and 2 x 2 patches are merged into one image token
 
-SCALES: dict[str, dict] = {
-    "7b": {
-        "model_id": "Qwen/Qwen2-VL-7B-Instruct",
-        "dataset_id": "openfoodfacts/nutrition-table-detection",
-        "epochs": 3,
-        "batch_size": 8,  # published: 2, and 8 to add up; one H100 trains r4 1.6 x as fast with 8 and checkpointing
-        "accumulation": 2,
-        "lora_rank": 64,
-        "lora_alpha": 128,
-        "lora_dropout": 0.05,
-        "min_pixels": 256 * IMAGE_TOKEN,
-        "max_pixels": 1280 * IMAGE_TOKEN,
-        "gradient_checkpointing": None,  # measured: where a step does not fit without (`speed.checkpointing`)
-        "augment": False,
-        "save_steps": 25,
-        "predict_batch_size": 16,
-    },
-    "tiny": {  # found by measurement on the embedded scenes (README.md, "Recipes")
-        "model_id": "embedded",
-        "dataset_id": "embedded",
-        "epochs": 2,
-        "batch_size": 8,
-        "accumulation": 1,
-        "lora_rank": 16,
-        "lora_alpha": 32,
-        "lora_dropout": 0.0,  # on a CPU its random numbers would take a quarter of a step
-        "min_pixels": 16 * IMAGE_TOKEN,
-        "max_pixels": 144 * IMAGE_TOKEN,
-        "gradient_checkpointing": False,
-        "augment": False,
-        "save_steps": 50,
-        "predict_batch_size": 32,
-    },
-}
 
-# What `memory="low"` takes in their place, at the same effective batch; merging then happens on the CPU.
-LOW_MEMORY: dict[str, dict] = {
-    "7b": {"batch_size": 2, "accumulation": 8, "gradient_checkpointing": True, "predict_batch_size": 4},
-    "tiny": {"batch_size": 2, "accumulation": 4, "gradient_checkpointing": True, "predict_batch_size": 8},
+class Rule(NamedTuple):
+    """What a parameter may be."""
+
+    expected: str  # as a reader would say it
+    accepts: Callable[[Any], bool]
+    is_text: bool = False  # a value that is written like a number, as in run_name=2024, is text all the same
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table below."""
+
+    rule: Rule
+    scales: dict[str, Any] = field(default_factory=dict)  # what None becomes at each scale
+    low: dict[str, Any] = field(default_factory=dict)  # and with memory="low": the same effective batch
+    trains: bool = False  # a training depends on it: in one run's folder it stays the same
+    optional: bool = False  # None may stay None
+
+    def accepts(self, value: Any) -> bool:
+        return self.rule.accepts(value) or (value is None and (self.optional or bool(self.scales)))
+
+    @property
+    def expected(self) -> str:
+        return self.rule.expected + (" (or None for the default)" if self.optional or self.scales else "")
+
+
+def one_of(*choices: str) -> Rule:
+    return Rule(f"one of {', '.join(choices)}", lambda value: value in choices, is_text=True)
+
+
+def whole(low: int, high: int) -> Rule:
+    return Rule(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float) -> Rule:
+    return Rule(f"a number above {low} and at most {high}",
+                lambda value: type(value) in (int, float) and low < value <= high)
+
+
+def text(expected: str, pattern: str = r"(?s).*\S.*") -> Rule:
+    """Text that is a whole match of the regular expression."""
+    return Rule(expected, lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None, True)
+
+
+FLAG = Rule("True or False", lambda value: type(value) is bool)
+SHARE = Rule("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
+PROMPT = Rule("text for every picture, without special tokens such as <|image_pad|>",
+              lambda value: isinstance(value, str) and bool(value.strip()) and not special_token(value), is_text=True)
+COUNT = whole(1, 10**9)
+PIXELS = whole(IMAGE_TOKEN, 16384 * IMAGE_TOKEN)
+REVISION = text("a commit, branch or tag")
+
+
+def both(value: Any) -> dict[str, Any]:
+    """The same at both scales."""
+    return {"7b": value, "tiny": value}
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "recipe": Parameter(one_of(*RECIPES), trains=True),
+    "scale": Parameter(one_of("auto", "7b", "tiny"), trains=True),
+    "model_id": Parameter(text("a Hub id, a local folder, or embedded"), trains=True,
+                          scales={"7b": "Qwen/Qwen2-VL-7B-Instruct", "tiny": "embedded"}),
+    "model_revision": Parameter(REVISION, optional=True, trains=True),
+    "dataset_id": Parameter(text("a Hub id, a local folder or file, or embedded"), trains=True,
+                            scales={"7b": "openfoodfacts/nutrition-table-detection", "tiny": "embedded"}),
+    "dataset_revision": Parameter(REVISION, optional=True, trains=True),
+    "prompt": Parameter(PROMPT, trains=True),
+    "loss_scope": Parameter(one_of("assistant", "all-text"), trains=True),
+    "precision": Parameter(one_of("nf4", "bf16"), optional=True, trains=True),
+    "memory": Parameter(one_of("low"), optional=True),
+    "epochs": Parameter(number(0, 1000), {"7b": 3, "tiny": 2}, trains=True),
+    "learning_rate": Parameter(number(0, 1), optional=True, trains=True),  # of the recipe's stages
+    # published: 2 x 8; one H100 trains r4 1.6 x as fast with 8 x 2 and activations recomputed
+    "batch_size": Parameter(whole(1, 4096), both(8), low=both(2), trains=True),
+    "accumulation": Parameter(whole(1, 4096), {"7b": 2, "tiny": 1}, low={"7b": 8, "tiny": 4}, trains=True),
+    "lora_rank": Parameter(whole(1, 4096), {"7b": 64, "tiny": 16}, trains=True),
+    "lora_alpha": Parameter(whole(1, 8192), {"7b": 128, "tiny": 32}, trains=True),
+    "lora_dropout": Parameter(SHARE, {"7b": 0.05, "tiny": 0.0}, trains=True),  # on a CPU a quarter of a step
+    "min_pixels": Parameter(PIXELS, {"7b": 256 * IMAGE_TOKEN, "tiny": 16 * IMAGE_TOKEN}, trains=True),
+    "max_pixels": Parameter(PIXELS, {"7b": 1280 * IMAGE_TOKEN, "tiny": 144 * IMAGE_TOKEN}, trains=True),
+    # at 7b None stays: the training tries whether a step fits into memory without
+    "gradient_checkpointing": Parameter(FLAG, {"7b": None, "tiny": False}, low=both(True)),
+    "augment": Parameter(FLAG, both(False), trains=True),
+    "seed": Parameter(whole(0, 2**31 - 1), trains=True),
+    "train_limit": Parameter(COUNT, optional=True, trains=True),
+    "val_limit": Parameter(COUNT, optional=True),
+    "eval_steps": Parameter(COUNT, optional=True),
+    "eval_pictures": Parameter(COUNT),
+    "keep": Parameter(one_of("last", "best")),
+    "save_steps": Parameter(COUNT, {"7b": 25, "tiny": 50}),
+    "predict_batch_size": Parameter(whole(1, 4096), {"7b": 16, "tiny": 32}, low={"7b": 4, "tiny": 8}),
+    "max_new_tokens": Parameter(whole(8, 4096)),
+    "constrained": Parameter(FLAG),
+    "merge_base": Parameter(one_of("full", "dequantized")),
+    "gpus": Parameter(text("GPU numbers such as 0 or 0,1", r"[0-9]+(,[0-9]+)*"), optional=True),
+    "output_root": Parameter(text("a folder that can be written")),
+    "hf_home": Parameter(text("a folder for the Hub's downloads and caches"), optional=True),
+    "run_name": Parameter(text("text of letters, digits, dots, dashes and underscores", r"[\w.-]+"), optional=True),
+    "report_to": Parameter(one_of("auto", "wandb", "tensorboard", "none")),
 }
+# The tables by scale, and the parameters that a training depends on.
+SCALES = {scale: {name: row.scales[scale] for name, row in PARAMETERS.items() if row.scales}
+          for scale in ("7b", "tiny")}  # fmt: skip
+LOW_MEMORY = {scale: {name: row.low[scale] for name, row in PARAMETERS.items() if row.low} for scale in SCALES}
+TRAINING = tuple(name for name, row in PARAMETERS.items() if row.trains)
 
 # The commit of each model that this project was written for; model_revision takes another.
 REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture and pictures
 # of 1280 image tokens: 15.5 to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4
-# in batches of 8 with checkpointing and 12.1 in batches of 2 (`helpers.dev.bench_7b`, one H100); 25.4 for r2 and r3 in
+# in batches of 8 with checkpointing and 12.1 in batches of 2 (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in
 # batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. With
-# `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, what a frozen tower saw, the model saved
+# `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, cached vision features, the model saved
 # or merged, and the Hub's download.
 GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22}
 LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14}

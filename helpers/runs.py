@@ -1,4 +1,4 @@
-"""A run's folder: its manifest, what is done already and what goes on from where; and several processes as one."""
+"""A run's folder: its manifest, its steps, files that are whole or not there; and several processes as one."""
 
 import contextlib
 import hashlib
@@ -20,19 +20,56 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from helpers import parity
-from helpers.files import file_hash, read_json, write_json
-from helpers.parameters import ParameterError, read_value
-from helpers.settings import Run, is_main
+from helpers.recipes import TRAINING
+from helpers.settings import ParameterError, Run, is_main, read_value
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
-# What a training depends on. In one folder these stay the same; the other parameters may change between two starts.
-TRAINING = (
-    "recipe", "scale", "model_id", "model_revision", "dataset_id", "dataset_revision", "prompt", "loss_scope",
-    "min_pixels", "max_pixels", "epochs", "learning_rate", "batch_size", "accumulation",
-    "lora_rank", "lora_alpha", "lora_dropout", "precision", "augment", "seed", "train_limit",
-)  # fmt: skip
+WHOLE = 2**24  # bytes: a larger file is hashed by samples of it
+SAMPLES, SAMPLE = 64, 2**16  # how many, and the bytes of each
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all or nothing: a killed process never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + f".part-{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of `content` as JSON."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; {} where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def file_hash(path: Path) -> str:
+    """A hash over a file's content; of a large one over its size and 64 samples of 64 KiB, spread over all of it."""
+    size = path.stat().st_size
+    if size <= WHOLE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek((size - SAMPLE) * number // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def progress_bar(total: int, done: int, name: str, unit: str, shown: bool = True) -> tqdm:
+    """A text bar on stderr; where that is a log and no terminal, a new line at most every two seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 2.0
+    hidden = {} if shown else {"disable": True}  # TQDM_DISABLE=1 hides those that are shown
+    return tqdm(total=total, initial=done, desc=name, unit=unit, mininterval=interval, **hidden)
 
 
 def quiet_libraries() -> None:
@@ -109,16 +146,6 @@ def rows_hash(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def files_hash(folder: str | Path, revision: str | None = None) -> str:
-    """A hash over a model folder's files (name and content); for a Hub id, the id and its commit."""
-    if not Path(folder).is_dir():
-        return f"{folder}@{parity.hub_commit(str(folder), revision)}"
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors")):
-        digest.update(f"{path.name} {file_hash(path)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
 def training_values(run: Run) -> dict[str, Any]:
     """The parameters that a training depends on."""
     chosen_by = ("keep", "eval_steps", "eval_pictures", "max_new_tokens") if run.keep == "best" else ()
@@ -180,18 +207,36 @@ def continue_wandb(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def timed(folder: Path, step: str) -> Iterator[None]:
-    """Add a step's seconds and the process's peak memory to the folder's manifest, and print them."""
-    start = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - start
-    manifest = read_json(folder / "manifest.json")
-    memory = peak_memory()
-    manifest["timings"][step] = round(manifest["timings"].get(step, 0) + seconds, 2)
+def step(folder: Path, name: str, inputs: dict[str, Any], made: Path | None = None, *, run_folder: Path | None = None,
+         wait: bool = True) -> Iterator[bool]:
+    """One step of a run: `with runs.step(folder, "merge", inputs, made=path) as todo:`, and in it `if todo:`.
+
+    `todo` is False where `folder` says that the step was finished with exactly these `inputs` (anything that JSON can
+    hold) and `made` is still there: a file's existence alone proves nothing. Other processes wait (or, with
+    `wait=False`, are refused by ParameterError). A step that ends without an error is marked as done, and its seconds
+    and peak memory go into the manifest of `run_folder` (None: `folder`) and are printed.
+    """
+    step_key = key(**inputs)
+    with exclusive(folder / name, wait):
+        done = read_json(folder / "steps.json").get(name) == step_key and (made is None or made.exists())
+        if done:
+            yield False
+            return
+        start = time.perf_counter()
+        yield True
+        if is_main():
+            write_json(folder / "steps.json", read_json(folder / "steps.json") | {name: step_key})
+        _note_time(run_folder or folder, Path(name).stem, time.perf_counter() - start)
+
+
+def _note_time(folder: Path, name: str, seconds: float) -> None:
+    manifest, memory = read_json(folder / "manifest.json"), peak_memory()
+    manifest["timings"][name] = round(manifest["timings"].get(name, 0) + seconds, 2)
     manifest["peak_memory"] |= {where: max(gib, manifest["peak_memory"].get(where, 0)) for where, gib in memory.items()}
     if is_main():
         write_json(folder / "manifest.json", manifest)
-    print(f"{step}: {seconds:.1f} s, peak memory " + ", ".join(f"{gib:.2f} GiB {name}" for name, gib in memory.items()))
+    peaks = ", ".join(f"{gib:.2f} GiB {where}" for where, gib in memory.items())
+    print(f"{name}: {seconds:.1f} s, peak memory {peaks}")
 
 
 def peak_memory() -> dict[str, float]:
@@ -210,16 +255,6 @@ def report(run: Run) -> dict[str, Any]:
     folders = [stage.folder for stage in run.stages] or [run.folder]
     manifests = [read_json(folder / "manifest.json") for folder in folders]
     return {m["run"]: {"seconds": m["timings"], "peak memory (GiB)": m["peak_memory"]} for m in manifests}
-
-
-def is_done(folder: Path, step: str, step_key: str) -> bool:
-    """Was this step finished with exactly these inputs? A file's existence alone proves nothing."""
-    return read_json(folder / "steps.json").get(step) == step_key
-
-
-def mark_done(folder: Path, step: str, step_key: str) -> None:
-    if is_main():
-        write_json(folder / "steps.json", read_json(folder / "steps.json") | {step: step_key})
 
 
 def command(run: Run) -> str:

@@ -24,7 +24,7 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 
 from helpers import finished, runs
-from helpers.parameters import ParameterError
+from helpers.settings import ParameterError
 
 MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000  # of a picture

@@ -1,5 +1,7 @@
 """Parameters -> a run that is settled: the scale, every default, the folders; refused here if it cannot work."""
 
+import ast
+import difflib
 import functools
 import json
 import math
@@ -13,13 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from helpers import parameters
-from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import DISK_GIB, GPU_GIB, LOW_GPU_GIB, LOW_MEMORY, RECIPES, REVISIONS, SCALES, Stage
+from helpers.messages import check_tokenizer
+from helpers.recipes import (
+    DISK_GIB,
+    GPU_GIB,
+    LOW_GPU_GIB,
+    LOW_MEMORY,
+    PARAMETERS,
+    RECIPES,
+    REVISIONS,
+    SCALES,
+    Parameter,
+    Stage,
+)
 
 PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
 ARCHITECTURE = "qwen2_vl"  # `model_type` in config.json
+
+
+class ParameterError(ValueError):
+    """One sentence: the parameter, its value, the valid choices."""
 
 
 def run_folder(run: str, holds: str, runs: str | Path = "runs") -> Path | None:
@@ -31,12 +47,18 @@ def run_folder(run: str, holds: str, runs: str | Path = "runs") -> Path | None:
 
 @dataclass
 class StageRun:
-    """One stage of this run: the recipe's stage, with its folder."""
+    """One stage of this run: the recipe's stage, with its folder and what it is trained on."""
 
     stage: Stage
     name: str
     folder: Path
     learning_rate: float
+    base: str  # what `from_pretrained` takes: the run's model, or what the stage before made
+
+    @property
+    def result(self) -> Path:
+        """Where its weights go."""
+        return self.folder / ("model" if self.stage.trains == "full" else "adapter")
 
 
 @dataclass
@@ -111,6 +133,107 @@ def end_with_a_word() -> None:
     take_signals(stop)
 
 
+def read_value(written: str) -> Any:
+    """A value as papermill's `-p` reads it: whole number, number, True, False, None, else text."""
+    named = {"True": True, "False": False, "None": None}
+    if written in named:
+        return named[written]
+    for kind in (int, float):
+        try:
+            return kind(written)
+        except ValueError:
+            pass
+    return written
+
+
+def refuse_unknown(names: list[str], known: dict[str, Parameter]) -> None:
+    """Raise ParameterError for the first name that is not a parameter, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ParameterError(f"{name} is not a parameter; {hint}The parameters are {', '.join(known)}.")
+
+
+def read_given(namespace: dict, known: dict[str, Parameter] = PARAMETERS) -> dict[str, Any]:
+    """The parameters that someone set from outside: papermill's injected cell, or `key=value` of a script.
+
+    papermill only warns about names that the notebook does not have, so its cell is read from IPython's `In`
+    (`globals()` would show a reader's own names too). A script's values are also put into `namespace`. What is text by
+    its rule stays as it was written: of papermill, which has read `-p run_name 2024` as a number before, whole numbers
+    and True and False become text again, and other numbers, whose spelling is lost, are refused.
+    """
+    if "In" in namespace:
+        injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
+        names = [ast.unparse(node.targets[0]) for cell in injected for node in ast.parse(cell).body
+                 if isinstance(node, ast.Assign)]
+        refuse_unknown(names, known)
+        values = {name: namespace[name] for name in names}
+        values |= {name: _as_text(name, values[name]) for name in names if known[name].rule.is_text}
+    else:
+        values = {}
+        for argument in sys.argv[1:]:
+            name, equals, written = argument.partition("=")
+            if not equals:
+                raise ParameterError(f"{argument!r} is not of the form name=value, such as recipe=r4-joint.")
+            if not written.encode(errors="ignore").decode() == written:
+                raise ParameterError(f"{argument!r} is not UTF-8 text, so it cannot be written into the run's files.")
+            values[name] = written
+        refuse_unknown(list(values), known)
+        values = {name: written if known[name].rule.is_text and written != "None" else read_value(written)
+                  for name, written in values.items()}
+    namespace.update(values)
+    return values
+
+
+def _as_text(name: str, value: Any) -> Any:
+    if isinstance(value, float):
+        raise ParameterError(f"{name} is text, and papermill has read it as the number {value}; give it with -r in the "
+                             f"place of -p: -r {name} TEXT.")
+    return str(value) if isinstance(value, int) else value
+
+
+def check(values: dict[str, Any], known: dict[str, Parameter] = PARAMETERS) -> None:
+    """Raise ParameterError for the first value that its rule does not accept."""
+    for name, row in known.items():
+        if not row.accepts(values[name]):
+            raise ParameterError(f"{name}={values[name]!r} is not valid: expected {row.expected}.")
+    low, high = values.get("min_pixels"), values.get("max_pixels")
+    if low and high and low > high:
+        raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
+    if values.get("memory") == "low" and values.get("precision") == "bf16":
+        raise ParameterError("memory='low' needs the base in nf4, and precision='bf16' asks for all of its 16 GB.")
+    if values.get("keep") == "best" and not values.get("eval_steps"):
+        raise ParameterError("keep='best' needs eval_steps: the best step is found by measuring every so many steps.")
+
+
+def choose_gpus(wanted: str | None) -> None:
+    """Make only the GPUs of this list visible. Must run before CUDA starts here, or raises ParameterError."""
+    if wanted is None:
+        return
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != wanted:
+        raise ParameterError(f"gpus={wanted} comes too late: CUDA has started in this process; restart the kernel.")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ParameterError(f"gpus={wanted} cannot be combined with a launcher: use its own option (--gpu_ids).")
+    os.environ["CUDA_VISIBLE_DEVICES"] = wanted
+
+
+def choose_cache(hf_home: str | None) -> None:
+    """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
+
+    Must run before the Hub's libraries are imported, or raises ParameterError.
+    """
+    if hf_home is None:
+        return
+    wanted = os.path.abspath(os.path.expanduser(hf_home))
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
+        raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
+                             "kernel, or set HF_HOME before it starts.")
+    os.environ["HF_HOME"] = wanted
+
+
 def settle(namespace: dict) -> Run:
     """Read the parameters from `namespace` (a notebook's or script's `globals()`), check them, fill in the rest.
 
@@ -119,22 +242,25 @@ def settle(namespace: dict) -> Run:
     """
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process of many speaks; errors go to stderr as ever
-    given = parameters.given(namespace)
+    given = read_given(namespace)
     if "In" not in namespace and threading.current_thread() is threading.main_thread():  # a script, not a notebook
         end_with_a_word()
     values = {name: namespace[name] for name in PARAMETERS}
-    parameters.check(values)
-    parameters.choose_gpus(values["gpus"])
-    parameters.choose_cache(values["hf_home"])
+    check(values)
+    choose_gpus(values["gpus"])
+    choose_cache(values["hf_home"])
     _check_cache(values["hf_home"])
     values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
     low = LOW_MEMORY[values["scale"]] if values["memory"] == "low" else {}
     for name, default in (SCALES[values["scale"]] | low).items():
         values[name] = default if values[name] is None else values[name]
     values["model_revision"] = values["model_revision"] or REVISIONS.get(values["model_id"])
-    parameters.check(values)
+    check(values)
     _check_output(values)
-    stages = [_stage_run(stage, values) for stage in RECIPES[values["recipe"]]]
+    stages: list[StageRun] = []
+    base = local_model(values["model_id"]) or values["model_id"]
+    for stage in RECIPES[values["recipe"]]:
+        stages.append(_stage_run(stage, values, str(stages[-1].result) if stages else base))
     folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
     values["report_to"] = _report_target(values["report_to"], folder)
     run = Run(values, given, stages, folder, _share(values) if stages else (values["batch_size"], 1))
@@ -173,12 +299,12 @@ def _short(values: dict) -> str:
     return values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
 
 
-def _stage_run(stage: Stage, values: dict) -> StageRun:
+def _stage_run(stage: Stage, values: dict, base: str) -> StageRun:
     if values["precision"] and stage.trains == "lora":
         stage = replace(stage, precision=values["precision"])
     name = _short(values) + stage.suffix
     folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
-    return StageRun(stage, name, folder, values["learning_rate"] or stage.learning_rate[values["scale"]])
+    return StageRun(stage, name, folder, values["learning_rate"] or stage.learning_rate[values["scale"]], base)
 
 
 def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
@@ -303,8 +429,6 @@ def _check_files(name: str, folder: Path) -> None:
 def _check_processor(name: str, path: str, revision: str | None) -> None:
     """Raise ParameterError unless the base has a processor that can write prompts and completions."""
     from transformers import Qwen2VLConfig, Qwen2VLProcessor
-
-    from helpers.messages import check_tokenizer
 
     try:
         processor = Qwen2VLProcessor.from_pretrained(path, revision=revision)

@@ -27,8 +27,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLRMSN
 
 from helpers.collate import IGNORED, Collator
 from helpers.model import free_memory, gpus
-from helpers.progress import progress_bar
 from helpers.recipes import Stage
+from helpers.runs import progress_bar
 
 RESERVE = 0.08  # of a GPU's memory, for what a step that is tried does not show
 ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")  # functions of transformers' module
@@ -268,13 +268,14 @@ class CachedFeaturesCollator:
     """
 
     def __init__(self, collator: Collator, vlm: nn.Module, rows: datasets.Dataset, file: Path, batch_size: int,
-                 workers: int = 0):
+                 workers: int | None = None):
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
         self.pad = collator.processor.tokenizer.pad_token_id
         self.ready: dict[str, dict[str, torch.Tensor]] = {}  # image_id -> tensors of one row, without padding
         self.places: dict[str, slice] = {}  # image_id -> rows of `self.features`
         ids, end, width = iter(rows["image_id"]), 0, vlm.config.text_config.hidden_size
         bar = progress_bar(len(rows), 0, "caching vision features", "picture")
+        workers = (4 if torch.cuda.is_available() else 0) if workers is None else workers
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as out:
             for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=workers):

@@ -20,6 +20,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
 from datasets import Dataset, Image
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
@@ -31,18 +32,27 @@ from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
-from helpers import data, evaluate, parity, runs
+from helpers import data, evaluate, merge, parity, predict, runs
 from helpers.collate import IGNORED
 from helpers.data.pictures import picture_facts
-from helpers.files import read_json, write_json, write_text
 from helpers.model import check_one_way, keep_4bit_trainable
-from helpers.progress import progress_bar
-from helpers.settings import take_signals
+from helpers.runs import progress_bar, read_json, write_json, write_text
+from helpers.settings import Run, take_signals
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"  # in a checkpoint: {file: bytes}, written last; without it one was cut off and is never loaded
 WINDOW = 20  # steps whose mean loss tells a trend
 WORSE = 1.5  # this many times the mean of the first WINDOW steps: the training has diverged
+# What every training of this project has in its SFTConfig.
+COMMON: dict[str, Any] = {
+    "remove_unused_columns": False,  # the collator reads rows of the project's schema
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # a loss that is no number must be seen
+    "save_total_limit": 2,
+    "dataloader_num_workers": 4 if torch.cuda.is_available() else 0,  # processes that open pictures
+    "use_cpu": not torch.cuda.is_available(),
+    "ddp_find_unused_parameters": False,
+}
 
 
 class BoxTrainer(SFTTrainer):
@@ -193,6 +203,20 @@ class BoxTrainer(SFTTrainer):
             raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
         self._load_from_checkpoint(str(self.folder / f"checkpoint-{step}"))
         return step
+
+    def save_result(self, folder: Path, keep: str = "last") -> None:
+        """Write what was trained, adapter or whole model, to `folder`: the last step's weights or the `best`'s."""
+        if keep == "best":
+            print(f"the best IoU during training, {self.state.best_metric:.3f}, was at step {self.load_best()}: kept")
+        tuned = self.accelerator.unwrap_model(self.model)
+        if runs.is_main():
+            if isinstance(tuned, PeftModel):
+                tuned.save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+            else:
+                merge.save_whole(tuned, self.processing_class, folder)
+            parity.write(folder, self.made_with or {}, self.base)
+        self.accelerator.wait_for_everyone()
 
 
 class UpdateShare(torch.utils.data.Sampler):
@@ -434,31 +458,33 @@ class ProgressBar(ProgressCallback):
 
 
 class IoUDuringTraining(TrainerCallback):
-    """Generate on a few pictures every `every` steps and after the last one; log their mean IoU as `eval_iou`.
+    """Generate on a few pictures every `run.eval_steps` steps and after the last one; log their mean IoU as `eval_iou`.
 
     Args:
-        rows: of the project's schema, from `selection` and never from `val`: what is chosen by this number must not be
-            reported on. Processes share them out. Raises ValueError where none has a box.
-        generate: at most `batch_size` rows -> their lines, as `predict.generate_lines` makes them; greedily, so that
-            no random number is drawn and the training goes on as if nothing had been generated.
-        keep_best: save a checkpoint whenever the number is the best so far (the earlier of equal ones), protected
-            from rotation; `BoxTrainer.load_best` takes it back at the end.
+        selection: rows of which the first `run.eval_pictures` are used; never `val`: what is chosen by this number must
+            not be reported on. Processes share them out. Raises ValueError where none has a box.
+        run: its `eval_steps`, `prompt`, `predict_batch_size`, `max_new_tokens`, and `keep`: with `best` a checkpoint is
+            saved whenever the number is the best so far (the earlier of equal ones), protected from rotation;
+            `BoxTrainer.load_best` takes it back at the end.
+
+    The training goes on as if nothing had been generated: greedy decoding draws no random number.
     """
 
-    def __init__(self, sft: BoxTrainer, rows: Dataset, generate: Callable[[list[dict]], list[dict]], *, every: int,
-                 batch_size: int, keep_best: bool = False):
-        self.sft, self.rows, self.generate, self.every = sft, rows, generate, every
-        self.batch_size, self.keep_best, self.truth = batch_size, keep_best, data.truth_rows(rows)
+    def __init__(self, sft: BoxTrainer, selection: Dataset, run: Run):
+        self.sft, self.run = sft, run
+        self.rows = selection.select(range(min(run.eval_pictures, len(selection))))
+        self.generation = {"do_sample": False, "use_cache": True, "max_new_tokens": run.max_new_tokens}
+        self.truth = data.truth_rows(self.rows)
         if not any(row["objects"]["bbox"] for row in self.truth):
-            raise ValueError(f"none of the {len(rows)} pictures for the IoU during training has a box; take more.")
+            raise ValueError(f"none of the {len(self.rows)} pictures for the IoU during training has a box; take more.")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Measure where it is time, log, and call for a checkpoint where this is the best so far."""
-        if state.global_step % self.every and state.global_step < state.max_steps:
+        if state.global_step % self.run.eval_steps and state.global_step < state.max_steps:
             return
         log_this_step, iou = control.should_log, self._measure()
         control.should_log = log_this_step  # or the step's loss would not be logged: Trainer resets it in `log`
-        if self.keep_best and (state.best_metric is None or iou > state.best_metric):
+        if self.run.keep == "best" and (state.best_metric is None or iou > state.best_metric):
             state.best_metric, state.best_global_step, control.should_save = iou, state.global_step, True
 
     def _measure(self) -> float:
@@ -467,9 +493,11 @@ class IoUDuringTraining(TrainerCallback):
         mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
         was_training, lines = model.training, []
         model.eval()
-        for start in range(0, len(mine), self.batch_size):
+        for start in range(0, len(mine), self.run.predict_batch_size):
+            batch = [self.rows[i] for i in mine[start : start + self.run.predict_batch_size]]
             with accelerator.autocast():
-                lines += self.generate([self.rows[i] for i in mine[start : start + self.batch_size]])
+                lines += predict.generate_lines(model, self.sft.processing_class, batch, self.run.prompt,
+                                                self.generation)
         lines = gather_object(lines)
         iou = evaluate.score(self.truth, lines, resamples=0)["summary"]["mean_iou"]["value"]
         self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone

@@ -95,7 +95,7 @@ for fault in [fault for fault in audit.faults if fault.fault == "exif-as-shown"]
 # Twelve of `val` with their true boxes. Look for what makes the task hard: tables that fill the picture and tables of a
 # few per cent, packs that stand turned, cans that bend the table, lists and barcodes that are no table.
 
-# %% tags=["thumbnail"]
+# %%
 display(plots.gallery(rows["val"].select(range(min(12, len(rows["val"])))), truth["val"]))
 every = pd.DataFrame(sum(truth.values(), []))
 mega, upright = every["width"] * every["height"] / 1e6, (every["height"] > every["width"]).mean()

@@ -123,7 +123,7 @@ print(f"By hand and library agree in {(sizes['by hand'] == sizes['smart_resize']
 #
 # What is left of a table? The pictures show it cut out of the photo at both budgets.
 
-# %% tags=["thumbnail"]
+# %%
 true, views = boxes.yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]), []
 for name in ("7b", "tiny"):
     height, width = by_hand(row["height"], row["width"], *budgets[name])

@@ -129,7 +129,7 @@ counted
 #
 # Below, AdamW repeats one real gradient of the vision tower. This is the best case, since all batches agree.
 
-# %% tags=["thumbnail"]
+# %%
 tower = load(dtype=bf16).train()
 tower.model.visual.requires_grad_(True)
 tower(**batch).loss.backward()

@@ -75,7 +75,7 @@ def off(changed, exact):
     return 100 * ((changed.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
-# %% tags=["thumbnail"]
+# %%
 exact = load(dtype=torch.bfloat16, path=path)
 linear = {name: layer.weight for name, layer in exact.named_modules() if isinstance(layer, nn.Linear)}
 matrix = exact.model.language_model.layers[0].mlp.up_proj.weight.float().cpu().reshape(-1, 1024)

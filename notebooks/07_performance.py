@@ -120,7 +120,7 @@ pd.DataFrame({"pictures/s": ladder, "× stock": ladder / ladder["stock"], "MFU, 
 #
 # The profiler adds up the operations of one step:
 
-# %% tags=["thumbnail"]
+# %%
 tuned = adapted("r4-joint", nf4()).train()
 with profile() as profiler:
     tuned(**batch).loss.backward()

@@ -46,7 +46,7 @@ from peft import LoraConfig, get_peft_model
 
 from helpers import data, finished, many, merge, messages, parity, plots, predict
 from helpers import model as models
-from helpers.parameters import ParameterError
+from helpers.settings import ParameterError
 from helpers.recipes import RECIPES
 from helpers.topics.serving import reply, served
 from helpers.topics.training import PROMPT, TINY_BASE, load, nf4, rows_and_processor, trainer_for
@@ -217,7 +217,7 @@ pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 # `make app` opens a page at http://127.0.0.1:7860: a photo goes in; out come the boxes with the model's confidence, the
 # text, and the crops. This is what it finds in a few pictures (true boxes solid, predictions dashed):
 
-# %% tags=["thumbnail"]
+# %%
 plots.gallery(val.select(range(4)), data.truth_rows(val), local)
 
 # %% [markdown]

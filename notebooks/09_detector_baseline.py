@@ -164,7 +164,7 @@ gain = evaluate.paired_bootstrap(longer_score["per_picture"], score["per_picture
 print(f"{story['epochs']} epochs, {story['cpu_seconds'] / 60:.0f} minutes of CPU time. Mean IoU minus that of the "
       f"training above: {evaluate.with_interval(gain['difference'])}, {gain['verdict']}.")
 
-# %% tags=["thumbnail"]
+# %%
 with_tables = [i for i, row in enumerate(truth["val"]) if row["objects"]["bbox"]][:8]
 plots.gallery(rows["val"].select(with_tables), truth["val"], longer)
 

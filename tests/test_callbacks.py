@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,18 +14,17 @@ import torch
 from safetensors.torch import load_file
 from small_training import StopAt, build
 
-from helpers import predict, trainer
+from helpers import trainer
 from helpers.trainer import IoUDuringTraining
 
-GREEDY = {"max_new_tokens": 12, "do_sample": False, "use_cache": True}
+RUN = {"eval_steps": 2, "eval_pictures": 3, "prompt": "Where?", "predict_batch_size": 2, "max_new_tokens": 12}
 
 
 def watched(folder, processor, rows, recipe="r4-joint", **options):
     keep_best, training = options.pop("keep_best", False), options
     sft = build(recipe, folder, processor, rows, **training)
-    sft.add_callback(IoUDuringTraining(
-        sft, rows.select(range(3)), lambda batch: predict.generate_lines(sft.model, processor, batch, "Where?", GREEDY),
-        every=2, batch_size=2, keep_best=keep_best))
+    run = SimpleNamespace(**RUN, keep="best" if keep_best else "last")
+    sft.add_callback(IoUDuringTraining(sft, rows, run))
     return sft
 
 
@@ -63,18 +63,18 @@ def test_one_measurement_leaves_mode_random_state_and_weights(tmp_path, processo
     sft.train()
 
 
-def test_the_number_is_the_evaluators_own(tmp_path, processor, rows):
+def test_the_number_is_the_evaluators_own(tmp_path, processor, rows, monkeypatch):
     sft = watched(tmp_path, processor, rows)
     callback = sft.callback_handler.callbacks[-1]
 
-    def says_the_truth(batch):
-        assert not sft.model.training and len(batch) <= 2
+    def says_the_truth(model, processor, batch, prompt, generation):
+        assert not model.training and len(batch) <= 2 and prompt == "Where?" and generation["max_new_tokens"] == 12
         boxes = {row["image_id"]: row["objects"]["bbox"][0] for row in callback.truth}
         found = [(row["image_id"], boxes[row["image_id"]]) for row in batch]
         return [{"image_id": i, "boxes": [[x0, y0, x1, y1]], "labels": ["nutrition-table"], "confidences": [1.0],
                  "rejected": [], "stopped": True} for i, (y0, x0, y1, x1) in found]
 
-    callback.generate = says_the_truth
+    monkeypatch.setattr("helpers.trainer.predict.generate_lines", says_the_truth)
     assert callback._measure() == pytest.approx(1)
 
 
@@ -107,7 +107,7 @@ def test_what_cannot_work_is_refused(tmp_path, processor, rows):
         sft.load_best()
     empty = rows.select([0]).map(lambda row: {"objects": {"bbox": [], "category_id": [], "category_name": []}})
     with pytest.raises(ValueError, match="none of the 1 pictures"):
-        IoUDuringTraining(sft, empty, list, every=2, batch_size=2)
+        IoUDuringTraining(sft, empty, SimpleNamespace(**RUN, keep="last"))
 
 
 TWO_PROCESSES = """

@@ -13,8 +13,7 @@ from transformers import Qwen2VLProcessor
 from helpers import collate, predict
 from helpers.grammar import Grammar
 from helpers.messages import target_text
-from helpers.parameters import ParameterError
-from helpers.settings import TINY_BASE
+from helpers.settings import TINY_BASE, ParameterError
 
 PROMPT = "Detect the bounding box of the nutrition table."
 ANSWER = "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(100,200),(500,600)<|box_end|>"

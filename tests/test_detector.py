@@ -10,8 +10,7 @@ from transformers import Trainer, TrainingArguments
 from helpers import data, evaluate
 from helpers.augment import Augment
 from helpers.boxes import CATEGORIES, cxcywh_unit_to_xyxy_unit, yxyx_unit_to_xyxy_unit
-from helpers.parameters import ParameterError
-from helpers.settings import TINY_BASE
+from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import detector
 from helpers.topics.training import rows_and_processor
 

@@ -12,7 +12,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from helpers.dev.execute import execute, main, tidy, write_thumbnail
+from helpers.dev.execute import execute, main, tidy
 from helpers.dev.pairs import PairError, read_notebook, sync
 
 SCRIPT = """\
@@ -117,12 +117,3 @@ def shows(*colours: str, tags=()) -> nbformat.NotebookNode:
         Image.new("RGB", (900, 500), colour).save(buffer, "png")
         outputs.append(new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()}))
     return new_code_cell("1", outputs=outputs, metadata={"tags": list(tags)})
-
-
-def test_the_tagged_cell_gives_the_thumbnail_and_else_the_last_picture(tmp_path):
-    path = tmp_path / "thumbnails" / "topic.png"
-    for cells, colour in (([shows("red", "lime"), shows("blue")], (0, 0, 255)),
-                          ([shows("red", "lime", tags=["thumbnail"]), shows("blue")], (0, 255, 0))):
-        write_thumbnail(new_notebook(cells=cells), path)
-        with Image.open(path) as image:
-            assert image.size == (360, 200) and image.convert("RGB").getpixel((9, 9)) == colour

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback, TrainerState
 
-from helpers import collate, data, parameters, runs, trainer
-from helpers.files import read_json
+from helpers import collate, data, runs, trainer
+from helpers.runs import read_json
+from helpers.settings import ParameterError
 from helpers.speed import KeepActivations
 
 
@@ -180,7 +181,7 @@ def test_a_full_disk_ends_in_words_and_the_last_checkpoint_stays(file, error, tm
 
 
 def test_a_manifest_is_whole_or_the_old_one_when_the_disk_is_full(tmp_path, monkeypatch):
-    from helpers.files import write_json
+    from helpers.runs import write_json
 
     write_json(tmp_path / "manifest.json", {"old": 1})
 
@@ -203,7 +204,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(code, tmp_path, monkey
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(runs, "_open_manifest", lambda *given: refuses(folder, {}))
-    with pytest.raises(parameters.ParameterError, match=f"r4 cannot be written .{os.strerror(code)}.; choose another"):
+    with pytest.raises(ParameterError, match=f"r4 cannot be written .{os.strerror(code)}.; choose another"):
         runs.open_folder(run)
 
 
@@ -382,7 +383,7 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run(tmp_path, processor, rows, m
 
 def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
     with runs.exclusive(tmp_path / "training", wait=False):
-        with pytest.raises(parameters.ParameterError, match="another process is at work on .*training.*run_name"):
+        with pytest.raises(ParameterError, match="another process is at work on .*training.*run_name"):
             with runs.exclusive(tmp_path / "training", wait=False):
                 pass
     with runs.exclusive(tmp_path / "training", wait=False):

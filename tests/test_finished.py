@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from helpers import app, finished, parity, serve
 from helpers.data import pictures
-from helpers.files import read_json, write_json
 from helpers.model import compute_dtype
-from helpers.parameters import ParameterError
+from helpers.runs import read_json, write_json
+from helpers.settings import ParameterError
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ from helpers.boxes import CATEGORIES
 from helpers.data.formats import read_metadata
 from helpers.data.schema import FEATURES
 from helpers.messages import NO_TABLE, parse_text, target_text
-from helpers.parameters import PARAMETERS, ParameterError
-from helpers.settings import settle
+from helpers.recipes import PARAMETERS
+from helpers.settings import ParameterError, settle
 
 TIMES = int(os.environ.get("FUZZ", 1))
 # The same cases each time where there are few; where there are many, none may take 2 s.

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from pipeline_runner import SOURCE
 
-from helpers.files import file_hash
 from helpers.recipes import RECIPES
+from helpers.runs import file_hash
 from helpers.settings import PROJECT
 from helpers.trainer import is_complete, last_checkpoint, read_log
 

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from helpers import runs
-from helpers.parameters import PARAMETERS
+from helpers.recipes import PARAMETERS
 
 JOB = """
 import os, time

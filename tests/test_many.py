@@ -16,8 +16,8 @@ from PIL import Image
 
 from helpers import finished, many, predict
 from helpers.data import pictures
-from helpers.files import read_json, write_json
-from helpers.parameters import ParameterError
+from helpers.runs import read_json, write_json
+from helpers.settings import ParameterError
 
 
 @pytest.fixture(scope="module")

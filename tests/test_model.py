@@ -13,9 +13,8 @@ from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditiona
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from helpers import collate, merge, model, predict, speed
-from helpers.parameters import ParameterError
 from helpers.recipes import LORA_TARGETS, RECIPES, Stage
-from helpers.settings import TINY_BASE
+from helpers.settings import TINY_BASE, ParameterError
 
 R1, R2, R4 = (RECIPES[name][0] for name in ("r1-llm-only", "r2-vision-only", "r4-joint"))
 

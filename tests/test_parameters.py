@@ -1,7 +1,6 @@
 """Parameters: read from papermill's cell or the command line, and refused with one sentence."""
 
 import ast
-import json
 import os
 import random
 import re
@@ -16,11 +15,10 @@ import pytest
 from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
 
-from helpers import parameters, runs, settings
-from helpers.dev import rerun
-from helpers.files import read_json, write_json
-from helpers.parameters import PARAMETERS, ParameterError
-from helpers.recipes import LOW_MEMORY, RECIPES, REVISIONS, SCALES
+from helpers import runs, settings
+from helpers.recipes import LOW_MEMORY, PARAMETERS, RECIPES, REVISIONS, SCALES
+from helpers.runs import read_json, write_json
+from helpers.settings import ParameterError
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def defaults(repo) -> dict:
 
 def test_the_cell_and_the_rules_name_the_same_parameters(defaults):
     assert list(defaults) and set(defaults) == set(PARAMETERS)
-    parameters.check(defaults)
+    settings.check(defaults)
 
 
 def settle(defaults, monkeypatch, *arguments):
@@ -115,7 +113,7 @@ def test_no_room_on_the_disk(defaults, monkeypatch):
 def test_papermill_cell_is_read_from_in_and_not_from_globals():
     namespace = {"In": ["", "x = 1", "# Parameters\nrecpie = 'r4-joint'\n"], "other": 3}
     with pytest.raises(ParameterError, match="did you mean recipe"):
-        parameters.given(namespace)
+        settings.read_given(namespace)
     assert injected(recipe="r1-llm-only", gpus=0, seed=-1) == {"recipe": "r1-llm-only", "gpus": "0", "seed": -1}
 
 
@@ -124,7 +122,7 @@ def injected(**values) -> dict:
     cell = PythonTranslator.codify(values)
     namespace = {"In": ["", cell], "other": 3}
     exec(cell, namespace)
-    read = parameters.given(namespace)
+    read = settings.read_given(namespace)
     assert all(namespace[name] == value or value != value for name, value in read.items())
     return read
 
@@ -154,7 +152,7 @@ def test_papermills_numbers_become_text_again_where_they_can_and_are_refused_whe
 def test_papermills_numbers_that_are_none_are_refused_in_a_sentence(value, defaults):
     for name in ("epochs", "learning_rate", "lora_dropout", "batch_size"):
         with pytest.raises(ParameterError, match=f"{name}={value} is not valid"):
-            parameters.check(defaults | injected(**{name: value}))
+            settings.check(defaults | injected(**{name: value}))
 
 
 @pytest.mark.parametrize("prompt", ODD_PROMPTS)
@@ -163,8 +161,6 @@ def test_the_manifests_command_and_a_repetition_give_the_same_values(prompt, def
     python, script, *words = shlex.split(runs.command(run))
     assert (python, script) == ("python", "pipeline.py")
     assert settle(defaults, monkeypatch, *words).values == run.values
-    again = settle(defaults, monkeypatch, *rerun.words(json.loads(json.dumps({"parameters": run.values})), "x"))
-    assert again.values | {"output_root": "runs", "report_to": run.report_to} == run.values
 
     monkeypatch.setattr("IPython.get_ipython", lambda: "a kernel")
     words = shlex.split(runs.command(run))
@@ -176,18 +172,18 @@ def test_the_manifests_command_and_a_repetition_give_the_same_values(prompt, def
 
 def test_one_gpu_is_chosen_and_none_beside_a_launcher(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    parameters.choose_gpus("0")
+    settings.choose_gpus("0")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ParameterError, match="launcher"):
-        parameters.choose_gpus("0,1")
+        settings.choose_gpus("0,1")
 
 
 def test_gpus_act_before_cuda_starts_and_come_too_late_after(repo):
     """In a process of its own, as a run does it: visible before torch is there; refused once CUDA runs."""
     early = """
 import os, sys
-from helpers import parameters
+from helpers import settings as parameters
 assert "torch" not in sys.modules, "torch was imported before the GPUs were chosen"
 parameters.choose_gpus("0,1")
 import torch
@@ -207,7 +203,7 @@ except parameters.ParameterError as error:
 def test_the_caches_move_by_parameter_or_by_environment(repo, tmp_path):
     script = """
 import os, sys
-from helpers import parameters
+from helpers import settings as parameters
 assert "huggingface_hub" not in sys.modules
 parameters.choose_cache({given!r})
 import datasets, huggingface_hub.constants, transformers
@@ -461,6 +457,6 @@ def test_random_values_are_accepted_or_refused_in_words(defaults):
         name = draw.choice(list(PARAMETERS))
         value = draw.choice([*odd, "".join(draw.choices(string.printable, k=draw.randrange(20)))])
         try:
-            parameters.check(defaults | {name: value})
+            settings.check(defaults | {name: value})
         except ParameterError as refusal:
             assert name.split("_")[-1] in str(refusal)

@@ -13,9 +13,8 @@ from small_training import build, small_processor, squares
 from transformers import Qwen2VLProcessor
 
 from helpers import files, model, parity
-from helpers.parameters import ParameterError
 from helpers.parity import ParityError
-from helpers.settings import TINY_BASE
+from helpers.settings import TINY_BASE, ParameterError
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
 PROMPT = "Where?"

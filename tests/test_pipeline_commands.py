@@ -96,6 +96,7 @@ def test_two_processes_make_the_updates_of_one(repo):
     assert manifest["processes"] == 2
 
 
+@pytest.mark.slow
 def test_sigterm_to_papermill_saves_before_the_kernel_ends(repo):
     """papermill itself dies at once; its kernel finishes the step, saves and leaves."""
     values = [word for pair in (*SMALL, "batch_size=4", "recipe=r1-llm-only", "epochs=2", "save_steps=50")
@@ -143,6 +144,7 @@ def test_the_stop_button_of_a_notebook_saves_first_and_leaves_the_kernel(repo):
         manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.slow
 def test_sigterm_to_a_script_ends_with_a_word_and_the_same_command_goes_on(repo):
     words = (sys.executable, str(repo / "pipeline.py"), *SMALL, "recipe=r1-llm-only", "batch_size=4", "save_steps=50")
     log = Path(f"{PREFIX}r1-llm-only/log.jsonl")
@@ -165,6 +167,7 @@ def test_sigterm_to_a_script_ends_with_a_word_and_the_same_command_goes_on(repo)
     assert losses("repeated/" + log.parent.name) == losses(str(log.parent))
 
 
+@pytest.mark.slow
 def test_no_token_reaches_a_file_or_the_output(repo):
     """Planted in the environment, as people have it there; W&B writes offline, papermill keeps the notebook."""
     tokens = {"HF_TOKEN": "hf_PlantedSecret0123456789", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from pipeline_runner import run
 from test_data_formats import save_picture, write
 
-from helpers import evaluate, predict
+from helpers import data, evaluate, predict
 from helpers.recipes import REVISIONS
 from helpers.settings import TINY_BASE
 
@@ -34,6 +34,7 @@ def faulty_folder(root: Path) -> None:
     shutil.copy(root / "val/101.jpg", root / "train/9.jpg")
 
 
+@pytest.mark.slow
 def test_a_folder_with_faults_and_a_mirrored_model_go_through_to_the_end():
     faulty_folder(Path("photos"))
     shutil.copytree(TINY_BASE, "mirror", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -49,10 +50,11 @@ def test_a_folder_with_faults_and_a_mirrored_model_go_through_to_the_end():
     constant = [scores["scores"]["constant box"]["summary"]["mean_iou"]["value"] for scores in (cleaned, raw)]
     assert constant[0] == pytest.approx(1) and constant[1] == pytest.approx((6 + 0.5) / 8)
     lines = predict.read_jsonl(FOLDER / "raw" / "predictions.jsonl")
-    again = json.loads(json.dumps(evaluate.score(names["raw_truth"], lines)))
+    again = json.loads(json.dumps(evaluate.score(data.raw_truth(names["raw"]["val"]), lines)))
     assert raw["scores"]["fine-tuned"]["summary"] == again["summary"]
 
 
+@pytest.mark.slow
 def test_a_filled_cache_stands_in_for_the_hub():
     """Offline, by the published id at the pinned commit, as `hf download` lays the files out; `full` merging too."""
     (model_id, commit), = REVISIONS.items()

@@ -13,9 +13,8 @@ from transformers import Qwen2VLProcessor
 
 from helpers import collate, data, model
 from helpers.dev.pairs import read_notebook
-from helpers.parameters import ParameterError
 from helpers.recipes import RECIPES, SCALES
-from helpers.settings import TINY_BASE
+from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import attention, sizes
 from helpers.topics.opening import model_path, opening
 
@@ -43,7 +42,7 @@ def test_an_opening_fills_in_what_the_scale_says(monkeypatch):
     ("pictures=7", "pictures=7 is not valid: expected a whole number from 8 to 123."),
     ("rate=1", "rate=1 is not valid: expected a number above 0.0 and at most 0.0001."),
     ("only=yes", "only='yes' is not valid: expected True or False."),
-    ("run= ", "run=' ' is not valid: expected a run's name, or None."),
+    ("run= ", "run=' ' is not valid: expected a run's name (or None for the default)."),
     ("ranks=0,2", "ranks='0,2' is not valid: expected whole numbers from 1 to 999 with commas between them"),
     ("scale=7B", "scale='7B' is not valid: expected one of tiny, 7b."),
     ("max_pixels=3", "max_pixels=3 is not valid: expected a whole number from 784"),

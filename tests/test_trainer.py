@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback
 
-from helpers import runs, trainer
-from helpers.files import write_json
+from helpers import trainer
+from helpers.runs import write_json
 
 
 class WeightsAtStart(TrainerCallback):
@@ -84,6 +84,3 @@ def test_no_checkpoint_and_steps_done(tmp_path):
         write_json(tmp_path / f"checkpoint-{step}" / trainer.COMPLETE, {"weights": 5})
     (tmp_path / "checkpoint-11" / "weights").write_text("")  # a crash of the machine: the name is there, not the bytes
     assert trainer.last_checkpoint(tmp_path).endswith("checkpoint-10")
-    assert not runs.is_done(tmp_path, "train", "a")
-    runs.mark_done(tmp_path, "train", "a")
-    assert runs.is_done(tmp_path, "train", "a") and not runs.is_done(tmp_path, "train", "b")

@@ -34,8 +34,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers import runs
-from helpers.files import read_json, write_json
 from helpers.recipes import RECIPES, SCALES
+from helpers.runs import read_json, write_json
 from helpers.settings import TINY_BASE
 
 ROOT = Path(__file__).resolve().parents[2]

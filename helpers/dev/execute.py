@@ -2,12 +2,10 @@
 
 Each runs with its default parameters, offline, without a GPU and without any earlier run in reach, as on a reader's
 laptop. Its outputs go into the committed .ipynb, with commit, date and machine; a run that fails leaves the file as it
-was. The picture of a topic for README, the last of its cell tagged `thumbnail`, goes into notebooks/thumbnails/.
+was.
 """
 
 import argparse
-import base64
-import io
 import os
 import re
 import sys
@@ -19,11 +17,10 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
-from PIL import Image
 
 from helpers import runs
 from helpers.dev.pairs import KERNEL, PairError, check, find_pairs, read_notebook
-from helpers.files import write_text
+from helpers.runs import write_text
 
 SETTINGS = {"CUDA_VISIBLE_DEVICES": "", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1",
             "PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "WANDB_MODE": "disabled"}
@@ -50,8 +47,6 @@ def execute(py: Path, root: Path) -> str:
     made = {"commit": commit, "date": time.strftime("%Y-%m-%d"), "machine": runs.machine()}
     notebook.metadata |= {"kernelspec": KERNEL, "language_info": {"name": "python"}, "executed": made}
     write_text(ipynb, nbformat.writes(notebook).rstrip("\n") + "\n")
-    if py.parent.name == "notebooks":
-        write_thumbnail(notebook, py.parent / "thumbnails" / f"{py.stem}.png")
     os.utime(py)  # keep the script the newer side: JupyterLab refuses the pair otherwise
     return f"{py.stem}: ran in {time.perf_counter() - start:.0f} s, {ipynb.stat().st_size / 1e3:.0f} kB"
 
@@ -88,19 +83,6 @@ def scrub(text: str, paths: dict[str, str]) -> str:
         text = re.sub(rf"(?<![\w.]){re.escape(path)}(?![\w-])", lambda _, path=path: paths[path], text)
     text = re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", re.sub(r"\S*/ipykernel_\d+/\d+\.py", "<cell>", text))
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
-
-
-def write_thumbnail(notebook: NotebookNode, path: Path) -> None:
-    """The last picture of the cell tagged `thumbnail`, or else of the notebook, small and on white; none: no file."""
-    tagged = [cell for cell in notebook.cells if "thumbnail" in cell.metadata.get("tags", ())]
-    pictures = [output.data[kind] for cell in tagged or notebook.cells for output in cell.get("outputs", ())
-                for kind in ("image/png", "image/jpeg") if kind in output.get("data", {})]
-    if pictures:
-        image = Image.open(io.BytesIO(base64.b64decode(pictures[-1]))).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image.thumbnail((360, 360))
-        path.parent.mkdir(exist_ok=True)
-        image.quantize(64).save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from helpers.evaluate.intervals import number, over_seeds, significance, with_in
 from helpers.evaluate.reports import METRICS, PERCENT, find_runs, table_line
 from helpers.evaluate.scoring import unstopped_note
 from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix
-from helpers.files import read_json, write_json
+from helpers.runs import read_json, write_json
 
 BEGIN, END = "<!-- results: make table ARGS=--write -->", "<!-- end of results -->"
 ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from helpers.evaluate.intervals import RESAMPLES, number, paired_bootstrap, with_interval
 from helpers.evaluate.scoring import score, unstopped, unstopped_note
-from helpers.files import read_json, write_text
+from helpers.runs import read_json, write_text
 from helpers.settings import PROJECT, is_main, run_folder
 
 FILES = {"fine-tuned": "predictions.jsonl", "merged": "merged.jsonl", "base": "baseline.jsonl",

@@ -8,9 +8,10 @@ import re
 import numpy as np
 
 from helpers.evaluate.intervals import over_seeds
+from helpers.recipes import TRAINING
 
 _SEED = re.compile(r"-s\d+(?=$|-stage2$)")
-_FREE = ("seed", "run_name", "output_root", "gpus", "report_to", "save_steps", "predict_batch_size", "merge_base")
+SAME = {*TRAINING, "keep", "constrained"} - {"seed"}  # parameters in which the seeds of one recipe agree
 
 
 def group_seeds(runs: list[dict]) -> dict[str, list[dict]]:
@@ -30,7 +31,7 @@ def group_seeds(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def _fixed(run: dict) -> tuple:
-    parameters = {name: value for name, value in run["parameters"].items() if name not in _FREE}
+    parameters = {name: value for name, value in run["parameters"].items() if name in SAME}
     return run["scale"], run["recipe"], run["metrics"]["truth"]["hash"], parameters
 
 

@@ -10,4 +10,5 @@ from helpers.plots.audit import audit_sheet
 from helpers.plots.charts import iou_curves, loss_curves
 from helpers.plots.figure import COLOURS, finish
 from helpers.plots.labels import label_mask
+from helpers.plots.overview import overview
 from helpers.plots.photos import before_after, draw_boxes, gallery, panels

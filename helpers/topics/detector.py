@@ -17,7 +17,7 @@ from transformers import (
 from helpers import evaluate
 from helpers.augment import Augment
 from helpers.boxes import area, clip_unit, xyxy_px_to_xywh_px, xyxy_unit_to_xyxy_px, yxyx_unit_to_xyxy_unit
-from helpers.parameters import ParameterError
+from helpers.settings import ParameterError
 
 LONGER = Path(__file__).parents[2] / "notebooks" / "09_detector"  # the small one after a longer training
 

@@ -1,9 +1,8 @@
 """How a topic notebook begins: one call that checks its parameters before any work, and opens what they name."""
 
-from helpers import parameters
-from helpers.parameters import ParameterError, Rule
-from helpers.recipes import SCALES
-from helpers.settings import local_model
+from helpers import recipes
+from helpers.recipes import PARAMETERS, SCALES, Parameter, Rule
+from helpers.settings import ParameterError, check, local_model, read_given
 
 Short = str | type | range | tuple | list
 
@@ -23,13 +22,14 @@ def opening(namespace: dict, *pipelines: str, **own: Short) -> None:
     Raises ParameterError, one sentence, for a value that its rule refuses and for a name that papermill or the command
     line gives and the notebook does not have.
     """
-    rules = {name: parameters.PARAMETERS[name] for name in pipelines}
-    rules |= {name: _rule(short) for name, short in own.items()}
-    parameters.given(namespace, rules)
-    parameters.check({name: namespace[name] for name in rules}, rules)
+    rules = {name: PARAMETERS[name] for name in pipelines}
+    rules |= {name: Parameter(_rule(short), optional=isinstance(short, str) and short.endswith("None"))
+              for name, short in own.items()}  # fmt: skip
+    read_given(namespace, rules)
+    check({name: namespace[name] for name in rules}, rules)
     defaults = SCALES.get(namespace.get("scale", ""), {})
     namespace.update({name: defaults[name] for name in rules if namespace[name] is None and name in defaults})
-    parameters.check({name: namespace[name] for name in rules}, rules)
+    check({name: namespace[name] for name in rules}, rules)
     for name, short in own.items():
         if isinstance(short, list):
             namespace[name] = [int(number) for number in str(namespace[name]).split(",")]
@@ -42,19 +42,16 @@ def opening(namespace: dict, *pipelines: str, **own: Short) -> None:
 def _rule(short: Short) -> Rule:
     """The rule that a short form of `opening` stands for."""
     if isinstance(short, str):
-        rule = parameters.text(short)
-        if short.endswith("None"):
-            return rule._replace(accepts=lambda value: value is None or rule.accepts(value))
-        return rule
+        return recipes.text(short.removesuffix(", or None"))
     if isinstance(short, range):
-        return parameters.whole(short.start, short.stop - 1)
+        return recipes.whole(short.start, short.stop - 1)
     if isinstance(short, list):
         (each,) = short
         expected = f"whole numbers from {each.start} to {each.stop - 1} with commas between them, such as 2,8"
         return Rule(expected, lambda value: all(n.isdecimal() and int(n) in each for n in str(value).split(",")))
     if isinstance(short, tuple):
-        return parameters.one_of(*short) if isinstance(short[0], str) else parameters.number(*short)
-    return parameters.flag()
+        return recipes.one_of(*short) if isinstance(short[0], str) else recipes.number(*short)
+    return recipes.FLAG
 
 
 def model_path(scale: str, model_id: str | None) -> str:

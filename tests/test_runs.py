@@ -1,0 +1,57 @@
+"""A run's steps: done with the same inputs, done again with others, never done by halves."""
+
+import pytest
+
+from helpers import runs
+from helpers.recipes import LOW_MEMORY, PARAMETERS, SCALES, TRAINING
+from helpers.settings import ParameterError
+
+
+def done(folder, made, **inputs):
+    """Whether the step had to be done."""
+    with runs.step(folder, "merge", inputs, made=made) as todo:
+        if todo:
+            made.write_text("made")
+    return todo
+
+
+@pytest.fixture
+def folder(tmp_path):
+    runs.write_json(tmp_path / "manifest.json", {"timings": {}, "peak_memory": {}})
+    return tmp_path
+
+
+def test_a_step_is_done_once_with_the_same_inputs(folder, capsys):
+    made = folder / "model"
+    assert done(folder, made, weights="a") and not done(folder, made, weights="a")
+    assert done(folder, made, weights="b") and not done(folder, made, weights="b")
+    made.unlink()
+    assert done(folder, made, weights="b"), "what it made is gone"
+    assert capsys.readouterr().out.count("merge: ") == 3
+    manifest = runs.read_json(folder / "manifest.json")
+    assert manifest["timings"]["merge"] >= 0 and manifest["peak_memory"]["host"] > 0
+
+
+def test_a_step_that_fails_is_not_done(folder):
+    made = folder / "model"
+    made.write_text("from before")
+    with pytest.raises(OSError), runs.step(folder, "merge", {}, made=made) as todo:
+        assert todo
+        raise OSError("the disk is full")
+    assert done(folder, made) and not done(folder, made)
+
+
+def test_a_step_that_another_process_does_is_refused_or_waited_for(folder):
+    with runs.exclusive(folder / "train"), pytest.raises(ParameterError, match="another process is at work on"):
+        with runs.step(folder, "train", {}, wait=False):
+            raise AssertionError("not while another does it")
+
+
+def test_a_parameter_is_one_row():
+    assert set(SCALES["7b"]) == set(SCALES["tiny"]) and set(LOW_MEMORY["7b"]) == set(LOW_MEMORY["tiny"])
+    for scale, low in LOW_MEMORY.items():
+        effective = SCALES[scale]["batch_size"] * SCALES[scale]["accumulation"]
+        assert low["batch_size"] * low["accumulation"] == effective, "memory=low makes the same updates"
+        for values in (SCALES[scale], SCALES[scale] | low):
+            assert all(PARAMETERS[name].accepts(value) for name, value in values.items())
+    assert {"batch_size", "prompt", "seed"} <= set(TRAINING) and not {"memory", "gpus", "save_steps"} & set(TRAINING)
