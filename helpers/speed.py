@@ -267,15 +267,14 @@ class CachedFeaturesCollator:
     place of `pixel_values`: `BoxTrainer` hands them to the model.
     """
 
-    def __init__(self, collator: Collator, vlm: nn.Module, rows: datasets.Dataset, file: Path, batch_size: int,
-                 workers: int | None = None):
+    def __init__(self, collator: Collator, vlm: nn.Module, rows: datasets.Dataset, file: Path, batch_size: int):
         self.rows = rows.cast_column("image", datasets.Image(decode=False))
         self.pad = collator.processor.tokenizer.pad_token_id
         self.ready: dict[str, dict[str, torch.Tensor]] = {}  # image_id -> tensors of one row, without padding
         self.places: dict[str, slice] = {}  # image_id -> rows of `self.features`
         ids, end, width = iter(rows["image_id"]), 0, vlm.config.text_config.hidden_size
         bar = progress_bar(len(rows), 0, "caching vision features", "picture")
-        workers = (4 if torch.cuda.is_available() else 0) if workers is None else workers
+        workers = 4 if torch.cuda.is_available() else 0  # processes that open pictures
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("wb") as out:
             for batch in DataLoader(rows, batch_size, collate_fn=collator, num_workers=workers):
