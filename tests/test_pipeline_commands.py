@@ -17,7 +17,7 @@ import psutil
 import pytest
 from pipeline_runner import SMALL
 
-from helpers import checkpoints, predict, trainer
+from helpers import predict, trainer
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
 BIN = Path(sys.executable).parent
@@ -111,7 +111,7 @@ def test_sigterm_to_papermill_saves_before_the_kernel_ends(repo):
     gone, alive = psutil.wait_procs(kernels, timeout=60)
     assert gone and not alive
     step = trainer.read_log(log)[-1]["step"]
-    last = checkpoints.last_checkpoint(log.parent)
+    last = trainer.last_checkpoint(log.parent)
     assert 2 <= step < 16 and last and last.endswith(f"checkpoint-{step}")
 
 
@@ -134,7 +134,7 @@ def test_the_stop_button_of_a_notebook_saves_first_and_leaves_the_kernel(repo):
         said = client.get_shell_msg(timeout=60)["content"]
         step = losses("run")[-1][0]
         assert said["ename"] == "Stopped" and f"checkpoint-{step} is saved, and the same" in said["evalue"]
-        assert 2 <= step < 400 and checkpoints.last_checkpoint(Path("run")).endswith(f"checkpoint-{step}")
+        assert 2 <= step < 400 and trainer.last_checkpoint(Path("run")).endswith(f"checkpoint-{step}")
         client.execute("import time; time.sleep(60)")
         time.sleep(1)
         manager.interrupt_kernel()  # the button is the kernel's own again
