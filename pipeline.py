@@ -94,7 +94,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
+from helpers import callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
 from helpers import model, parity, plots, predict, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
@@ -381,7 +381,7 @@ def checkpointing(tuned):
     """Whether to recompute activations, and the layers that keep theirs all the same."""
     if run.gradient_checkpointing is not None:
         return run.gradient_checkpointing, []
-    rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
+    rows_of = collate.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collator(rows_of)
     return (False, []) if model.fits_whole(tuned, longest) else (True, model.layers_that_fit(tuned, longest))
 
