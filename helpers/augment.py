@@ -23,10 +23,8 @@ MOST_TILT = math.radians(6)
 
 
 class Tilt(v2.Transform):
-    """A turn by at most `MOST_TILT` to either side, on a ground so large that nothing is cut.
-
-    `v2.RandomRotation(expand=True)` would do, but gives picture and boxes canvases that differ by a pixel now and then.
-    """
+    """A turn by at most `MOST_TILT` to either side, on a ground so large that nothing is cut. (RandomRotation gives
+    picture and boxes canvases that differ by a pixel now and then.)"""
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = functional.get_size(flat_inputs[0])
@@ -100,7 +98,7 @@ class Augment(TrainerCallback):
 def warp(picture: tv_tensors.Image, yxyx_unit: list[list[float]]) -> tuple[tv_tensors.Image, np.ndarray]:
     """`picture` [3, H, W] after `GEOMETRY` and the tight hulls of its boxes [N, 4] in its new pixels, x first.
 
-    Drawn again where the picture gets too thin for the model or a box too thin to be seen; unchanged after five draws.
+    Drawn again where the picture gets too thin for the model or a box too thin to be seen; unchanged after `TRIES`.
     """
     height, width = picture.shape[-2:]
     boxes = xyxy_unit_to_xyxy_px(yxyx_unit_to_xyxy_unit(yxyx_unit), width, height)

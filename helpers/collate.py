@@ -83,10 +83,7 @@ def completion_start(ids: list[int], header: list[int]) -> int:
 
 
 def check_end_token(labels: torch.Tensor, end: int) -> None:
-    """Raise ValueError unless every row of `labels` [N, T] has an `<|im_end|>` (`end`).
-
-    Without it the model never learns to stop: it repeats boxes until the token limit.
-    """
+    """Raise ValueError unless every row of `labels` [N, T] has an `<|im_end|>` (`end`)."""
     without = (labels != end).all(dim=1).nonzero()
     if len(without):
         raise ValueError(f"row {int(without[0])} of the batch has no <|im_end|> in its labels: the model would never "

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -147,48 +146,26 @@ def test_a_process_that_opens_pictures_and_dies_is_named(vlm, processor, rows, t
     assert [line["image_id"] for line in lines] == rows["image_id"]
 
 
-def test_one_picture_that_does_not_fit_is_an_error(vlm, processor, rows, tmp_path, monkeypatch):
-    def fails(*arguments):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(predict, "encode_pictures", fails)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        run(vlm, processor, rows, tmp_path / "p.jsonl")
-
-
-def test_pictures_that_other_processes_opened_are_the_same(vlm, processor, rows, tmp_path, monkeypatch):
+def test_a_batch_is_the_processors_own(vlm, processor, rows, monkeypatch):
     sizes = [(700, 500), (500, 700), (90, 300), (700, 500), (1000, 80), (333, 333)]
-    rows = rows.map(lambda row, i: {"image": row["image"].resize(sizes[i])}, with_indices=True)
+    rows = [row | {"image": row["image"].resize(size)} for row, size in zip(rows, sizes, strict=True)]
     chats = [to_messages(row, PROMPT)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    whole = processor(images=list(rows["image"]), text=texts, padding=True, padding_side="left", return_tensors="pt")
-    loader = DataLoader(rows, predict.AT_ONCE, num_workers=2,
-                        collate_fn=partial(predict.model_inputs, processor=processor, prompt=PROMPT))
-    pieces = list(loader)
-    assert [image_id for piece in pieces for image_id in piece["image_id"]] == rows["image_id"]
-    assert torch.equal(torch.cat([piece["pixel_values"] for piece in pieces]), whole.pop("pixel_values"))
-
+    whole = processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
     given, generate = {}, vlm.generate
     monkeypatch.setattr(vlm, "generate", lambda **batch: given.update(batch) or generate(**batch))
-    predict.complete(vlm, processor, [one for piece in pieces for one in predict.encode_pictures(vlm, piece)],
-                   {"max_new_tokens": 1}, None)
+    predict.generate_lines(vlm, processor, rows, PROMPT, {"max_new_tokens": 1})
+    features = vlm.get_image_features(whole.pop("pixel_values"), whole["image_grid_thw"]).pooler_output
+    for mine, own in zip(given["mm_encoder_outputs"]["image"].pooler_output, features, strict=True):  # four at a time
+        torch.testing.assert_close(mine, own, atol=1e-4, rtol=1e-4)
     for name, tensor in whole.items():
         assert torch.equal(given[name], tensor) and given[name].dtype == tensor.dtype
 
 
-def test_answers_are_the_same_with_other_processes(vlm, processor, rows, tmp_path, monkeypatch):
+def test_predictions_are_the_same_with_other_processes(vlm, processor, rows, tmp_path, monkeypatch):
     alone = run(vlm, processor, rows, tmp_path / "alone.jsonl")
     monkeypatch.setattr(predict, "DataLoader", lambda *given, **named: DataLoader(*given, **named | {"num_workers": 2}))
     assert run(vlm, processor, rows, tmp_path / "helped.jsonl") == alone
-
-
-def test_an_error_of_another_kind_is_not_taken_for_memory(vlm, processor, rows, tmp_path, monkeypatch):
-    def fails(*arguments):
-        raise RuntimeError("shapes cannot be multiplied")
-
-    monkeypatch.setattr(predict, "complete", fails)
-    with pytest.raises(RuntimeError, match="shapes"):
-        run(vlm, processor, rows, tmp_path / "p.jsonl")
 
 
 def test_one_answer_as_a_line(processor):
@@ -203,11 +180,9 @@ def test_one_answer_as_a_line(processor):
 
 
 def test_confidence_counts_the_digits_of_its_own_box_alone(processor):
-    one = "<|box_start|>(100,200),(500,600)<|box_end|>"
-    pieces = processor.tokenizer.encode(one, add_special_tokens=False)
+    pieces = processor.tokenizer.encode("<|box_start|>(100,200),(500,600)<|box_end|>", add_special_tokens=False)
     sure, unsure = [0.0] * len(pieces), [math.log(0.25)] * len(pieces)
-    line = predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)
-    assert line["confidences"] == [1.0, 0.25]
+    assert predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)["confidences"] == [1.0, 0.25]
 
 
 def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):
