@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_training import build, small_processor, squares
 from transformers import Qwen2VLProcessor
 
-from helpers import files, model, parity
+from helpers import model, parity, runs
 from helpers.parity import ParityError
 from helpers.settings import TINY_BASE, ParameterError
 
@@ -83,7 +83,7 @@ def test_the_longest_answer_may_grow_and_not_shrink_and_old_folders_have_none(pr
     with pytest.raises(ParityError, match="adapter was made with max_new_tokens=300 and would be used with 128"):
         parity.check(copy, here(128))
     parity.note_longest(copy, 400)
-    assert files.read_json(copy / parity.FILE)["max_new_tokens"] == 400
+    assert runs.read_json(copy / parity.FILE)["max_new_tokens"] == 400
     with pytest.raises(ParityError, match="max_new_tokens=400 and would be used with 300"):
         parity.check(copy, here(300))
 
@@ -125,7 +125,7 @@ def test_weights_that_differ_are_refused(processor, adapter, tmp_path):
 
 
 def test_a_large_file_is_told_apart_by_its_samples(tmp_path):
-    content = bytearray(files.WHOLE + 12345)
+    content = bytearray(runs.WHOLE + 12345)
     for place, same in ((None, True), (0, False), (len(content) - 1, False), (len(content) // 2, None)):
         other = bytearray(content)
         if place is not None:
@@ -133,7 +133,7 @@ def test_a_large_file_is_told_apart_by_its_samples(tmp_path):
         for name, data in (("a", content), ("b", other)):
             (tmp_path / name).write_bytes(data)
         if same is not None:
-            assert (files.file_hash(tmp_path / "a") == files.file_hash(tmp_path / "b")) == same
+            assert (runs.file_hash(tmp_path / "a") == runs.file_hash(tmp_path / "b")) == same
 
 
 def one_weight_else(folder):

@@ -82,7 +82,7 @@ def watch(events: Events, trainings: int) -> None:
     own.train = ending(alone(events.timed("train", own.train), events.path.with_name("training.lock")), trainings)
     own._save_checkpoint = events.timed("save checkpoint", own._save_checkpoint)
     own._load_from_checkpoint = events.timed("load checkpoint", own._load_from_checkpoint)
-    predict.answer = events.timed("predict a batch", predict.answer, len)
+    predict.complete = events.timed("predict a batch", predict.complete, len)
     merge.merge_adapter = events.timed("merge", merge.merge_adapter, lambda value: value[1])
     merge.save_whole = events.timed("save model", merge.save_whole)
     merge.check_reload = events.timed("reload and compare", merge.check_reload)
