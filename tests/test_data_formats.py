@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,15 +175,6 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path, capsys):
         assert np.allclose(row["objects"]["bbox"] or np.zeros((0, 4)), [box for _, box in things] or np.zeros((0, 4)))
 
 
-def test_the_two_spellings_of_metadata_are_told_apart_aloud(tmp_path: Path, capsys):
-    write_own_metadata(tmp_path / "own")
-    write_hf_metadata(tmp_path / "hf")
-    data.load_raw(str(tmp_path / "own"))
-    assert "boxes read as [y_min, x_min, y_max, x_max] in 0-1" in capsys.readouterr().out
-    data.load_raw(str(tmp_path / "hf"))
-    assert "boxes read as COCO's [x, y, width, height] in pixels" in capsys.readouterr().out
-
-
 def test_a_parquet_or_coco_file_may_be_named_itself(tmp_path: Path):
     write_parquet(tmp_path / "parquet")
     assert len(data.load_raw(str(tmp_path / "parquet/data/val-00000-of-00001.parquet"))["val"]) == 3
@@ -331,17 +321,6 @@ def test_train_of_one_barcode_gives_no_val(tmp_path: Path):
     refused(tmp_path, "has no val", "one barcode only")
 
 
-def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
-    many(tmp_path, 30)
-    data.load_splits(str(tmp_path))
-    start = time.perf_counter()
-    assert len(data.load_splits(str(tmp_path))["val"]) == 30
-    assert time.perf_counter() - start < 1
-    broken = tmp_path / "0000000000003_1.jpg"
-    broken.write_bytes(b"x")
-    assert len(data.load_splits(str(tmp_path))["val"]) == 29
-
-
 def test_a_changed_picture_that_a_table_names_by_its_path_is_seen(tmp_path: Path):
     write_pictures(tmp_path / "set")
     rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
@@ -380,22 +359,6 @@ def test_files_written_on_windows_are_read(tmp_path: Path):
         assert [row["category_name"] for row in ds["val"]["objects"]] == [[k for k, _ in t] for t in BOXES.values()]
 
 
-def test_a_yolo_label_without_its_picture_is_listed(tmp_path: Path):
-    write_yolo(tmp_path)
-    write(tmp_path / "labels/gone.txt", "0 0.5 0.5 0.2 0.2\n")
-    raw = data.load_raw(str(tmp_path))
-    assert data.audit(raw).table().set_index("fault").loc["unreadable-picture", "ids"] == ["gone"]
-
-
-def test_what_no_annotation_names_is_said(tmp_path: Path, capsys):
-    write_hf_metadata(tmp_path)
-    save_picture(tmp_path / "extra.jpg", 8)
-    data.load_raw(str(tmp_path))
-    said = capsys.readouterr().out
-    assert "1 pictures in " in said and "have no annotation and are not used, such as extra.jpg" in said
-    assert "numbers of categories read as {0: 'nutrition-table', 1: 'nutrition-table-small'," in said
-
-
 # --- bad input: each has its sentence ---------------------------------------------------------------------------------
 
 
@@ -418,28 +381,6 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_pa
         split: rows["image_id"] for split, rows in before.items()}
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9", "a\u0085b".encode(), b'a"b', b"it's"])
-def test_a_picture_is_read_whatever_bytes_its_name_has(name: bytes, tmp_path: Path, capsys):
-    root = tmp_path / "set"
-    write(root / "classes.txt", TABLE)
-    for number, stem in enumerate(["plain", os.fsdecode(name)]):
-        save_picture(root / "images" / "a.jpg", number)
-        (root / "images" / "a.jpg").rename(root / "images" / f"{stem}.jpg")
-        write(root / "labels" / f"{stem}.txt", "0 .5 .5 .5 .5")
-    raw = data.load_raw(str(root))
-    found = data.clean(raw, data.audit(raw))["val"]
-    same = os.fsdecode(name).replace("\udce9", "\\udce9")
-    assert sorted(found["image_id"]) == sorted(["plain", same])
-    assert {one["image"].size for one in found} == {(WIDTH, HEIGHT)}
-    (root / "labels" / f"{stem}.txt").unlink()
-    write(root / "metadata.jsonl", json.dumps({"file_name": "images/plain.jpg", "objects": {
-        "bbox": [[0.1, 0.2, 0.5, 0.6]], "category_name": [TABLE]}}))
-    (root / "classes.txt").unlink()
-    capsys.readouterr()
-    data.load_raw(str(root))
-    assert f"1 pictures in {root} have no annotation and are not used, such as {same}.jpg" in capsys.readouterr().out
-
-
 def refused(dataset_id: Path | str, *words: str) -> None:
     """Loading ends in a `DataError` of one line that has all these words."""
     with pytest.raises(data.DataError) as error:
@@ -447,6 +388,58 @@ def refused(dataset_id: Path | str, *words: str) -> None:
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def lines(*objects) -> str:
+    """A metadata.jsonl that says of a.jpg each of these."""
+    return "\n".join(json.dumps({"file_name": "a.jpg", "objects": one}) for one in objects)
+
+
+EMPTY = {"bbox": [], "categories": []}
+BAD = [  # format, file, what stands in it, words of the sentence
+    (write_own_metadata, "metadata.jsonl", lines(EMPTY) + '\n{"file', ["metadata.jsonl line 2", "not valid JSON"]),
+    (write_own_metadata, "metadata.jsonl", lines([[1, 2, 3, 4]]), ["line 1", "objects is [[1, 2, 3, 4]]", "a dict"]),
+    (write_own_metadata, "metadata.jsonl", lines({"bbox": [[1, 2, 3, 4]]}), ["objects has ['bbox']", "category_name"]),
+    (write_own_metadata, "metadata.jsonl", lines({"bbox": [[50, 40, 79, 59]], "categories": [0]}),
+     ["metadata.jsonl, objects.bbox", "[50, 40, 79, 59]", "COCO's [x, y, width, height]"]),
+    (write_own_metadata, "metadata.jsonl", lines({"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}),
+     ["[y_min, x_min, y_max, x_max] in 0-1"]),
+    (write_own_metadata, "metadata.jsonl", "\n", ["has no pictures"]),
+    (write_own_metadata, "annotations.json", json.dumps(coco()), ["metadata.jsonl and COCO"]),
+    (write_coco, "annotations.json", '{"images": []}', ["annotations.json", "lacks the lists annotations, categories"]),
+    (write_coco, "annotations.json", json.dumps(coco(annotations=[])), ["objects.bbox is empty in all 3 pictures"]),
+    (write_coco, "annotations.json", json.dumps(coco(annotations=["x"])), ["annotations[0] is 'x'", "an object"]),
+    (write_coco, "annotations.json", json.dumps(coco(annotations=[
+        {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])), ["annotation 4 has image_id 99"]),
+    (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": [1], "name": TABLE}])),
+     ["id of categories[0] is '[1]'", "expected a number"]),
+    (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": 7, "name": "logo"}])),
+     ["categories are ['id 9', 'logo']", "expected some of nutrition-table, "]),
+    (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt line 2", "'0 .5 .5'", "class cx cy width height"]),
+    (write_yolo, "data.yaml", "names: [a\n", ["data.yaml", "not valid YAML"]),
+    (write_yolo, "data.yaml", "names: [nutrition-table]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
+    (write_voc, "Annotations/b.xml", "<annotation><filename>b.jpg</filename>", ["b.xml", "not valid XML"]),
+]
+
+
+@pytest.mark.parametrize(("make", "file", "text", "words"), BAD)
+def test_a_file_that_cannot_be_used_is_named_with_the_place_and_what_was_expected(make, file, text, words, tmp_path):
+    make(tmp_path)
+    write(tmp_path / file, text)
+    refused(tmp_path, *words)
+
+
+def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no known format", "COCO", "YOLO", "metadata.jsonl")
+    refused("embeded", "'embeded'", "no file or folder", "expected embedded")
+    write_parquet(tmp_path / "cut")
+    file = tmp_path / "cut/data/val-00000-of-00001.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "cut", file.name, "not a whole Parquet file")
+    table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
+    refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
 
 
 @pytest.mark.parametrize("file_name", ["../outside.jpg", "/etc/hostname", "link/outside.jpg"])
@@ -476,113 +469,8 @@ def test_a_table_with_paths_that_leave_its_folder_is_refused(tmp_path: Path):
     refused(tmp_path / "set", "val.parquet", "outside.jpg", "leads out of")
 
 
-def test_bad_annotation_files_are_named_with_line_and_field(tmp_path: Path):
-    save_picture(tmp_path / "a.jpg", 1)
-    file = write(
-        tmp_path / "metadata.jsonl", '{"file_name": "a.jpg", "objects": {"bbox": [], "categories": []}}\n{"file'
-    )
-    refused(tmp_path, "metadata.jsonl line 2", "not valid JSON")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": [[1, 2, 3, 4]]}))
-    refused(tmp_path, "line 1", "objects is [[1, 2, 3, 4]]", "expected a dict")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]]}}))
-    refused(tmp_path, "line 1", "objects has ['bbox']", "category_name")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[50, 40, 79, 59]], "categories": [0]}}))
-    refused(tmp_path, "metadata.jsonl, objects.bbox", "[50, 40, 79, 59]", "COCO's [x, y, width, height]")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}}))
-    refused(tmp_path, "metadata.jsonl, objects.bbox", "[y_min, x_min, y_max, x_max] in 0-1")
-
-
-def test_bad_coco_yolo_and_voc_files_are_named(tmp_path: Path):
-    write_coco(tmp_path / "coco")
-    file = tmp_path / "coco/annotations.json"
-    write(file, json.dumps({"images": [], "info": {}}))
-    refused(tmp_path / "coco", "annotations.json", "lacks the lists annotations, categories")
-    write(file, json.dumps(coco(annotations=[{"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])))
-    refused(tmp_path / "coco", "annotations.json", "annotation 4 has image_id 99")
-    write(file, json.dumps(coco()))
-    for picture in (tmp_path / "coco/images").iterdir():
-        picture.unlink()
-    refused(tmp_path / "coco", "none of the 3 pictures exists", "a.jpg")
-
-    write_yolo(tmp_path / "yolo")
-    write(tmp_path / "yolo/labels/a.txt", "0 0.5 0.5 0.2 0.2\n0 0.5 0.5\n")
-    refused(tmp_path / "yolo", "a.txt line 2", "'0 0.5 0.5'", "class cx cy width height")
-    write(tmp_path / "yolo/data.yaml", "names: [a\n")
-    refused(tmp_path / "yolo", "data.yaml", "not valid YAML")
-
-    (tmp_path / "yolo/data.yaml").write_bytes(b"names: [t\xe9]\n")
-    refused(tmp_path / "yolo", "data.yaml", "not UTF-8 text", "byte 9")
-    write(tmp_path / "yolo/data.yaml", "names: [nutrition-table]\ntrain: 3\n")
-    refused(tmp_path / "yolo", "data.yaml", "train is '3'", "expected a folder")
-    write(file, json.dumps(coco(annotations=["x"])))
-    refused(tmp_path / "coco", "annotations.json", "annotations[0] is 'x'", "expected an object")
-    write(file, json.dumps(coco(categories=[{"id": [1], "name": TABLE}])))
-    refused(tmp_path / "coco", "annotations.json", "id of categories[0] is '[1]'", "expected a number")
-
-    write_voc(tmp_path / "voc")
-    write(tmp_path / "voc/Annotations/b.xml", "<annotation><filename>b.jpg</filename>")
-    refused(tmp_path / "voc", "b.xml", "not valid XML")
-
-
-def test_a_table_that_cannot_be_used_is_named(tmp_path: Path):
-    write_parquet(tmp_path / "cut")
-    file = tmp_path / "cut/data/val-00000-of-00001.parquet"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "cut", file.name, "not a whole Parquet file")
-    file.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
-    refused(tmp_path / "cut", file.name, "cannot be read as Parquet")
-    table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
-    refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
-    wrong = table_rows().remove_columns("objects").add_column("objects", ["a", "b", "c"])
-    wrong.to_parquet(str(file))
-    refused(tmp_path / "cut", file.name, "objects", "cannot be read as")
-    (tmp_path / "saved").mkdir()
-    write(tmp_path / "saved/state.json", "{}")
-    refused(tmp_path / "saved", "saved", "save_to_disk")
-
-
-def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no known format", "COCO", "YOLO", "metadata.jsonl")
-    write_own_metadata(tmp_path / "both")
-    write_coco(tmp_path / "both")
-    refused(tmp_path / "both", "metadata.jsonl and COCO")
-    refused("embeded", "'embeded'", "no file or folder", "expected embedded")
-    refused(tmp_path / "nowhere", "no file or folder")
-    write(tmp_path / "none/metadata.jsonl", "\n")
-    refused(tmp_path / "none", "has no pictures")
-
-
-def test_no_boxes_or_no_known_category_is_an_error_that_names_the_field(tmp_path: Path):
-    write_coco(tmp_path)
-    write(tmp_path / "annotations.json", json.dumps(coco(annotations=[])))
-    refused(tmp_path, "objects.bbox is empty in all 3 pictures")
-    write(tmp_path / "annotations.json", json.dumps(coco(categories=[{"id": 7, "name": "logo"}])))
-    refused(tmp_path, "categories are ['id 9', 'logo']", "expected some of nutrition-table, ")
-
-
-def test_a_saved_data_set_is_not_written_into(tmp_path: Path):
-    write_saved(tmp_path / "set")
-    before = sorted((tmp_path / "set").iterdir())
-    data.prepare(data.load_splits(str(tmp_path / "set")), 1, 10**6)
-    assert sorted((tmp_path / "set").iterdir()) == before
-
-
 def test_the_hub_offline_is_an_error_and_never_another_data_set():
     refused(data.HUB_ID, data.HUB_ID, data.HUB_REVISION, "HF_HUB_OFFLINE", "Parquet")
-
-
-def test_the_hub_gated_or_without_the_columns_is_an_error(monkeypatch):
-    def gated(*_, **__):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.\nLog in.")
-
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    refused("a/b", "a/b at revision main", "gated dataset", "HF_TOKEN")
-    plain = datasets.Dataset.from_dict({"image": [1], "label": [0]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=plain))
-    refused("a/b", "a/b at revision main, train", "['image', 'label']", "lacks ['image_id'")
 
 
 def test_the_hubs_splits_are_used_as_they_are(monkeypatch):

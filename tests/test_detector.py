@@ -40,6 +40,7 @@ def test_labels_are_the_rows_boxes_and_the_picture_is_squeezed(rows):
     assert [len(label["boxes"]) for label in batch["labels"]] == [len(label["boxes"]) for label in changed["labels"]]
 
 
+@pytest.mark.slow
 def test_it_learns_and_finds_the_same_boxes_from_its_folder(rows, tmp_path):
     torch.manual_seed(0)
     model, processor = detector.small(NAMES, 64)
@@ -58,14 +59,6 @@ def test_it_learns_and_finds_the_same_boxes_from_its_folder(rows, tmp_path):
     few = detector.predict(again, its_processor, rows["val"], batch_size=5, least=0.5)
     assert [line["image_id"] for line in few] == rows["val"]["image_id"]
     assert all(value >= 0.5 for line in few for value in line["confidences"])
-
-
-def test_lines_are_those_of_predict_and_the_evaluator_reads_them(rows):
-    found = {"scores": torch.tensor([0.9, 0.4, 0.3]), "labels": torch.tensor([1, 0, 0]),
-             "boxes": torch.tensor([[0.1, 0.2, 0.5, 0.6], [-0.1, 0.0, 0.5, 1.2], [0.3, 0.3, 0.3, 0.4]])}
-    line = detector.line("a", found, {0: "x", 1: "y"})
-    assert line == {"image_id": "a", "text": "", "labels": ["y", "x"], "confidences": [0.9, 0.4], "rejected": [],
-                    "boxes": [[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 0.5, 1.0]], "stopped": True, "new_tokens": 0}
 
 
 def test_the_threshold_keeps_right_boxes_and_drops_wrong_ones(rows):

@@ -11,7 +11,7 @@ from helpers.evaluate import ledger
 from helpers.evaluate.__main__ import main
 from helpers.evaluate.intervals import over_seeds
 from helpers.evaluate.ledger import results_table
-from helpers.evaluate.seeds import difference_over_seeds, group_seeds
+from helpers.evaluate.seeds import group_seeds
 
 EMPTY = f"Words.\n\n{ledger.BEGIN}\nold\n{ledger.END}\n\nMore words.\n"
 
@@ -69,17 +69,6 @@ def test_seeds_of_a_recipe_form_a_group_and_other_parameters_do_not(tmp_path):
     assert "| r4-joint, 3 seeds | 30 |" in table and "| r4-joint, r4-joint-s1, r4-joint-s2 | abc123 |" in table
 
 
-def test_a_difference_needs_the_same_pictures(tmp_path):
-    run_with(tmp_path, "r4-joint", 0.01)
-    run_with(tmp_path, "r1-llm-only", 0.05)
-    run_with(tmp_path, "r2-vision-only", 0.05, pictures=20)
-    runs = {run["run"]: [run] for run in ledger.find_runs(tmp_path)}
-    difference = difference_over_seeds(runs["r4-joint"], runs["r1-llm-only"])
-    assert 0 < difference["low"] < difference["value"] < difference["high"] and difference["spread"] > 0
-    with pytest.raises(ValueError, match="not scored on the same pictures"):
-        difference_over_seeds(runs["r4-joint"], runs["r2-vision-only"])
-
-
 @pytest.fixture
 def results(tmp_path):
     """Two recipes, one with two seeds, written into a ledger and a README; the command's arguments."""
@@ -122,25 +111,6 @@ def test_a_run_that_was_made_again_makes_the_ledger_stale(results, tmp_path):
         main([*results, "--check"])
     main([*results, "--write"])
     main([*results, "--check"])
-
-
-def test_rows_of_runs_on_another_machine_stay(results, tmp_path):
-    for folder in tmp_path.glob("*r1-llm-only"):
-        (folder / "metrics.json").unlink()
-    main([*results, "--write"])
-    assert "tiny/r1-llm-only" in json.loads((tmp_path / "results.json").read_text())["rows"]
-    main([*results, "--check"])
-
-
-def test_what_is_missing_is_said(results, tmp_path):
-    (tmp_path / "results.json").unlink()
-    with pytest.raises(SystemExit, match="results.json is missing; write it with make table ARGS=--write"):
-        main([*results, "--check"])
-    (tmp_path / "README.md").write_text("no block")
-    with pytest.raises(SystemExit, match="must hold the lines"):
-        main([*results, "--write"])
-    with pytest.raises(SystemExit, match="no scored run in .*nowhere"):
-        main(["table", str(tmp_path / "nowhere"), "--write"])
 
 
 def test_the_committed_readme_shows_the_committed_ledger(repo: Path):

@@ -20,13 +20,11 @@ import pytest
 import test_data_formats as formats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pipeline_runner import SOURCE
 from test_data import jpeg, row
 
 from helpers import data, evaluate
 from helpers.boxes import CATEGORIES
-from helpers.data.formats import read_metadata
 from helpers.data.schema import FEATURES
 from helpers.messages import NO_TABLE, parse_text, target_text
 from helpers.recipes import PARAMETERS
@@ -270,16 +268,3 @@ def test_a_long_gap_between_two_corners_is_read_in_linear_time(filling):
     parsed = parse_text("nutrition-table(1,2)" + filling * 4096)
     assert time.perf_counter() - started < 1 and len(parsed.boxes_xyxy_unit) == 0 and parsed.rejected
     assert len(parse_text("nutrition-table(1,2)" + filling * 100 + "(3,4)").boxes_xyxy_unit) == 1
-
-
-ONCE_AN_ERROR = ['"file_name": "\\u0000"', '"file_name": ""', '"file_name": "."', f'"file_name": "{"a" * 5000}"',
-                 '"meta": [[]]', '"meta": "x"', '"width": 1e308', '"height": Infinity', '"width": NaN']
-
-
-@pytest.mark.parametrize("field", ONCE_AN_ERROR)
-def test_fields_that_once_ended_in_another_error(field, tmp_path: Path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
-    objects = '"objects": {"bbox": [[0, 0, 1, 1]], "category_name": ["nutrition-table"]}'
-    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "0.jpg", {field}, {objects}}}')
-    with pytest.raises(data.DataError, match="metadata.jsonl line 1|0.jpg"):
-        list(read_metadata(tmp_path))
