@@ -144,13 +144,6 @@ def test_a_split_of_which_nothing_is_left_is_an_error():
         cleaned(raw)
 
 
-def test_width_and_height_that_are_not_the_pictures_are_replaced():
-    raw = splits(val=[row(1, width=100, height=10)])
-    assert list(found(raw)) == ["wrong-size"]
-    after = cleaned(raw)["val"][0]
-    assert (after["width"], after["height"], after["objects"]["bbox"]) == (64, 48, [[0.1, 0.2, 0.5, 0.6]])
-
-
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_boxes_of_the_stored_picture_turn_with_it(orientation):
     stored = Image.new("RGB", (200, 100), "white")
@@ -228,12 +221,6 @@ def test_a_barcode_or_picture_in_two_splits_stays_in_val():
     }
     barcodes = [{meta["barcode"] for meta in after[name]["meta"]} for name in after]
     assert not (barcodes[0] & barcodes[1] or barcodes[0] & barcodes[2] or barcodes[1] & barcodes[2])
-
-
-def test_an_id_that_comes_twice_gets_a_number():
-    raw = splits(val=[row(1), row(2, image_id="0000000000001_1"), row(3, image_id="0000000000001_1")])
-    assert list(found(raw)) == ["repeated-id"]
-    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1", "0000000000001_1#2", "0000000000001_1#3"]
 
 
 def test_selection_is_carved_by_whole_barcodes_the_same_way_each_time():

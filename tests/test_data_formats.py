@@ -198,40 +198,21 @@ def many(root: Path, count: int, start: int = 0) -> None:
     write(root / "metadata.jsonl", "\n".join(lines))
 
 
-def test_train_and_val_folders_keep_their_pictures_and_selection_is_carved(tmp_path: Path, capsys):
-    many(tmp_path / "train", 40)
-    many(tmp_path / "validation", 6, start=100)
-    ds = data.load_splits(str(tmp_path))
-    assert {name: len(split) for name, split in ds.items()} == {"train": 36, "selection": 4, "val": 6}
-    assert "selection: 4 pictures taken from train" in capsys.readouterr().out
-
-
-def test_train_alone_gives_val_by_whole_barcodes_and_says_so(tmp_path: Path, capsys):
-    many(tmp_path / "train", 60)
-    ds = data.load_splits(str(tmp_path), seed=3)
-    assert "has no val: 6 pictures are taken from train" in capsys.readouterr().out
-    barcodes = {name: {meta["barcode"] for meta in split["meta"]} for name, split in ds.items()}
-    assert len(ds["val"]) == 6 and sum(map(len, barcodes.values())) == 30 == len(set.union(*barcodes.values()))
+@pytest.mark.parametrize(("folders", "lengths", "said"), [
+    ({"train": 40, "validation": 6}, (36, 4, 6), "selection: 4 pictures taken from train"),
+    ({"train": 60}, (48, 6, 6), "has no val: 6 pictures are taken from train"),
+    ({".": 4}, (0, 0, 4), "names no splits: all 4 pictures are val"),
+    ({"train": 20, "test": 20, "selection": 20}, (20, 20, 20), "has no val: its test (20 pictures) is used as val"),
+    ({"train": 20, "test": 20, "selection": 20, "val": 4}, (20, 20, 4), "the splits test are not used"),
+])
+def test_splits_are_those_of_the_folders_or_carved_by_whole_barcodes_aloud(folders, lengths, said, tmp_path, capsys):
+    for number, (name, count) in enumerate(folders.items()):
+        many(tmp_path / name, count, start=100 * number)
+    ds = data.load_raw(str(tmp_path), seed=3)
+    assert tuple(map(len, ds.values())) == lengths and said in capsys.readouterr().out
+    barcodes = [{meta["barcode"] for meta in split["meta"]} for split in ds.values()]
+    assert sum(map(len, barcodes)) == len(set.union(*barcodes))
     assert data.load_raw(str(tmp_path), seed=3)["val"]["image_id"] == ds["val"]["image_id"]
-    assert data.load_raw(str(tmp_path), seed=4)["val"]["image_id"] != ds["val"]["image_id"]
-
-
-def test_a_folder_without_splits_is_val_and_says_so(tmp_path: Path, capsys):
-    many(tmp_path, 4)
-    ds = data.load_raw(str(tmp_path), limit={"val": 3})
-    assert {name: len(split) for name, split in ds.items()} == {"train": 0, "selection": 0, "val": 3}
-    assert "names no splits: all 4 pictures are val" in capsys.readouterr().out
-
-
-def test_a_test_split_stands_in_for_val_and_what_is_not_used_is_said(tmp_path: Path, capsys):
-    for start, split in enumerate(("train", "test", "selection")):
-        many(tmp_path / split, 20, start=100 * start)
-    assert len(data.load_raw(str(tmp_path))["val"]) == 20
-    assert "has no val: its test (20 pictures) is used as val" in capsys.readouterr().out
-    many(tmp_path / "val", 4, start=900)
-    assert {name: len(split) for name, split in data.load_raw(str(tmp_path)).items()} == {
-        "train": 20, "selection": 20, "val": 4}
-    assert "the splits test are not used" in capsys.readouterr().out
 
 
 def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Path):
@@ -319,25 +300,6 @@ def test_two_files_of_one_name_are_not_guessed_between(tmp_path: Path):
 def test_train_of_one_barcode_gives_no_val(tmp_path: Path):
     many(tmp_path / "train", 2)
     refused(tmp_path, "has no val", "one barcode only")
-
-
-def test_a_changed_picture_that_a_table_names_by_its_path_is_seen(tmp_path: Path):
-    write_pictures(tmp_path / "set")
-    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
-    for row in rows:
-        row["image"] = {"bytes": None, "path": f"{row['image_id']}.jpg"}
-    features = datasets.Features({**table_rows().features, "image": {"bytes": datasets.Value("binary"),
-                                                                    "path": datasets.Value("string")}})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "val.parquet"))
-
-    def colours() -> list:
-        raw = data.load_raw(str(tmp_path / "set"))
-        return [np.asarray(row["image"]).mean() for row in data.prepare(raw, 1, 28 * 28)["val"]]
-
-    before = colours()
-    save_picture(tmp_path / "set" / "a.jpg", 99)
-    after = colours()
-    assert after[0] != before[0] and after[1:] == before[1:]
 
 
 def test_files_written_on_windows_are_read(tmp_path: Path):
@@ -456,17 +418,6 @@ def test_a_path_that_leaves_the_folder_is_refused(file_name: str, tmp_path: Path
     write(root / "metadata.jsonl", json.dumps({"file_name": file_name, "objects": {"bbox": [], "category_name": []}}))
     (root / "annotations.json").unlink()
     refused(root, "metadata.jsonl line 1", repr(file_name), "leads out of")
-
-
-def test_a_table_with_paths_that_leave_its_folder_is_refused(tmp_path: Path):
-    save_picture(tmp_path / "outside.jpg", 1)
-    (tmp_path / "set").mkdir()
-    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
-    rows[0]["image"] = {"bytes": None, "path": str(tmp_path / "outside.jpg")}
-    features = {**FEATURES, "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
-    features["note"] = datasets.Value("string")
-    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(str(tmp_path / "set/val.parquet"))
-    refused(tmp_path / "set", "val.parquet", "outside.jpg", "leads out of")
 
 
 def test_the_hub_offline_is_an_error_and_never_another_data_set():

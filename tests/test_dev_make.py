@@ -8,9 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 RECIPES = ["r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint"]
 NOTE = f"""\
@@ -74,30 +72,6 @@ def test_a_failed_run_is_a_failure_and_ends_the_recipes(checkout):
     assert done.returncode != 0 and "no recipe r9" in done.stderr
     done = make(checkout, "recipes", "RECIPES=r9 r4-joint")
     assert done.returncode != 0 and "r4-joint" not in (checkout / "log").read_text()
-
-
-def test_a_run_prints_its_own_words_and_no_more(checkout, repo):
-    """The real papermill: prints as they come, an error at the end, nothing about cells."""
-    papermill = checkout / ".venv/bin/papermill"
-    papermill.unlink()
-    papermill.symlink_to(Path(sys.executable).with_name("papermill"))
-    cells = [new_code_cell("recipe, scale = 'a', 'b'", metadata={"tags": ["parameters"]}),
-             new_code_cell("import sys\nprint('recipe', recipe)\nprint('careful', file=sys.stderr)"),
-             new_code_cell("if recipe == 'r3-two-stage':\n    raise ValueError('no GPU')\nprint('done')")]
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), checkout / "pipeline.ipynb")
-    done = make(checkout, "-s", "run")
-    assert (done.returncode, done.stdout.splitlines()) == (0, ["recipe r4-joint", "careful", "done"]), done.stderr
-    assert (checkout / "runs/r4-joint.ipynb").is_file()
-    done = make(checkout, "-s", "run", "RECIPE=r3-two-stage")
-    assert done.returncode != 0 and "ValueError: no GPU" in done.stderr and "Executing" not in done.stdout + done.stderr
-
-
-def test_what_is_missing_is_named(checkout):
-    for words, missing in {("compare", "B=b"): "A", ("compare", "A=a"): "B", ("export",): "MODEL",
-                           ("predict", "OUTPUT=boxes"): "INPUT", ("predict", "INPUT=photos"): "OUTPUT"}.items():
-        done = make(checkout, *words)
-        assert done.returncode != 0 and f"{missing}= is missing; make {words[0]} " in done.stderr
 
 
 @pytest.mark.parametrize("odd", ["my photos", "it's", 'the "best" ones', "a $b `c` (d) & e; f, g"])

@@ -103,13 +103,6 @@ def test_both_changed_is_refused_and_the_cells_are_named(pair):
     assert [cell[1] for cell in cells_of(read_notebook(notebook_of(pair)))[1:]] == ["a = 7", "print(a)"]
 
 
-def test_removed_cells_are_seen(pair):
-    edit(pair, "\n# %%\nprint(a)\n", "")
-    assert "cells moved or removed in pipeline.py" in check(pair)
-    sync(pair)
-    assert len(read_notebook(notebook_of(pair)).cells) == 2
-
-
 def test_magics_raw_and_empty_cells_survive_and_a_marker_inside_a_cell_is_refused(repo, tmp_path):
     shutil.copy(repo / "pyproject.toml", tmp_path)
     pair = tmp_path / "pipeline.py"

@@ -111,15 +111,3 @@ def test_answers_that_never_stopped_are_counted_in_every_summary(tmp_path):
     unknown = score([{"image_id": "a", "objects": {"bbox": [], "category_name": []}}],
                     [{"image_id": "a", "text": "no nutrition table"}], resamples=0)
     assert metrics_table({"scores": {"base": unknown}})["never stopped"]["base"] == "–"
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["compare", "r4-joint", "r5"], "no scored run 'r5' in .*; the runs there: r4-joint"),
-    (["compare", "r4-joint", "r4-joint:stage1"], "no score 'stage1'; it has fine-tuned, base, constant box"),
-    (["score", "nowhere"], "expected truth.jsonl"),
-])  # fmt: skip
-def test_faults_end_in_one_sentence(tmp_path, arguments, message):
-    make_run(tmp_path, "r4-joint", 0.01)
-    more = ["--runs-dir", str(tmp_path)] if arguments[0] == "compare" else []
-    with pytest.raises(SystemExit, match=message):
-        main([*arguments, *more])

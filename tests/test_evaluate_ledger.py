@@ -23,24 +23,6 @@ def run_with(root, name, shift, seed=0, pictures=30, **parameters):
              parameters={"seed": seed, "epochs": 3} | parameters)
 
 
-def test_the_table_shows_every_run_by_scale_and_what_is_missing(tmp_path):
-    assert "make recipes" in results_table(tmp_path)
-    for name in ("base", "r4-joint"):
-        make_run(tmp_path, name, 0.02)
-    make_run(tmp_path, "r3-stage2", 0.02, recipe="r3-two-stage")
-    make_run(tmp_path, "r4-joint-slow", 0.02, recipe="r4-joint")
-    table = results_table(tmp_path)
-    rows = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")]
-    assert rows == ["", "---", *ledger.ROWS, "r4-joint-slow"]
-    for missing in ("r1-llm-only", "r2-vision-only"):
-        assert f"Missing: {missing}. Make it: `make run RECIPE={missing}`." in table
-    assert "Missing: base" not in table and "not all scored on the same truth" not in table
-    make_run(tmp_path, "r4-joint-again", 0.02, recipe="r4-joint", pictures=20)
-    make_run(tmp_path, "r1-llm-only", 0.02, scale="7b")
-    table = results_table(tmp_path)
-    assert "not all scored on the same truth" in table and "Scale `7b`:" in table and "Scale `tiny`:" in table
-
-
 def test_one_seed_is_a_bootstrap_over_pictures_and_more_seeds_add_their_spread():
     draw = np.random.default_rng(0)
     pictures = draw.normal(0.6, 0.2, 200)

@@ -1,10 +1,7 @@
 """Every topic notebook runs from its own folder, as papermill does it; a misspelled name is refused."""
 
 import ast
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -75,11 +72,6 @@ def test_a_notebook_is_short_and_its_parameters_are_literals(path):
     if path.stem != "00_tiny_base":
         assert 15 <= len(cells) <= 30, f"{len(cells)} cells"
         assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
-
-
-def test_a_kernel_that_starts_in_the_folder_finds_the_helpers():
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", "import helpers.settings"], cwd=ROOT / "notebooks", env=clean, check=True)
 
 
 @pytest.mark.parametrize("opened", [".", "notebooks"])

@@ -73,16 +73,6 @@ def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
     assert not (tmp_path / "second.png").exists()
 
 
-def test_curves_show_the_share_above_each_iou(scored, as_figures):
-    _, truth, predictions, result = scored
-    left, right = plots.iou_curves({"a": predictions, "b": predictions[:5]}, truth).axes
-    curve = right.lines[0].get_xydata()
-    iou = np.array([r["iou"] for r in result["per_picture"] if r["iou"] is not None])
-    for x, y in curve[1:-1]:
-        assert y == pytest.approx((iou > x).mean())
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["a (n = 13)", "b (n = 13)"]
-
-
 def test_loss_curves(as_figures):
     log = [{"step": i, "loss": 1 / i} for i in range(1, 21)] + [{"step": 10, "eval_loss": 0.2}, {"train_loss": 0.3}]
     training, smooth, held_out = plots.loss_curves({"r4-joint": log}, smooth=5).axes[0].lines

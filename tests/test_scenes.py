@@ -11,7 +11,6 @@ from PIL import Image, ImageOps
 
 from helpers.boxes import CATEGORIES, pairwise_iou
 from helpers.scenes import SPLITS, THINGS, Scene, barcode_of, compose, planted_faults, render_scene
-from helpers.scenes.warp import outline, visible_hull
 
 HASHES = json.loads((Path(__file__).parent / "scene_hashes.json").read_text())
 
@@ -54,6 +53,7 @@ def test_another_table_stands_in_the_panels_place_for_the_base_alone():
     assert {name for _, name in largest} >= {"drug facts", "cooking table"}
 
 
+@pytest.mark.slow
 def test_sizes_are_as_shown_boxes_lie_in_the_picture_and_names_are_known(scenes):
     empty = planted_faults(0, "val")["zero_area"]
     for index, scene in enumerate(scenes):
@@ -63,6 +63,7 @@ def test_sizes_are_as_shown_boxes_lie_in_the_picture_and_names_are_known(scenes)
             assert 0 <= y0 < y1 <= 1 and (0 <= x0 < x1 <= 1 or index in empty)
 
 
+@pytest.mark.slow
 def test_mix_and_geometry_are_near_the_real_data(scenes):
     tables = [table for scene in scenes for table in scene.tables]
     assert 0.68 < np.mean([name == "nutrition-table" for name, _ in tables]) < 0.9
@@ -101,14 +102,6 @@ def test_boxes_are_the_hull_of_the_rendered_mask(monkeypatch, split):
         assert np.abs(hull - box).max() <= 2, (index, hull, box)
         found += 1
     assert found > 40
-
-
-def test_visible_hull_of_a_clipped_diamond():
-    diamond = np.array([[0.0, -10], [10, 0], [0, 10], [-10, 0]])
-    assert visible_hull(diamond, 100, 100).tolist() == [0, 0, 10, 10]
-    assert visible_hull(diamond + 4, 100, 100).tolist() == [0, 0, 14, 14]
-    assert visible_hull(diamond - 50, 100, 100) is None
-    assert len(outline((0, 0, 60, 30))) > 20
 
 
 def test_faults_are_planted_where_promised():

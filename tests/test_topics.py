@@ -7,13 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from small_training import load_tiny, small_processor, squares
-from transformers import Qwen2VLProcessor
 
-from helpers import collate, data, model
+from helpers import collate, model
 from helpers.dev.pairs import read_notebook
 from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE, ParameterError
-from helpers.topics import attention, sizes
+from helpers.topics import sizes
 from helpers.topics.opening import model_path, opening
 
 RULES = {"scale": ("tiny", "7b"), "pictures": range(8, 124), "rate": (0.0, 1e-4), "only": bool,
@@ -92,24 +91,6 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
     width, rows = tiny.config.vision_config.embed_dim, len(batch["pixel_values"])
     assert kept["r1-llm-only"] == 0
     assert kept["r4-joint"] > 2 * rows * width * tiny.config.vision_config.depth  # a state in bf16 a block, at least
-
-
-@pytest.mark.slow
-def test_looks_give_maps_of_the_pictures(tiny):
-    processor = Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=16 * 784, max_pixels=144 * 784)
-    rows = data.load_raw("embedded", limit={"train": 1, "selection": 1, "val": 6})["val"]
-    barcodes = [attention.boxes_of(row, "barcode") for row in rows]
-    assert {found.shape[1] for found in barcodes} == {4} and any(len(found) for found in barcodes)
-    looks = attention.looks(tiny, processor, rows, "barcode")
-    assert 0 < len(looks) <= sum(len(found) > 0 for found in barcodes)
-    for look in looks:
-        assert look.maps.shape[:2] == (tiny.config.text_config.num_hidden_layers, 4)
-        shares = look.maps.sum((2, 3))
-        assert (look.maps >= 0).all() and (shares > 0).all() and (shares < 1).all() and 0 <= look.iou <= 1
-    with pytest.raises(ValueError, match="find='no such thing': no box was written for it"):
-        attention.looks(tiny, processor, rows, "no such thing")
-    with pytest.raises(ValueError, match="is known on the embedded pictures alone"):
-        attention.boxes_of({"meta": {"image_url": "https://images.openfoodfacts.org/1.jpg"}}, "barcode")
 
 
 @pytest.mark.parametrize("number", range(10))
