@@ -94,8 +94,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import budget, callbacks, checkpoints, collate, data, evaluate, features, fused, merge, messages
-from helpers import model, parity, plots, predict, trainer
+from helpers import budget, collate, data, evaluate, merge, messages, model, parity, plots, predict, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
 
@@ -383,16 +382,17 @@ def checkpointing(tuned):
         return run.gradient_checkpointing, []
     rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collator(rows_of)
-    return (False, []) if model.fits_whole(tuned, longest) else (True, model.layers_that_fit(tuned, longest))
+    return speed.checkpointing(tuned, longest)
 
 
 def training_data(stage_run, tuned, augment):
     """The rows to train on, and the collator that makes batches of them."""
     collator = collate.Collator(processor, run.prompt, run.loss_scope, augment)
-    if not features.worth_keeping(stage_run.stage, run.augment, run.epochs):
+    if not speed.worth_caching(stage_run.stage, run.augment, run.epochs):
         return rows["train"], collator
-    seen = features.SeenCollator(collator, tuned, rows["train"], stage_run.folder / "seen.bin", run.share[0])
-    return seen.rows, seen
+    file = stage_run.folder / "features.bin"
+    cached = speed.CachedFeaturesCollator(collator, tuned, rows["train"], file, run.share[0])
+    return cached.rows, cached
 
 
 # %% [markdown]
@@ -404,22 +404,22 @@ def train(stage_run):
     """Train one stage and save it; returns the table of what trained, per tower."""
     stage, base_of = stage_run.stage, parity.base_of(stage_run.base, run.model_revision)
     tuned = make_trainable(load_base(stage.precision, stage_run.base), stage)
-    print(fused.speed_up(tuned))
+    print(speed.speed_up(tuned))
     checkpointed, kept = checkpointing(tuned)
     augment = Augment(run.seed) if run.augment else None
     train_rows, stage_collator = training_data(stage_run, tuned, augment)
     sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
                              data_collator=stage_collator, processing_class=processor,
-                             callbacks=[trainer.LossLog(stage_run.folder), model.KeepActivations(kept)],
+                             callbacks=[trainer.LossLog(stage_run.folder), speed.KeepActivations(kept)],
                              made_with=made_with, base=base_of)
     for callback in [augment] if augment else []:
         sft.add_callback(callback)  # learns the epoch
     if run.eval_steps:
-        sft.add_callback(callbacks.IoUDuringTraining(sft, rows["selection"], run))
+        sft.add_callback(trainer.IoUDuringTraining(sft, rows["selection"], run))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
-    sft.train(resume_from_checkpoint=checkpoints.last_checkpoint(stage_run.folder))
-    fused.plain_rotations()
+    sft.train(resume_from_checkpoint=trainer.last_checkpoint(stage_run.folder))
+    speed.plain_rotations()
     sft.save_result(stage_run.result, keep=run.keep)
     return table
 

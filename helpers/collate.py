@@ -106,16 +106,15 @@ def check_limits(rows: Mapping[str, datasets.Dataset], collator: Collator, run: 
     val does not fit into `max_new_tokens`; where a picture of train makes more than 2048 tokens (with `augment` each
     may become as large as `max_pixels`); where `eval_steps` would find no box on its pictures of selection.
     """
-    for split in (name for name in ("train", "val") if len(rows[name])):
-        need = _answer_tokens(rows[split]["objects"], collator)
-        if run.constrained:  # leaves each box the room that it takes at most
-            unit = longest_unit(collator.processor.tokenizer, names_in(rows["train"]))
-            need = np.maximum(need, [len(objects["bbox"]) * unit + 1 for objects in rows[split]["objects"]])
-        longest = int(need.argmax())
-        if need[longest] > run.max_new_tokens:
-            raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut answers: the true one of image_id="
-                                 f"{rows[split]['image_id'][longest]!r} in {split} needs {need[longest]}; set "
-                                 f"max_new_tokens={need[longest]} or more.")
+    ids = [f"{image_id!r} in {split}" for split in ("train", "val") for image_id in rows[split]["image_id"]]
+    objects = [one for split in ("train", "val") for one in rows[split]["objects"]]
+    need = _answer_tokens(objects, collator)
+    if run.constrained:  # leaves each box the room that it takes at most
+        unit = longest_unit(collator.processor.tokenizer, names_in(rows["train"]))
+        need = np.maximum(need, [len(one["bbox"]) * unit + 1 for one in objects])
+    if need.max() > run.max_new_tokens:
+        raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut answers: the true one of image_id="
+                             f"{ids[need.argmax()]} needs {need.max()}; set max_new_tokens={need.max()} or more.")
     if run.stages:
         _check_sequences(rows["train"], collator, run)
     few = rows["selection"]["objects"][: run.eval_pictures] if run.stages and run.eval_steps else None

@@ -1,7 +1,6 @@
 """The model at a stated precision: loaded whole or refused, where it lives, what is quantized, what trains."""
 
 import gc
-import math
 import os
 import re
 from pathlib import Path
@@ -13,12 +12,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig, Qwen2VLForConditionalGeneration, TrainerCallback
+from transformers import PreTrainedConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
 from helpers import parity
-from helpers.collate import IGNORED
 from helpers.recipes import Stage
 from helpers.settings import ParameterError, check_architecture
 
@@ -266,105 +264,11 @@ def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
     return model.eval()
 
 
-def fits_whole(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> bool:
-    """Whether a training step on `batch` keeps all its activations in GPU memory, tried once and said in a line.
-
-    Gradients of earlier micro-batches, AdamW's two numbers a weight and `reserve`, a share of the memory, must fit
-    beside it. Otherwise activations have to be worked out twice: gradient checkpointing. Give the longest batch there
-    is. Without a GPU: True.
-    """
-    if not torch.cuda.is_available():
-        return True
-    took, room = _peak(vlm, batch), _room()
-    fits = took < (1 - reserve) * room
-    takes = f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
-    print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
-          f"gradient checkpointing is {'off' if fits else 'on'}")
-    return fits
-
-
 def gpus() -> list[int]:
     """Numbers of the GPUs that this process uses: its own under a launcher, else all that it sees."""
     if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return [int(os.environ.get("LOCAL_RANK", 0))]
     return list(range(torch.cuda.device_count()))
-
-
-def _room() -> float:
-    """Bytes that this process may take, or has taken, of the smallest of its GPUs: others may use them too."""
-    allowed = torch.cuda.get_per_process_memory_fraction
-    return min(min(torch.cuda.get_device_properties(device).total_memory * allowed(device),
-                   torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) for device in gpus())
-
-
-def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    """The most bytes that a training step on `batch` takes of a GPU, gradients and AdamW included; inf: too many."""
-    devices, was_training = gpus(), vlm.training
-    each = 16 if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 12  # bytes a weight; DDP holds gradients once more
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        given = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
-        labels, base = given.pop("labels"), vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
-        with torch.autocast("cuda", torch.bfloat16):
-            vlm.train()
-            hidden = base.model(**given, use_cache=False).last_hidden_state  # may end on another GPU than it began
-            base.lm_head(hidden[(labels != IGNORED).to(hidden.device)]).sum().backward()
-        took = max(torch.cuda.max_memory_allocated(device) for device in devices)
-    except torch.OutOfMemoryError:
-        took = math.inf
-    vlm.train(was_training).zero_grad()
-    free_memory()
-    for device in devices:  # a run's own peak is not this trial's
-        torch.cuda.reset_peak_memory_stats(device)
-    return took + each * sum(weight.numel() for weight in vlm.parameters() if weight.requires_grad) / len(devices)
-
-
-def layers_that_fit(vlm: nn.Module, batch: dict[str, torch.Tensor], reserve: float = 0.08) -> list[nn.Module]:
-    """Layers that can keep their activations where `fits_whole` said that all cannot.
-
-    Of each tower that gradients pass through a few layers are tried, the language model's first; then as many as the
-    memory allows, in the order they run, and these together: one tower's peak may have hidden the other's. Half of them
-    where that does not fit. `KeepActivations` puts it to use. None with several GPUs in one process.
-    """
-    if not torch.cuda.is_available() or len(gpus()) > 1:
-        return []
-    base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
-    base.activation_checkpointing_enable()
-    took = _peak(vlm, batch)
-    towers = [base.model.language_model.layers, base.model.visual.blocks]
-    allowed, kept, few = (1 - reserve) * _room(), [], 2
-
-    def with_kept(layers: list[nn.Module]) -> float:
-        for layer in layers:
-            layer.gradient_checkpointing = False
-        peak = _peak(vlm, batch)
-        for layer in layers:
-            layer.gradient_checkpointing = True
-        return peak
-
-    left = allowed - took
-    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
-        each = (with_kept(layers[:few]) - took) / few
-        count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
-        if count:
-            kept, left = [*kept, *layers[:count]], left - count * each
-    while kept and with_kept(kept) > allowed:
-        kept = kept[: len(kept) // 2]
-    base.activation_checkpointing_disable()
-    print(f"{len(kept)} of {sum(map(len, towers))} layers keep their activations all the same")
-    return kept
-
-
-class KeepActivations(TrainerCallback):
-    """Takes `layers` out of gradient checkpointing when the training begins."""
-
-    def __init__(self, layers: list[nn.Module]):
-        self.layers = layers
-
-    def on_train_begin(self, *args, **kwargs) -> None:
-        for layer in self.layers:
-            layer.gradient_checkpointing = False
 
 
 def layer_kinds(names: list[str]) -> dict[str, int]:

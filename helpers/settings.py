@@ -125,7 +125,7 @@ def _free_forked_workers() -> None:
 
 
 def end_with_a_word() -> None:
-    """Make SIGTERM and Ctrl-C end this process with a sentence and status 1; a training saves first (`faults`)."""
+    """Make SIGTERM and Ctrl-C end this process with a sentence and status 1 (`trainer.StopNotice`: in training)."""
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(f"{signal.Signals(number).name}: what is done so far is kept, and the same command goes on "
                          "from there.")

@@ -1,38 +1,48 @@
-"""TRL's SFTTrainer with checkpoints that hold exactly what trains, and that resume exactly.
+"""TRL's SFTTrainer with checkpoints that hold exactly what trains, that resume exactly, and endings that say why.
 
 Trainer's own checkpoints of a full Qwen2-VL carry old key names (`visual.*`) and load non-strictly: the resumed model
 is silently the base again. Saving the trainable weights alone, in fp32, is smaller and exact, for LoRA as for a tower.
 """
 
 import contextlib
+import json
 import math
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset
+from accelerate.utils import gather_object
+from datasets import Dataset, Image
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTConfig, SFTTrainer
 
-from helpers import checkpoints, merge, parity, runs
+from helpers import data, evaluate, merge, parity, predict, runs
 from helpers.collate import IGNORED
-from helpers.faults import ForgivingReporter, StopNotice, Stopped, explained
+from helpers.data.pictures import picture_facts
 from helpers.model import check_one_way, keep_4bit_trainable
-from helpers.trainlog import LossLog, ProgressBar, read_log
-
-__all__ = ["COMPLETE", "WEIGHTS", "BoxTrainer", "LossLog", "ProgressBar", "load_trainable", "read_log"]
+from helpers.runs import progress_bar, read_json, write_json, write_text
+from helpers.settings import Run, take_signals
 
 WEIGHTS = "trainable.safetensors"
+COMPLETE = "complete"  # in a checkpoint: {file: bytes}, written last; without it one was cut off and is never loaded
+WINDOW = 20  # steps whose mean loss tells a trend
+WORSE = 1.5  # this many times the mean of the first WINDOW steps: the training has diverged
 # What every training of this project has in its SFTConfig.
 COMMON: dict[str, Any] = {
     "remove_unused_columns": False,  # the collator reads rows of the project's schema
@@ -43,7 +53,6 @@ COMMON: dict[str, Any] = {
     "use_cpu": not torch.cuda.is_available(),
     "ddp_find_unused_parameters": False,
 }
-COMPLETE = checkpoints.COMPLETE
 
 
 class BoxTrainer(SFTTrainer):
@@ -60,13 +69,12 @@ class BoxTrainer(SFTTrainer):
         super().__init__(model, args=args, **kwargs)
         check_one_way(self.model, self.args.n_gpu)
         keep_4bit_trainable(self.model)  # it may generate between two steps
-        self.made_with, self.base = made_with, base
+        self.made_with, self.base, self.notice = made_with, base, StopNotice()
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
-        self.callback_handler.callbacks = [
-            ForgivingReporter(one) if one.__module__.startswith("transformers.integrations") else one
-            for one in self.callback_handler.callbacks]
-        self.notice = StopNotice()
+        for one in self.callback_handler.callbacks:
+            if one.__module__.startswith("transformers.integrations"):
+                let_fail(one)
         for callback in (ProgressBar(), self.notice):
             self.add_callback(callback)
 
@@ -75,12 +83,14 @@ class BoxTrainer(SFTTrainer):
         return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, faults said in a sentence.
+        """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, errors in a sentence.
 
-        Raises Stopped (a SystemExit) after the checkpoint that a SIGTERM asked for.
+        Raises Stopped (a SystemExit) after the checkpoint that a SIGTERM or SIGINT called for.
         """
         if self.args.should_save:
-            checkpoints.drop_half_checkpoints(self.folder)
+            for path in sort_checkpoints(str(self.folder)):
+                if not is_complete(path):
+                    shutil.rmtree(path)
         if resume_from_checkpoint and runs.is_main():
             print(f"{self.folder.name} goes on from {Path(resume_from_checkpoint).name}")
         if "wandb" in self.args.report_to:
@@ -111,7 +121,7 @@ class BoxTrainer(SFTTrainer):
                           pin_memory=args.dataloader_pin_memory)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's own; features that a frozen tower has made before (`SeenCollator`) take the place of pictures.
+        """TRL's own; features that a frozen tower has made before (`CachedFeaturesCollator`) take pictures' place.
 
         SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
         they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
@@ -138,7 +148,7 @@ class BoxTrainer(SFTTrainer):
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
+        if not self.args.should_save:  # every process comes here
             return
         folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,21 +166,32 @@ class BoxTrainer(SFTTrainer):
                 return
             if self.made_with:
                 parity.write(folder, self.made_with, self.base)
-            checkpoints.mark_complete(folder)
+            write_json(folder / COMPLETE, {path.name: path.stat().st_size for path in folder.iterdir()})
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has a face of its own in each library
             free = shutil.disk_usage(self.folder).free / 2**30
             shutil.rmtree(folder, ignore_errors=True)  # half of it: it would never be loaded, and takes room
-            last = checkpoints.last_checkpoint(self.folder)
-            raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; the same "
-                          f"command goes on from {Path(last).name if last else 'the start'}.") from error
+            raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; "
+                          f"{goes_on(self.folder)}.") from error
         finally:
             self.args.save_total_limit = kept
-        checkpoints.drop_old_checkpoints(self.folder, kept, self.state.best_model_checkpoint)
+        rotate_checkpoints(str(self.folder), kept, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Copy a checkpoint's weights into those that train.
+
+        Raises ParityError where it was made with something else, ValueError where names or shapes differ.
+        """
         if self.made_with:
             parity.check(resume_from_checkpoint, self.made_with, self.base)
-        load_trainable(self._trainable(), Path(resume_from_checkpoint))
+        own, saved = self._trainable(), load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        odd = sorted(name for name in {*own, *saved}
+                     if name not in own or name not in saved or own[name].shape != saved[name].shape)
+        if odd:
+            raise ValueError(f"{resume_from_checkpoint} holds other weights than the ones that train here, such as "
+                             f"{odd[0]}; was it made by another recipe or rank?")
+        with torch.no_grad():
+            for name, weight in saved.items():
+                own[name].copy_(weight)
 
     def load_best(self) -> int:
         """Give the model the weights of the step whose `eval_iou` was best, from its checkpoint; returns the step.
@@ -180,7 +201,7 @@ class BoxTrainer(SFTTrainer):
         step = self.state.best_global_step
         if not step:
             raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
-        load_trainable(self._trainable(), self.folder / f"checkpoint-{step}")
+        self._load_from_checkpoint(str(self.folder / f"checkpoint-{step}"))
         return step
 
     def save_result(self, folder: Path, keep: str = "last") -> None:
@@ -196,9 +217,6 @@ class BoxTrainer(SFTTrainer):
                 merge.save_whole(tuned, self.processing_class, folder)
             parity.write(folder, self.made_with or {}, self.base)
         self.accelerator.wait_for_everyone()
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """None here: the run's manifest says what a card would."""
 
 
 class UpdateShare(torch.utils.data.Sampler):
@@ -254,17 +272,238 @@ def ignore_filler(rows: list[dict], batch: dict[str, torch.Tensor]) -> dict[str,
     return batch
 
 
-def load_trainable(parameters: dict[str, torch.nn.Parameter], checkpoint: Path) -> None:
-    """Copy a checkpoint's weights into `parameters` (`{name: parameter}`).
+def is_complete(checkpoint: str | Path) -> bool:
+    """Whether every file of a checkpoint has its size: neither a kill nor a crash of the machine has cut it off."""
+    sizes = read_json(Path(checkpoint, COMPLETE))
+    files = {name: Path(checkpoint, name) for name in sizes}
+    return bool(sizes) and all(path.is_file() and path.stat().st_size == sizes[name] for name, path in files.items())
 
-    Raises ValueError when names or shapes are not exactly the same.
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint (its `complete` file is written last), or None."""
+    return next(filter(is_complete, reversed(sort_checkpoints(str(folder)))), None)
+
+
+def goes_on(folder: Path) -> str:
+    last = last_checkpoint(folder)
+    return f"the same command goes on from {Path(last).name if last else 'the start'}"
+
+
+def explained(error: Exception, sft: BoxTrainer) -> Exception | None:
+    """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
+    step = sft.state.global_step + 1
+    if isinstance(error, torch.OutOfMemoryError):
+        numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
+        return torch.OutOfMemoryError(f"out of GPU memory at step {step} ({numbers.rstrip('.')}): {_smaller(sft)}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return RuntimeError(f"a process that reads the data died at step {step} ({str(error).splitlines()[0]}), most "
+                            f"often for want of memory or of room in /dev/shm; {goes_on(sft.folder)}.")
+    for row in sft.train_dataset.cast_column("image", Image(decode=False)) if isinstance(error, OSError) else ():
+        fault = picture_facts(row["image"])["error"]  # pictures were read to their end before the training started
+        if fault:
+            return ValueError(f"the picture of image_id={row['image_id']!r} can no longer be read ({fault}), and could "
+                              "be when the run started; mend or remove it, and start again.")
+    return None
+
+
+def _smaller(sft: BoxTrainer) -> str:
+    """What to change so that a step takes less memory: the effective batch stays the same."""
+    args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    advice = []
+    if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
+        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
+    if batch > 1:
+        advice.append(f"batch_size={batch // 2} and accumulation={-(-steps * batch // (batch // 2))} (now {batch} and "
+                      f"{steps}) give the same effective batch")
+    advice.append(f"a max_pixels below {pixels} makes shorter sequences")
+    return "; ".join(advice) + "; a smaller batch needs a run_name of its own."
+
+
+class Stopped(SystemExit):
+    """The training was told to stop and has saved; the message is the process's last word, its exit status 1."""
+
+
+class StopNotice(TrainerCallback):
+    """SIGTERM, Ctrl-C, a notebook's stop button or the end of the program that runs it: finish the step, save, stop.
+
+    `came` names what came, and is empty where nothing did. Under a launcher all processes stop at the same step.
     """
-    saved = load_file(checkpoint / WEIGHTS)
-    shapes = {name: tuple(weight.shape) for name, weight in parameters.items()}
-    if shapes != {name: tuple(weight.shape) for name, weight in saved.items()}:
-        odd = sorted(set(shapes) ^ set(saved)) or [name for name in saved if shapes[name] != tuple(saved[name].shape)]
-        raise ValueError(f"{checkpoint} holds other weights than the ones that train here, such as {odd[0]}; was it "
-                         "made by another recipe or rank?")
-    with torch.no_grad():
-        for name, weight in saved.items():
-            parameters[name].copy_(weight)
+
+    came = ""
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT (where this is the main thread: Python hands it all signals) until the block ends.
+
+        papermill dies of a SIGTERM at once, and its kernel within a second of it, in the middle of a step, because a
+        thread of the kernel (`poller`) compares its parent. Until the block ends any parent is right for that thread.
+        """
+        kernels = sys.modules.get("ipykernel.kernelapp")
+        poller = kernels.IPKernelApp.instance().poller if kernels and kernels.IPKernelApp.initialized() else None
+        self.came, self.kernel_of = "", os.getppid() if poller else 0
+        before = take_signals(self._on_signal) if threading.current_thread() is threading.main_thread() else {}
+        if poller:
+            parent, poller.parent_pid = poller.parent_pid, type("AnyProcess", (), {"__ne__": lambda *_: False})()
+        try:
+            yield
+        finally:
+            if poller:
+                poller.parent_pid = parent
+            for number, taker in before.items():
+                signal.signal(number, taker)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.came = signal.Signals(number).name
+        if number == signal.SIGINT:  # a person waits; `print` is not for a signal's handler
+            with contextlib.suppress(OSError):  # `| tee` has ended by the same Ctrl-C
+                os.write(2, b"\nSIGINT: this step is finished and saved first; a second one ends at once, without.\n")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """A whole step is done: the one point at which weights, optimizer and data order agree."""
+        if self.kernel_of and os.getppid() != self.kernel_of:
+            self.came = self.came or "the program that ran this notebook has ended"
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            anyone = torch.tensor(float(bool(self.came)), device=args.device)
+            torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
+            self.came = self.came or ("another process was told to stop" if anyone.item() else "")
+        if self.came:
+            control.should_save = control.should_training_stop = True
+
+
+def let_fail(service: TrainerCallback) -> None:
+    """Let a logging service (W&B, TensorBoard) fail: the training goes on without it, and says so once."""
+    def forgiving(event: Callable) -> Callable:
+        def call(*args, **kwargs) -> None:
+            try:
+                event(*args, **kwargs)
+            except Exception as error:  # each service has its own
+                print(f"{type(service).__name__.removesuffix('Callback')} fails ({type(error).__name__}: "
+                      f"{str(error).strip()}): the training goes on without it, log.jsonl has the curve.")
+                for name in events:
+                    setattr(service, name, lambda *args, **kwargs: None)
+
+        return call
+
+    events = [name for name in dir(service) if name.startswith("on_")]
+    for name in events:
+        setattr(service, name, forgiving(getattr(service, name)))
+
+
+class LossLog(TrainerCallback):
+    """Append every logged step to `log.jsonl`, and stop the training when the loss is no number or diverges."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Begin with the checkpoint's own history: what a killed run had logged after it is gone."""
+        if state.is_world_process_zero:
+            write_text(self.path, "".join(map(_log_line, state.log_history)))
+
+    def on_log(self, args, state, control, **kwargs) -> None:
+        """Raises FloatingPointError, before a checkpoint of this step could be written."""
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(_log_line(state.log_history[-1]))
+        fault = loss_fault(state.log_history)
+        if fault:
+            last = last_checkpoint(self.path.parent)
+            good = f"{Path(last).name} is the last good checkpoint" if last else "no checkpoint was written yet"
+            raise FloatingPointError(
+                f"{fault} at step {state.global_step} of {state.max_steps}; {good} (in {self.path.parent}). Lower "
+                f"learning_rate (now {args.learning_rate}) and give the new run a run_name of its own.")
+
+
+def _log_line(logged: dict) -> str:
+    """A line of log.jsonl; nothing for what Trainer logs at the end of a training."""
+    return json.dumps({"step": logged["step"], **logged}) + "\n" if {"loss", "eval_iou"} & {*logged} else ""
+
+
+def loss_fault(history: list[dict]) -> str:
+    """What is wrong with the last logged loss or gradient, or nothing."""
+    losses = [line["loss"] for line in history if "loss" in line]
+    for name, key in (("loss", "loss"), ("size of the gradient", "grad_norm")):
+        if not math.isfinite(history[-1].get(key) or 0):
+            return f"the {name} is {history[-1][key]}"
+    first, last = sum(losses[:WINDOW]) / WINDOW, sum(losses[-WINDOW:]) / WINDOW
+    if len(losses) >= 2 * WINDOW and last > WORSE * first:
+        return (f"the training diverges: the loss is {last:.3g} over the last {WINDOW} steps, and was {first:.3g} "
+                f"over the first {WINDOW}")
+    return ""
+
+
+def read_log(path: Path) -> list[dict]:
+    """The logged steps, `[{"step", "loss", "grad_norm", "learning_rate", ...}]`; a cut last line is dropped."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+class ProgressBar(ProgressCallback):
+    """Trainer's own text bar with the loss on it, in place of a line, or a notebook's table, for every logged step."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.training_bar = progress_bar(state.max_steps, state.global_step, "training", "step",
+                                         state.is_world_process_zero)
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+
+class IoUDuringTraining(TrainerCallback):
+    """Generate on a few pictures every `run.eval_steps` steps and after the last one; log their mean IoU as `eval_iou`.
+
+    Args:
+        selection: rows of which the first `run.eval_pictures` are used; never `val`: what is chosen by this number must
+            not be reported on. Processes share them out. Raises ValueError where none has a box.
+        run: its `eval_steps`, `prompt`, `predict_batch_size`, `max_new_tokens`, and `keep`: with `best` a checkpoint is
+            saved whenever the number is the best so far (the earlier of equal ones), protected from rotation;
+            `BoxTrainer.load_best` takes it back at the end.
+
+    The training goes on as if nothing had been generated: greedy decoding draws no random number.
+    """
+
+    def __init__(self, sft: BoxTrainer, selection: Dataset, run: Run):
+        self.sft, self.run = sft, run
+        self.rows = selection.select(range(min(run.eval_pictures, len(selection))))
+        self.generation = {"do_sample": False, "use_cache": True, "max_new_tokens": run.max_new_tokens}
+        self.truth = data.truth_rows(self.rows)
+        if not any(row["objects"]["bbox"] for row in self.truth):
+            raise ValueError(f"none of the {len(self.rows)} pictures for the IoU during training has a box; take more.")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Measure where it is time, log, and call for a checkpoint where this is the best so far."""
+        if state.global_step % self.run.eval_steps and state.global_step < state.max_steps:
+            return
+        log_this_step, iou = control.should_log, self._measure()
+        control.should_log = log_this_step  # or the step's loss would not be logged: Trainer resets it in `log`
+        if self.run.keep == "best" and (state.best_metric is None or iou > state.best_metric):
+            state.best_metric, state.best_global_step, control.should_save = iou, state.global_step, True
+
+    def _measure(self) -> float:
+        """Mean IoU (0-1) of the model as it is now; the same number in every process."""
+        accelerator, model = self.sft.accelerator, self.sft.accelerator.unwrap_model(self.sft.model)
+        mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
+        was_training, lines = model.training, []
+        model.eval()
+        for start in range(0, len(mine), self.run.predict_batch_size):
+            batch = [self.rows[i] for i in mine[start : start + self.run.predict_batch_size]]
+            with accelerator.autocast():
+                lines += predict.generate_lines(model, self.sft.processing_class, batch, self.run.prompt,
+                                                self.generation)
+        lines = gather_object(lines)
+        iou = evaluate.score(self.truth, lines, resamples=0)["summary"]["mean_iou"]["value"]
+        self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
+        model.train(was_training)
+        if accelerator.is_main_process:
+            unstopped = sum(not line["stopped"] for line in lines)
+            tqdm.write(f"step {self.sft.state.global_step}: mean IoU {iou:.3f} on {len(self.rows)} selection pictures"
+                       + (f", {unstopped} completions never stopped" if unstopped else ""))
+        return iou

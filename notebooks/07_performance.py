@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 from trl import SFTTrainer
 
-from helpers import collate, features, model, plots, predict, runs, trainer
+from helpers import collate, model, plots, predict, runs, speed, trainer
 from helpers.boxes import CATEGORIES
 from helpers.recipes import RECIPES
 from helpers.topics.training import PROMPT, load, nf4, rows_and_processor, trainer_for
@@ -92,7 +92,7 @@ could train {limit:.0f} pictures a second, if small layers were as fast as large
 def rate_of(recipe="r4-joint", kind=trainer.BoxTrainer, cached=False, **options):
     """Pictures a second of a short training."""
     tuned = adapted(recipe, nf4())
-    own = features.SeenCollator(collator, tuned, rows["train"], scratch / "cached", 8) if cached else collator
+    own = speed.CachedFeaturesCollator(collator, tuned, rows["train"], scratch / "cached", 8) if cached else collator
     sft = trainer_for(tuned, own.rows if cached else rows["train"], processor, scratch, kind, own,
                       max_steps=steps, seed=seed, **options)
     return sft.train().metrics["train_samples_per_second"]
@@ -131,7 +131,7 @@ plots.finish(axes.figure)
 
 # %% [markdown]
 # Matrix products (`mm`, `addmm`, `bmm`) are what the limit counts. All the rest is overhead: copies between dtypes,
-# element-wise operations, softmax. On a GPU the project fuses most of it (`helpers/fused.py`).
+# element-wise operations, softmax. On a GPU the project fuses most of it (`helpers/speed.py`).
 #
 # ## 4 · A tower that does not train can look at each picture once
 #

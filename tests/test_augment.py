@@ -10,7 +10,7 @@ from small_training import StopAt, build, small_processor, squares
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from helpers import augment, checkpoints, collate, trainer
+from helpers import augment, collate, trainer
 from helpers.augment import Augment
 
 
@@ -148,7 +148,7 @@ def test_each_epoch_sees_other_views_and_a_killed_or_shared_run_sees_the_same_on
         killed.add_callback(StopAt(7))
         killed.train()
     resumed = augmented(tmp_path / "killed", processor, rows, [])
-    checkpoint = checkpoints.last_checkpoint(tmp_path / "killed")
+    checkpoint = trainer.last_checkpoint(tmp_path / "killed")
     assert checkpoint.endswith("checkpoint-6"), "in the middle of the second epoch"
     resumed.train(resume_from_checkpoint=checkpoint)
     for name, weight in resumed._trainable().items():

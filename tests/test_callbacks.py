@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,35 +14,36 @@ import torch
 from safetensors.torch import load_file
 from small_training import StopAt, build
 
-from helpers import checkpoints, trainer
-from helpers.callbacks import IoUDuringTraining
+from helpers import trainer
+from helpers.trainer import IoUDuringTraining
 
-ASK = {"every": 2, "batch_size": 2, "max_new_tokens": 12}
+RUN = {"eval_steps": 2, "eval_pictures": 3, "prompt": "Where?", "predict_batch_size": 2, "max_new_tokens": 12}
 
 
 def watched(folder, processor, rows, recipe="r4-joint", **options):
     keep_best, training = options.pop("keep_best", False), options
     sft = build(recipe, folder, processor, rows, **training)
-    sft.add_callback(IoUDuringTraining(sft, rows.select(range(3)), "Where?", keep_best=keep_best, **ASK))
+    run = SimpleNamespace(**RUN, keep="best" if keep_best else "last")
+    sft.add_callback(IoUDuringTraining(sft, rows, run))
     return sft
 
 
 def scored_as(monkeypatch, numbers):
     """The scorer says these numbers, one at each measurement (a random model's answers all score 0)."""
     rest = iter(numbers)
-    monkeypatch.setattr("helpers.callbacks.evaluate.score",
+    monkeypatch.setattr("helpers.trainer.evaluate.score",
                         lambda *args, **options: {"summary": {"mean_iou": {"value": next(rest)}}})
 
 
 @pytest.mark.parametrize("recipe, nf4", [("r2-vision-only", False), ("r4-joint", False), ("r4-joint", True)])
-def test_the_training_is_as_if_nothing_had_been_asked(recipe, nf4, tmp_path, processor, rows):
+def test_the_training_is_as_if_nothing_had_been_generated(recipe, nf4, tmp_path, processor, rows):
     plain = build(recipe, tmp_path / "plain", processor, rows, nf4=nf4)
     plain.train()
-    asked = watched(tmp_path / "asked", processor, rows, recipe, nf4=nf4)
-    asked.train()
-    for name, weight in asked._trainable().items():
+    tuned = watched(tmp_path / "watched", processor, rows, recipe, nf4=nf4)
+    tuned.train()
+    for name, weight in tuned._trainable().items():
         assert torch.equal(weight, plain._trainable()[name]), name
-    logs = [trainer.read_log(tmp_path / run / "log.jsonl") for run in ("plain", "asked")]
+    logs = [trainer.read_log(tmp_path / run / "log.jsonl") for run in ("plain", "watched")]
     losses = [[(line["step"], line["loss"]) for line in log if "loss" in line] for log in logs]
     assert losses[0] == losses[1] and len(losses[0]) == 8
     assert [line["step"] for line in logs[1] if "eval_iou" in line] == [2, 4, 6, 8]
@@ -63,17 +65,17 @@ def test_one_measurement_leaves_mode_random_state_and_weights(tmp_path, processo
 
 def test_the_number_is_the_evaluators_own(tmp_path, processor, rows, monkeypatch):
     sft = watched(tmp_path, processor, rows)
-    truth = sft.callback_handler.callbacks[-1].truth
+    callback = sft.callback_handler.callbacks[-1]
 
     def says_the_truth(model, processor, batch, prompt, generation):
         assert not model.training and len(batch) <= 2 and prompt == "Where?" and generation["max_new_tokens"] == 12
-        boxes = {row["image_id"]: row["objects"]["bbox"][0] for row in truth}
+        boxes = {row["image_id"]: row["objects"]["bbox"][0] for row in callback.truth}
         found = [(row["image_id"], boxes[row["image_id"]]) for row in batch]
         return [{"image_id": i, "boxes": [[x0, y0, x1, y1]], "labels": ["nutrition-table"], "confidences": [1.0],
                  "rejected": [], "stopped": True} for i, (y0, x0, y1, x1) in found]
 
-    monkeypatch.setattr("helpers.callbacks.predict.generate_lines", says_the_truth)
-    assert sft.callback_handler.callbacks[-1]._measure() == pytest.approx(1)
+    monkeypatch.setattr("helpers.trainer.predict.generate_lines", says_the_truth)
+    assert callback._measure() == pytest.approx(1)
 
 
 def test_the_best_checkpoint_comes_back_also_after_a_kill(tmp_path, processor, rows, monkeypatch):
@@ -94,7 +96,7 @@ def test_the_best_checkpoint_comes_back_also_after_a_kill(tmp_path, processor, r
         killed.train()
     scored_as(monkeypatch, [0.2])
     resumed = watched(tmp_path / "killed", processor, rows, **options)
-    resumed.train(resume_from_checkpoint=checkpoints.last_checkpoint(tmp_path / "killed"))
+    resumed.train(resume_from_checkpoint=trainer.last_checkpoint(tmp_path / "killed"))
     assert resumed.load_best() == 4
     assert all(torch.equal(weight, best[name]) for name, weight in resumed._trainable().items())
 
@@ -105,7 +107,7 @@ def test_what_cannot_work_is_refused(tmp_path, processor, rows):
         sft.load_best()
     empty = rows.select([0]).map(lambda row: {"objects": {"bbox": [], "category_id": [], "category_name": []}})
     with pytest.raises(ValueError, match="none of the 1 pictures"):
-        IoUDuringTraining(sft, empty, "Where?", **ASK)
+        IoUDuringTraining(sft, empty, SimpleNamespace(**RUN, keep="last"))
 
 
 TWO_PROCESSES = """

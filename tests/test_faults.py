@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback, TrainerState
 
-from helpers import checkpoints, collate, data, faults, parameters, runs, trainer, trainlog
-from helpers.model import KeepActivations
+from helpers import collate, data, runs, trainer
 from helpers.runs import read_json
+from helpers.settings import ParameterError
+from helpers.speed import KeepActivations
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def from_3(undisturbed, folder):
 
 def goes_on(folder, processor, rows, undisturbed, at):
     """The same run again continues from checkpoint `at` and ends as if nothing had happened."""
-    checkpoint = checkpoints.last_checkpoint(folder)
+    checkpoint = trainer.last_checkpoint(folder)
     assert checkpoint.endswith(f"checkpoint-{at}")
     again = build("r1-llm-only", folder, processor, rows)
     again.train(resume_from_checkpoint=checkpoint)
@@ -83,14 +84,14 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, processor, rows, capfd):
     sft.add_callback(At(1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]))
     with pytest.raises(KeyboardInterrupt):
         sft.train()
-    assert "a second one ends at once" in capfd.readouterr().err and not checkpoints.checkpoints(tmp_path)
+    assert "a second one ends at once" in capfd.readouterr().err and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
     """As `nohup` or a shell's `&` have it: a Ctrl-C in the terminal is not meant for this process."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with faults.StopNotice().watching():
+        with trainer.StopNotice().watching():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert callable(signal.getsignal(signal.SIGTERM))
     finally:
@@ -175,7 +176,7 @@ def test_a_full_disk_ends_in_words_and_the_last_checkpoint_stays(file, error, tm
     with pytest.raises(OSError, match=r"checkpoint-6 cannot be written .*same command goes on from checkpoint-3\."):
         sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
     monkeypatch.undo()
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     goes_on(tmp_path, processor, rows, undisturbed, at=3)
 
 
@@ -203,7 +204,7 @@ def test_an_output_folder_that_cannot_be_written_is_named(code, tmp_path, monkey
         raise OSError(code, os.strerror(code), str(path))
 
     monkeypatch.setattr(runs, "_open_manifest", lambda *given: refuses(folder, {}))
-    with pytest.raises(parameters.ParameterError, match=f"r4 cannot be written .{os.strerror(code)}.; choose another"):
+    with pytest.raises(ParameterError, match=f"r4 cannot be written .{os.strerror(code)}.; choose another"):
         runs.open_folder(run)
 
 
@@ -248,7 +249,7 @@ def test_a_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(tmp_path, p
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 5 of 8; checkpoint-3 is the last good checkpoint"
                                                  r".*Lower learning_rate \(now 0.001\)"):
         sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert all_finite(tmp_path / "checkpoint-3")
 
 
@@ -259,23 +260,22 @@ def test_a_gradient_that_is_no_number_never_reaches_a_checkpoint(tmp_path, proce
     sft.add_callback(At(5, lambda: weight.register_hook(lambda gradient: gradient * float("inf"))))
     with pytest.raises(FloatingPointError, match="the size of the gradient is (nan|inf) at step 6 of 8; checkpoint-3"):
         sft.train(resume_from_checkpoint=from_3(undisturbed, tmp_path))
-    assert checkpoints.last_checkpoint(tmp_path).endswith("checkpoint-3") and all_finite(tmp_path / "checkpoint-3")
+    assert trainer.last_checkpoint(tmp_path).endswith("checkpoint-3") and all_finite(tmp_path / "checkpoint-3")
 
 
 def test_a_training_that_diverges_stops(tmp_path, processor, rows, monkeypatch):
-    monkeypatch.setattr(trainlog, "WINDOW", 2)
+    monkeypatch.setattr(trainer, "WINDOW", 2)
     sft = build("r1-llm-only", tmp_path, processor, rows)
     sft.add_callback(At(4, lambda: [weight.data.normal_(0, 1) for weight in sft._trainable().values()]))
     with pytest.raises(FloatingPointError, match="the training diverges: the loss is .* over the last 2 steps"):
         sft.train()
 
 
-def test_noise_and_a_late_plateau_are_no_divergence(tmp_path):
-    log = trainlog.LossLog(tmp_path)
+def test_noise_and_a_late_plateau_are_no_divergence():
     curve = [2.0 + step % 3 for step in range(20)] + [0.1] * 100 + [0.5, 0.1] * 20 + [9.0] + [0.4] * 30
-    assert not any(log._fault({"loss": loss, "grad_norm": 1.0}) for loss in curve)
-    worse = [log._fault({"loss": 12.0, "grad_norm": 1.0}) for _ in range(20)]
-    assert worse[0] == "" and "diverges: the loss is" in worse[-1]
+    history = [{"loss": loss, "grad_norm": 1.0} for loss in curve + [12.0] * 20]
+    assert not any(trainer.loss_fault(history[:step]) for step in range(1, len(curve) + 2))
+    assert "diverges: the loss is" in trainer.loss_fault(history)
 
 
 # --- memory and processes
@@ -297,10 +297,10 @@ def test_out_of_memory_in_training_says_what_to_change_with_this_runs_numbers(tm
 
 def test_keeping_fewer_activations_is_advised_where_some_are_kept(tmp_path, processor, rows):
     sft = build("r1-llm-only", tmp_path, processor, rows, gradient_checkpointing=True)
-    sft.add_callback(KeepActivations([]))
-    assert "gradient_checkpointing" not in faults._smaller(sft)
-    sft.add_callback(KeepActivations([sft.model]))
-    assert faults._smaller(sft).startswith("gradient_checkpointing=True keeps fewer activations, and goes on")
+    sft.model.gradient_checkpointing_enable()  # as Trainer does when a training begins
+    assert "gradient_checkpointing" not in trainer._smaller(sft)
+    KeepActivations([sft.model.get_base_model().model.language_model.layers[0]]).on_train_begin()
+    assert trainer._smaller(sft).startswith("gradient_checkpointing=True keeps fewer activations, and goes on")
 
 
 class Dies(collate.Collator):
@@ -369,22 +369,10 @@ def test_a_killed_run_goes_on_in_the_same_wandb_run(tmp_path, processor, rows, m
     wandb.finish()
     first = read_json(tmp_path / "run" / "manifest.json")["wandb_run_id"]
     build("r1-llm-only", tmp_path / "run", processor, rows, report_to="wandb").train(
-        resume_from_checkpoint=checkpoints.last_checkpoint(tmp_path / "run"))
+        resume_from_checkpoint=trainer.last_checkpoint(tmp_path / "run"))
     assert wandb.run.id == first == read_json(tmp_path / "run" / "manifest.json")["wandb_run_id"]
     assert os.environ["WANDB_RESUME"] == "allow"
     build("r1-llm-only", tmp_path / "next", processor, rows, report_to="wandb", max_steps=1).train()  # a second stage
     assert wandb.run.id == read_json(tmp_path / "next" / "manifest.json")["wandb_run_id"] != first
     wandb.finish()
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))) == 2
-
-
-# --- two runs in one folder
-
-
-def test_a_second_training_in_the_same_folder_is_refused(tmp_path):
-    with runs.exclusive(tmp_path / "training", wait=False):
-        with pytest.raises(parameters.ParameterError, match="another process is at work on .*training.*run_name"):
-            with runs.exclusive(tmp_path / "training", wait=False):
-                pass
-    with runs.exclusive(tmp_path / "training", wait=False):
-        pass

@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 from pipeline_runner import SOURCE
 
-from helpers.checkpoints import checkpoints, is_complete, last_checkpoint
 from helpers.recipes import RECIPES
 from helpers.runs import file_hash
 from helpers.settings import PROJECT
-from helpers.trainlog import read_log
+from helpers.trainer import is_complete, last_checkpoint, read_log
 
 SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",
@@ -59,7 +58,7 @@ def reached(moment: str, folders: list[Path], after: int) -> bool:
     if moment == "step":
         return steps_done(folders) > after
     if moment == "checkpoint":
-        found = [path for folder in folders for path in checkpoints(folder)]
+        found = [path for folder in folders for path in folder.glob("checkpoint-*")]
         return any(not is_complete(path) for path in found) and sum(map(is_complete, found)) >= min(after, 2)
     if moment == "evaluation":
         return (folders[-1] / "predictions.parts").exists()

@@ -12,7 +12,7 @@ from small_training import load_tiny, nf4_config
 from transformers import BitsAndBytesConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from helpers import collate, merge, model, predict
+from helpers import collate, merge, model, predict, speed
 from helpers.recipes import LORA_TARGETS, RECIPES, Stage
 from helpers.settings import TINY_BASE, ParameterError
 
@@ -297,9 +297,9 @@ def test_room_is_what_this_process_may_take_and_what_others_leave(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 4)
     free = {0: 16, 1: 18}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 24))
-    assert model._room() == 18  # three quarters of 24
+    assert speed._room() == 18  # three quarters of 24
     free[1] = 10
-    assert model._room() == 14
+    assert speed._room() == 14
 
 
 @pytest.mark.parametrize("rank", ["2", None])

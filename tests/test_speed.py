@@ -13,7 +13,7 @@ from transformers import Trainer, set_seed
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_cu_seqlens
 
-from helpers import budget, collate, features, fused, model, trainer
+from helpers import budget, collate, model, speed, trainer
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -85,7 +85,7 @@ def test_lora_added_in_place_is_pefts_own(nf4, processor, rows):
     batch, found = collate.Collator(processor, "Where?")([rows[i] for i in range(4)]), []
     in_fp32 = nf4_config(torch.float32) if nf4 else None
     tuned = adapted(load(quantization_config=in_fp32, dtype=torch.float32)).train()
-    for change in (lambda vlm: None, fused.fuse_lora):
+    for change in (lambda vlm: None, speed.fuse_lora):
         change(tuned)
         tuned.zero_grad()
         loss = tuned(**batch).loss
@@ -102,7 +102,7 @@ def test_lora_in_place_with_dropout_against_autograds_own_way(p):
     base, scale = torch.nn.Linear(12, 20).double().requires_grad_(False), 2.0
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 12), (4, 12), (20, 4)))
     torch.manual_seed(0)
-    out = fused.LoraProduct.apply(x, a, b, base, scale, p)
+    out = speed.LoraProduct.apply(x, a, b, base, scale, p)
     torch.manual_seed(0)
     mask = torch.native_dropout(torch.ones(15, 12, dtype=torch.float64), p, True)[0].view(3, 5, 12)
     expected = base(x) + scale * (x * mask) @ a.T @ b.T
@@ -118,7 +118,7 @@ def test_an_adapter_that_is_off_or_merged_takes_pefts_way(processor, rows):
     tuned = adapted(load(dtype=torch.float32)).eval()
     with torch.no_grad():
         adapter = tuned(**batch).logits
-        fused.fuse_lora(tuned)
+        speed.fuse_lora(tuned)
         with tuned.disable_adapter():
             off = tuned(**batch).logits
         merged = tuned.merge_and_unload()(**batch).logits
@@ -133,60 +133,59 @@ def test_what_is_compiled_between_matrix_products_is_the_same(monkeypatch, proce
     batch, vlm = collate.Collator(processor, "Where?")([rows[0]]), load(dtype=torch.float32).eval()
     with torch.no_grad():
         plain = vlm(**batch).logits
-        own = [getattr(modeling_qwen2_vl, name) for name in fused.ROTATIONS]
+        own = [getattr(modeling_qwen2_vl, name) for name in speed.ROTATIONS]
         try:
-            fused.compile_between(vlm)
+            speed.compile_between(vlm)
             assert torch.allclose(vlm(**batch).logits, plain, rtol=1e-4, atol=1e-4)
-            assert not set(own) & {getattr(modeling_qwen2_vl, name) for name in fused.ROTATIONS}
+            assert not set(own) & {getattr(modeling_qwen2_vl, name) for name in speed.ROTATIONS}
         finally:
-            fused.plain_rotations()
-        assert own == [getattr(modeling_qwen2_vl, name) for name in fused.ROTATIONS]
+            speed.plain_rotations()
+        assert own == [getattr(modeling_qwen2_vl, name) for name in speed.ROTATIONS]
 
 
 def test_on_a_cpu_nothing_is_fused():
     tuned = adapted(load())
-    assert "nothing is fused" in fused.speed_up(tuned)
+    assert "nothing is fused" in speed.speed_up(tuned)
     assert not any("forward" in module.__dict__ for module in tuned.modules() if isinstance(module, LoraLayer))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_frozen_tower_that_saw_once_trains_the_same_weights(tmp_path, processor, rows, dtype):
+def test_cached_features_train_the_same_weights(tmp_path, processor, rows, dtype):
     """Two epochs of r1, the tower in every step against once before: losses and weights, to the last bit."""
     plain = build("r1-llm-only", tmp_path / "plain", processor, rows, nf4=True, dtype=dtype)
     once = build("r1-llm-only", tmp_path / "once", processor, rows, nf4=True, dtype=dtype)
-    once.data_collator = features.SeenCollator(once.data_collator, once.model, rows, tmp_path / "seen.bin", 4)
+    once.data_collator = speed.CachedFeaturesCollator(once.data_collator, once.model, rows,
+                                                      tmp_path / "features.bin", 4)
     once.train_dataset = once.data_collator.rows
-    once.model.base_model.model.model.visual.forward = None  # it is not asked again
+    once.model.base_model.model.model.visual.forward = None  # it does not run again
     for sft in (plain, once):
         set_seed(0)  # of LoRA's dropout
         sft.train()
     logs = [trainer.read_log(tmp_path / name / "log.jsonl") for name in ("plain", "once")]
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
     assert all(torch.equal(weight, once._trainable()[name]) for name, weight in plain._trainable().items())
-    assert not (tmp_path / "seen.bin").exists()
+    assert not (tmp_path / "features.bin").exists()
 
 
-def test_batches_of_seen_pictures_are_the_collators_own(tmp_path, processor, rows):
+def test_batches_of_encoded_pictures_are_the_collators_own(tmp_path, processor, rows):
     collator, vlm = collate.Collator(processor, "Where?"), load()
-    seen = features.SeenCollator(collator, vlm, rows, tmp_path / "seen.bin", 4)
+    cached = speed.CachedFeaturesCollator(collator, vlm, rows, tmp_path / "features.bin", 4)
     taken = [rows[i] for i in (5, 0, 9, 2)]
-    expected, batch = collator(taken), seen(taken)
-    tower = features.see(vlm, expected.pop("pixel_values"), expected["image_grid_thw"])
+    expected, batch = collator(taken), cached(taken)
+    tower = speed.vision_features(vlm, expected.pop("pixel_values"), expected["image_grid_thw"])
     assert torch.equal(batch.pop("image_features"), torch.cat(tower))
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in batch)
-    with pytest.raises(ValueError, match="augmented pictures"):
-        features.SeenCollator(collate.Collator(processor, "Where?", augment=dict), vlm, rows, tmp_path / "x", 4)
 
 
-def test_pictures_are_seen_once_only_where_that_is_right(monkeypatch):
-    assert features.worth_keeping(R1, augment=False, epochs=3)
-    assert features.worth_keeping(RECIPES["r3-two-stage"][1], augment=False, epochs=2)
+def test_features_are_cached_only_where_that_is_right(monkeypatch):
+    assert speed.worth_caching(R1, augment=False, epochs=3)
+    assert speed.worth_caching(RECIPES["r3-two-stage"][1], augment=False, epochs=2)
     for stage in (R4, RECIPES["r2-vision-only"][0], RECIPES["r3-two-stage"][0]):
-        assert not features.worth_keeping(stage, augment=False, epochs=3)
-    assert not features.worth_keeping(R1, augment=True, epochs=3)
-    assert not features.worth_keeping(R1, augment=False, epochs=1)
+        assert not speed.worth_caching(stage, augment=False, epochs=3)
+    assert not speed.worth_caching(R1, augment=True, epochs=3)
+    assert not speed.worth_caching(R1, augment=False, epochs=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not features.worth_keeping(R1, augment=False, epochs=3)
+    assert not speed.worth_caching(R1, augment=False, epochs=3)
 
 
 def test_the_longest_batch(rows):
@@ -197,10 +196,6 @@ def test_the_longest_batch(rows):
     found = budget.image_tokens(zip(three["width"], three["height"], strict=True), 784, 99 * 784)
     assert found.tolist() == sorted(tokens, reverse=True)[:3] and found[2] > tokens.mean()
     assert len(budget.longest(sized, 99, 784, 64 * 784)) == 16
-
-
-def test_without_a_gpu_there_is_no_memory_to_save():
-    assert model.fits_whole(None, {})
 
 
 def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
@@ -234,8 +229,9 @@ def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor,
         def out_of_memory(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        monkeypatch.setattr(tuned, "forward", out_of_memory)
-    assert model.fits_whole(tuned.eval(), collate.Collator(processor, "Where?")([rows[0], rows[1]])) == fits
+        monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
+    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
+    assert speed.checkpointing(tuned.eval(), batch) == (not fits, [])
     assert not gradients(tuned) and not tuned.training
     said = capsys.readouterr().out
     assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
@@ -243,9 +239,11 @@ def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor,
 
 def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows, tmp_path, monkeypatch, capsys):
     """A stand-in for a GPU: a step takes 10 GiB, 1 more for a layer of language that keeps its own, 2 for vision."""
+    assert speed.checkpointing(None, {}) == (False, [])  # without a GPU
     tuned, gib = adapted(load(dtype=torch.float32)), 2**30
     base = tuned.get_base_model()
     language, vision = base.model.language_model.layers, base.model.visual.blocks
+    one = {"labels": [0]}
 
     def peak(*_):
         return gib * (10 + sum(not layer.gradient_checkpointing for layer in language)
@@ -253,26 +251,29 @@ def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows,
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(model, "_peak", peak)
+    monkeypatch.setattr(speed, "_peak", peak)
+    whole = len(language) + 2 * len(vision)
     for more, expected in ((0.5, []), (1.5, language[:1]), (len(language) + 3, [*language, vision[0]]),
-                           (99, [*language, *vision])):
-        monkeypatch.setattr(model, "_room", lambda more=more: (10 + more) * gib / 0.92)
-        assert model.layers_that_fit(tuned, {}) == list(expected)
+                           (whole - 0.5, [*language, *vision[:-1]])):
+        monkeypatch.setattr(speed, "_room", lambda more=more: (10 + more) * gib / 0.92)
+        assert speed.checkpointing(tuned, one) == (True, list(expected))
         assert f"{len(expected)} of {len(language) + len(vision)} layers" in capsys.readouterr().out
         assert not base.is_activation_checkpointing
+    monkeypatch.setattr(speed, "_room", lambda: (10.5 + whole) * gib / 0.92)
+    assert speed.checkpointing(tuned, one) == (False, [])
     # where the vision tower's part of a step is the larger one by 1.5 GiB, it hides most of what two layers take
-    monkeypatch.setattr(model, "_peak", lambda *_: max(peak(), 11.5 * gib))
-    monkeypatch.setattr(model, "_room", lambda: 13 * gib / 0.92)
-    assert model.layers_that_fit(tuned, {}) == list(language[:2])  # four seem to fit, and take 14
+    monkeypatch.setattr(speed, "_peak", lambda *_: max(peak(), 11.5 * gib))
+    monkeypatch.setattr(speed, "_room", lambda: 13 * gib / 0.92)
+    assert speed.checkpointing(tuned, one) == (True, list(language[:2]))  # four seem to fit, and take 14
     for more in (0.5, 3.5):  # a trial that runs out of memory
         room = (10 + more) * gib
-        monkeypatch.setattr(model, "_peak", lambda *_, room=room: peak() if peak() <= room else math.inf)
-        monkeypatch.setattr(model, "_room", lambda room=room: room / 0.92)
-        assert len(model.layers_that_fit(tuned, {})) == int(more)
+        monkeypatch.setattr(speed, "_peak", lambda *_, room=room: peak() if peak() <= room else math.inf)
+        monkeypatch.setattr(speed, "_room", lambda room=room: room / 0.92)
+        assert len(speed.checkpointing(tuned, one)[1]) == int(more)
     monkeypatch.undo()
     sft = build("r4-joint", tmp_path, processor, rows, max_steps=1, gradient_checkpointing=True)
     layers = sft.model.get_base_model().model.language_model.layers
-    sft.add_callback(model.KeepActivations([layers[0]]))
+    sft.add_callback(speed.KeepActivations([layers[0]]))
     sft.train()
     assert [layer.gradient_checkpointing for layer in layers[:2]] == [False, True]
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from small_training import StopAt, build
 from transformers import TrainerCallback
 
-from helpers import checkpoints, trainer
+from helpers import trainer
+from helpers.runs import write_json
 
 
 class WeightsAtStart(TrainerCallback):
@@ -29,13 +30,14 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(recipe, tmp_path, pr
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     (tmp_path / "killed" / "checkpoint-4").mkdir()  # a checkpoint that was being written: no `complete` file
-    checkpoint = checkpoints.last_checkpoint(tmp_path / "killed")
+    checkpoint = trainer.last_checkpoint(tmp_path / "killed")
     assert checkpoint.endswith("checkpoint-3")
 
     start = WeightsAtStart()
     resumed = build(recipe, tmp_path / "killed", processor, rows)
     resumed.add_callback(start)
     resumed.train(resume_from_checkpoint=checkpoint)
+    assert not (tmp_path / "killed" / "checkpoint-4").exists()
     saved = load_file(f"{checkpoint}/{trainer.WEIGHTS}")
     assert saved.keys() == start.weights.keys() and all(torch.equal(saved[name], start.weights[name]) for name in saved)
     assert all(weight.dtype == torch.float32 for weight in saved.values())
@@ -75,14 +77,10 @@ def test_a_cut_log_line_is_dropped(tmp_path):
 
 
 def test_no_checkpoint_and_steps_done(tmp_path):
-    assert checkpoints.last_checkpoint(tmp_path) is None
+    assert trainer.last_checkpoint(tmp_path) is None
     for step in (9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "weights").write_text("whole")
-        checkpoints.mark_complete(tmp_path / f"checkpoint-{step}")
+        write_json(tmp_path / f"checkpoint-{step}" / trainer.COMPLETE, {"weights": 5})
     (tmp_path / "checkpoint-11" / "weights").write_text("")  # a crash of the machine: the name is there, not the bytes
-    assert checkpoints.last_checkpoint(tmp_path).endswith("checkpoint-10")
-    checkpoints.drop_half_checkpoints(tmp_path)
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    checkpoints.drop_old_checkpoints(tmp_path, 1, None)
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-10"]
+    assert trainer.last_checkpoint(tmp_path).endswith("checkpoint-10")
