@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 from finished_model import clear
 from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
 
 from helpers import data, evaluate, finished, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
-from helpers.data.checks import RULES
-from helpers.data.pictures import as_rgb, picture_facts, shown_size
-from helpers.data.planted import plant_each
-from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
+from helpers.data.pictures import picture_facts, shown_size
+from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of
 
 TABLE = "nutrition-table"
 
@@ -108,15 +105,6 @@ def test_where_category_id_and_name_disagree_the_name_counts():
     assert cleaned(raw)["val"][0]["objects"]["category_id"] == [3]
 
 
-def test_category_names_are_known_in_other_spellings():
-    assert objects_of([[0, 0, 1, 1]], ["Nutrition_Table Small"])["category_id"] == [1]
-    assert objects_of([[0, 0, 1, 1]], ["logo"]) == {
-        "bbox": [[0, 0, 1, 1]],
-        "category_id": [-1],
-        "category_name": ["logo"],
-    }
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -156,13 +144,6 @@ def test_a_split_of_which_nothing_is_left_is_an_error():
         cleaned(raw)
 
 
-def test_width_and_height_that_are_not_the_pictures_are_replaced():
-    raw = splits(val=[row(1, width=100, height=10)])
-    assert list(found(raw)) == ["wrong-size"]
-    after = cleaned(raw)["val"][0]
-    assert (after["width"], after["height"], after["objects"]["bbox"]) == (64, 48, [[0.1, 0.2, 0.5, 0.6]])
-
-
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_boxes_of_the_stored_picture_turn_with_it(orientation):
     stored = Image.new("RGB", (200, 100), "white")
@@ -192,16 +173,6 @@ def test_exif_that_the_boxes_follow_or_that_leaves_no_trace_is_named_and_kept():
     assert found(raw) == {"exif-as-shown": ["0000000000001_1"], "exif-undecided": ["0000000000002_1"]}
     assert cleaned(raw)["val"].to_list() == raw["val"].to_list()
     assert raw["val"][0]["image"].size == (48, 64)
-
-
-def test_findings_are_listed_in_a_file(tmp_path: Path):
-    raw, planted = plant_each(row(1))
-    result = audit(raw)
-    result.write(tmp_path / "audit.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
-    assert len(lines) == len(result.faults) == result.table()["count"].sum()
-    assert {fault[:3] for fault in planted} <= {(line["fault"], line["split"], line["index"]) for line in lines}
-    assert all(line["action"] in {rule.action for rule in RULES} and line["image_id"] for line in lines)
 
 
 def test_scores_count_the_raw_truth_whole_and_the_cleaned_truth_alone():
@@ -252,21 +223,6 @@ def test_a_barcode_or_picture_in_two_splits_stays_in_val():
     assert not (barcodes[0] & barcodes[1] or barcodes[0] & barcodes[2] or barcodes[1] & barcodes[2])
 
 
-def test_an_id_that_comes_twice_gets_a_number():
-    raw = splits(val=[row(1), row(2, image_id="0000000000001_1"), row(3, image_id="0000000000001_1")])
-    assert list(found(raw)) == ["repeated-id"]
-    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1", "0000000000001_1#2", "0000000000001_1#3"]
-
-
-def test_statistics_count_what_is_left():
-    raw = splits(train=[row(1, [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]], [TABLE, "nutrition-table-text"]), row(2, [])])
-    counts = audit(raw).statistics["train"]
-    assert (counts["pictures"], counts["pictures with 2 boxes"], counts["pictures without a table"]) == (2, 1, 1)
-    assert (counts[TABLE], counts["nutrition-table-text"]) == (1, 1)
-    assert counts["box area, share of the picture: least / median / most"] == "0.25 / 0.25 / 0.25"
-    assert counts["width, px: least / median / most"] == "64 / 64 / 64"
-
-
 def test_selection_is_carved_by_whole_barcodes_the_same_way_each_time():
     rows = [row(number, barcode=str(number // 3)) for number in range(60)]
     split = splits(train=rows)["train"]
@@ -309,16 +265,6 @@ def test_embedded_scenes_are_rendered_once_until_the_renderer_changes(tmp_path: 
     monkeypatch.setattr(embedded, "source_hash", lambda *_: "an edited renderer")
     data.load_splits("embedded", cache_dir=str(tmp_path), limit=FEW)
     assert len(drawn) == 14
-
-
-def test_the_source_hash_follows_every_file(tmp_path: Path):
-    (tmp_path / "__init__.py").write_text("a = 1\n")
-    before = source_hash(tmp_path)
-    (tmp_path / "__pycache__").mkdir()
-    (tmp_path / "__pycache__" / "__init__.pyc").write_bytes(b"compiled")
-    assert before == source_hash(tmp_path)
-    (tmp_path / "font.ttf").write_bytes(b"a font")
-    assert before != source_hash(tmp_path)
 
 
 # --- prepared pictures ------------------------------------------------------------------------------------------------
@@ -368,48 +314,6 @@ def test_a_picture_of_numbers_without_a_range_is_named_and_dropped(mode, said):
     assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1"]
 
 
-def test_prepare_names_a_picture_that_cannot_be_read_and_goes_on(capsys):
-    raw = splits(val=[row(1), row(2, image=picture(b"broken")), row(3)])
-    assert data.prepare(raw, 1, 10**6)["val"]["image_id"] == ["0000000000001_1", "0000000000003_1"]
-    assert "0000000000002_1 is left out" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="max_pixels 5"):
-        data.prepare(raw, 10, 5)
-
-
-def test_large_pictures_are_read_twice_in_all_and_in_no_epoch(monkeypatch, tmp_path: Path):
-    """Once by the audit, once to be made smaller, whatever the number of epochs."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    raw = splits(train=[row(n, image=picture(jpeg(n, (1200, 900)))) for n in (1, 2)])
-    read, (opened, loaded) = [], (JpegImageFile._open, JpegImageFile.load)
-
-    def remember(image):
-        opened(image)
-        image.size_in_file = image.size  # a draft makes the picture smaller, and reads the file all the same
-
-    def load(image):
-        if image.tile and image.size_in_file == (1200, 900):
-            read.append(image)
-        return loaded(image)
-
-    monkeypatch.setattr(JpegImageFile, "_open", remember)
-    monkeypatch.setattr(JpegImageFile, "load", load)
-    rows = data.prepare(clean(raw, audit(raw)), 1, 64 * 64)["train"]
-    assert len(read) == 4
-    assert [rows[i]["image"].load() is not None for i in (0, 1, 0, 1)] == [True] * 4 and len(read) == 4
-    raw["train"][0]["image"].load()
-    assert len(read) == 5
-
-
-def test_prepared_pictures_outlive_their_files(tmp_path: Path):
-    for number in (1, 2):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number, (640, 480) if number == 1 else (64, 48)))
-    raw = splits(val=[row(n, image={"bytes": None, "path": str(tmp_path / f"{n}.jpg")}) for n in (1, 2)])
-    ready = data.prepare(raw, 1, 64 * 64)
-    for file in tmp_path.glob("*.jpg"):
-        file.unlink()
-    assert [one["image"].convert("RGB").size for one in ready["val"]] == [(56, 28), (64, 48)]
-
-
 KINDS_OF_CLEAR = ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P", "P, a value each"]
 
 
@@ -426,22 +330,6 @@ def test_what_is_transparent_becomes_white_in_the_prepared_picture_and_for_the_a
     assert is_ink_on_white(data.prepare(raw, 1, 56 * 56)["val"][0]["image"])
     thumb = np.frombuffer(picture_facts(picture(clear(kind, size)))["thumb"], np.uint8).reshape(16, 16, 3)
     assert is_ink_on_white(Image.fromarray(thumb).resize((64, 64), Image.Resampling.NEAREST))
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa", "P with a palette of RGBA"])
-def test_every_mode_with_transparency_is_shown_on_white(mode):
-    made = Image.open(io.BytesIO(clear("RGBA")))
-    if mode == "PA":
-        ink, made = made.getchannel("A"), Image.new("P", made.size)
-        made.putalpha(ink)
-        assert made.mode == mode
-    elif mode.startswith("P"):
-        ink, made = made.getchannel("A"), Image.new("P", made.size)
-        made.putpalette([0, 0, 0, 0, 0, 0, 0, 255], "RGBA")
-        made.paste(1, mask=ink)
-    else:
-        made = made.convert("LA").convert(mode) if mode == "La" else made.convert(mode)
-    assert is_ink_on_white(as_rgb(made)) and made.mode == mode.split()[0]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])

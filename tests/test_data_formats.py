@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,15 +175,6 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path, capsys):
         assert np.allclose(row["objects"]["bbox"] or np.zeros((0, 4)), [box for _, box in things] or np.zeros((0, 4)))
 
 
-def test_the_two_spellings_of_metadata_are_told_apart_aloud(tmp_path: Path, capsys):
-    write_own_metadata(tmp_path / "own")
-    write_hf_metadata(tmp_path / "hf")
-    data.load_raw(str(tmp_path / "own"))
-    assert "boxes read as [y_min, x_min, y_max, x_max] in 0-1" in capsys.readouterr().out
-    data.load_raw(str(tmp_path / "hf"))
-    assert "boxes read as COCO's [x, y, width, height] in pixels" in capsys.readouterr().out
-
-
 def test_a_parquet_or_coco_file_may_be_named_itself(tmp_path: Path):
     write_parquet(tmp_path / "parquet")
     assert len(data.load_raw(str(tmp_path / "parquet/data/val-00000-of-00001.parquet"))["val"]) == 3
@@ -208,40 +198,21 @@ def many(root: Path, count: int, start: int = 0) -> None:
     write(root / "metadata.jsonl", "\n".join(lines))
 
 
-def test_train_and_val_folders_keep_their_pictures_and_selection_is_carved(tmp_path: Path, capsys):
-    many(tmp_path / "train", 40)
-    many(tmp_path / "validation", 6, start=100)
-    ds = data.load_splits(str(tmp_path))
-    assert {name: len(split) for name, split in ds.items()} == {"train": 36, "selection": 4, "val": 6}
-    assert "selection: 4 pictures taken from train" in capsys.readouterr().out
-
-
-def test_train_alone_gives_val_by_whole_barcodes_and_says_so(tmp_path: Path, capsys):
-    many(tmp_path / "train", 60)
-    ds = data.load_splits(str(tmp_path), seed=3)
-    assert "has no val: 6 pictures are taken from train" in capsys.readouterr().out
-    barcodes = {name: {meta["barcode"] for meta in split["meta"]} for name, split in ds.items()}
-    assert len(ds["val"]) == 6 and sum(map(len, barcodes.values())) == 30 == len(set.union(*barcodes.values()))
+@pytest.mark.parametrize(("folders", "lengths", "said"), [
+    ({"train": 40, "validation": 6}, (36, 4, 6), "selection: 4 pictures taken from train"),
+    ({"train": 60}, (48, 6, 6), "has no val: 6 pictures are taken from train"),
+    ({".": 4}, (0, 0, 4), "names no splits: all 4 pictures are val"),
+    ({"train": 20, "test": 20, "selection": 20}, (20, 20, 20), "has no val: its test (20 pictures) is used as val"),
+    ({"train": 20, "test": 20, "selection": 20, "val": 4}, (20, 20, 4), "the splits test are not used"),
+])
+def test_splits_are_those_of_the_folders_or_carved_by_whole_barcodes_aloud(folders, lengths, said, tmp_path, capsys):
+    for number, (name, count) in enumerate(folders.items()):
+        many(tmp_path / name, count, start=100 * number)
+    ds = data.load_raw(str(tmp_path), seed=3)
+    assert tuple(map(len, ds.values())) == lengths and said in capsys.readouterr().out
+    barcodes = [{meta["barcode"] for meta in split["meta"]} for split in ds.values()]
+    assert sum(map(len, barcodes)) == len(set.union(*barcodes))
     assert data.load_raw(str(tmp_path), seed=3)["val"]["image_id"] == ds["val"]["image_id"]
-    assert data.load_raw(str(tmp_path), seed=4)["val"]["image_id"] != ds["val"]["image_id"]
-
-
-def test_a_folder_without_splits_is_val_and_says_so(tmp_path: Path, capsys):
-    many(tmp_path, 4)
-    ds = data.load_raw(str(tmp_path), limit={"val": 3})
-    assert {name: len(split) for name, split in ds.items()} == {"train": 0, "selection": 0, "val": 3}
-    assert "names no splits: all 4 pictures are val" in capsys.readouterr().out
-
-
-def test_a_test_split_stands_in_for_val_and_what_is_not_used_is_said(tmp_path: Path, capsys):
-    for start, split in enumerate(("train", "test", "selection")):
-        many(tmp_path / split, 20, start=100 * start)
-    assert len(data.load_raw(str(tmp_path))["val"]) == 20
-    assert "has no val: its test (20 pictures) is used as val" in capsys.readouterr().out
-    many(tmp_path / "val", 4, start=900)
-    assert {name: len(split) for name, split in data.load_raw(str(tmp_path)).items()} == {
-        "train": 20, "selection": 20, "val": 4}
-    assert "the splits test are not used" in capsys.readouterr().out
 
 
 def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Path):
@@ -331,36 +302,6 @@ def test_train_of_one_barcode_gives_no_val(tmp_path: Path):
     refused(tmp_path, "has no val", "one barcode only")
 
 
-def test_a_second_load_is_fast_and_a_changed_picture_is_seen(tmp_path: Path):
-    many(tmp_path, 30)
-    data.load_splits(str(tmp_path))
-    start = time.perf_counter()
-    assert len(data.load_splits(str(tmp_path))["val"]) == 30
-    assert time.perf_counter() - start < 1
-    broken = tmp_path / "0000000000003_1.jpg"
-    broken.write_bytes(b"x")
-    assert len(data.load_splits(str(tmp_path))["val"]) == 29
-
-
-def test_a_changed_picture_that_a_table_names_by_its_path_is_seen(tmp_path: Path):
-    write_pictures(tmp_path / "set")
-    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
-    for row in rows:
-        row["image"] = {"bytes": None, "path": f"{row['image_id']}.jpg"}
-    features = datasets.Features({**table_rows().features, "image": {"bytes": datasets.Value("binary"),
-                                                                    "path": datasets.Value("string")}})
-    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "val.parquet"))
-
-    def colours() -> list:
-        raw = data.load_raw(str(tmp_path / "set"))
-        return [np.asarray(row["image"]).mean() for row in data.prepare(raw, 1, 28 * 28)["val"]]
-
-    before = colours()
-    save_picture(tmp_path / "set" / "a.jpg", 99)
-    after = colours()
-    assert after[0] != before[0] and after[1:] == before[1:]
-
-
 def test_files_written_on_windows_are_read(tmp_path: Path):
     """A byte order mark, backslashes, CR LF."""
     write_coco(tmp_path / "coco")
@@ -378,22 +319,6 @@ def test_files_written_on_windows_are_read(tmp_path: Path):
         ds = data.load_splits(str(tmp_path / name))
         assert ds["val"]["image_id"] == ["a", "b", "c"], name
         assert [row["category_name"] for row in ds["val"]["objects"]] == [[k for k, _ in t] for t in BOXES.values()]
-
-
-def test_a_yolo_label_without_its_picture_is_listed(tmp_path: Path):
-    write_yolo(tmp_path)
-    write(tmp_path / "labels/gone.txt", "0 0.5 0.5 0.2 0.2\n")
-    raw = data.load_raw(str(tmp_path))
-    assert data.audit(raw).table().set_index("fault").loc["unreadable-picture", "ids"] == ["gone"]
-
-
-def test_what_no_annotation_names_is_said(tmp_path: Path, capsys):
-    write_hf_metadata(tmp_path)
-    save_picture(tmp_path / "extra.jpg", 8)
-    data.load_raw(str(tmp_path))
-    said = capsys.readouterr().out
-    assert "1 pictures in " in said and "have no annotation and are not used, such as extra.jpg" in said
-    assert "numbers of categories read as {0: 'nutrition-table', 1: 'nutrition-table-small'," in said
 
 
 # --- bad input: each has its sentence ---------------------------------------------------------------------------------
@@ -418,28 +343,6 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_pa
         split: rows["image_id"] for split, rows in before.items()}
 
 
-@pytest.mark.parametrize("name", [b"caf\xe9", "a\u0085b".encode(), b'a"b', b"it's"])
-def test_a_picture_is_read_whatever_bytes_its_name_has(name: bytes, tmp_path: Path, capsys):
-    root = tmp_path / "set"
-    write(root / "classes.txt", TABLE)
-    for number, stem in enumerate(["plain", os.fsdecode(name)]):
-        save_picture(root / "images" / "a.jpg", number)
-        (root / "images" / "a.jpg").rename(root / "images" / f"{stem}.jpg")
-        write(root / "labels" / f"{stem}.txt", "0 .5 .5 .5 .5")
-    raw = data.load_raw(str(root))
-    found = data.clean(raw, data.audit(raw))["val"]
-    same = os.fsdecode(name).replace("\udce9", "\\udce9")
-    assert sorted(found["image_id"]) == sorted(["plain", same])
-    assert {one["image"].size for one in found} == {(WIDTH, HEIGHT)}
-    (root / "labels" / f"{stem}.txt").unlink()
-    write(root / "metadata.jsonl", json.dumps({"file_name": "images/plain.jpg", "objects": {
-        "bbox": [[0.1, 0.2, 0.5, 0.6]], "category_name": [TABLE]}}))
-    (root / "classes.txt").unlink()
-    capsys.readouterr()
-    data.load_raw(str(root))
-    assert f"1 pictures in {root} have no annotation and are not used, such as {same}.jpg" in capsys.readouterr().out
-
-
 def refused(dataset_id: Path | str, *words: str) -> None:
     """Loading ends in a `DataError` of one line that has all these words."""
     with pytest.raises(data.DataError) as error:
@@ -447,6 +350,58 @@ def refused(dataset_id: Path | str, *words: str) -> None:
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def lines(*objects) -> str:
+    """A metadata.jsonl that says of a.jpg each of these."""
+    return "\n".join(json.dumps({"file_name": "a.jpg", "objects": one}) for one in objects)
+
+
+EMPTY = {"bbox": [], "categories": []}
+BAD = [  # format, file, what stands in it, words of the sentence
+    (write_own_metadata, "metadata.jsonl", lines(EMPTY) + '\n{"file', ["metadata.jsonl line 2", "not valid JSON"]),
+    (write_own_metadata, "metadata.jsonl", lines([[1, 2, 3, 4]]), ["line 1", "objects is [[1, 2, 3, 4]]", "a dict"]),
+    (write_own_metadata, "metadata.jsonl", lines({"bbox": [[1, 2, 3, 4]]}), ["objects has ['bbox']", "category_name"]),
+    (write_own_metadata, "metadata.jsonl", lines({"bbox": [[50, 40, 79, 59]], "categories": [0]}),
+     ["metadata.jsonl, objects.bbox", "[50, 40, 79, 59]", "COCO's [x, y, width, height]"]),
+    (write_own_metadata, "metadata.jsonl", lines({"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}),
+     ["[y_min, x_min, y_max, x_max] in 0-1"]),
+    (write_own_metadata, "metadata.jsonl", "\n", ["has no pictures"]),
+    (write_own_metadata, "annotations.json", json.dumps(coco()), ["metadata.jsonl and COCO"]),
+    (write_coco, "annotations.json", '{"images": []}', ["annotations.json", "lacks the lists annotations, categories"]),
+    (write_coco, "annotations.json", json.dumps(coco(annotations=[])), ["objects.bbox is empty in all 3 pictures"]),
+    (write_coco, "annotations.json", json.dumps(coco(annotations=["x"])), ["annotations[0] is 'x'", "an object"]),
+    (write_coco, "annotations.json", json.dumps(coco(annotations=[
+        {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])), ["annotation 4 has image_id 99"]),
+    (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": [1], "name": TABLE}])),
+     ["id of categories[0] is '[1]'", "expected a number"]),
+    (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": 7, "name": "logo"}])),
+     ["categories are ['id 9', 'logo']", "expected some of nutrition-table, "]),
+    (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt line 2", "'0 .5 .5'", "class cx cy width height"]),
+    (write_yolo, "data.yaml", "names: [a\n", ["data.yaml", "not valid YAML"]),
+    (write_yolo, "data.yaml", "names: [nutrition-table]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
+    (write_voc, "Annotations/b.xml", "<annotation><filename>b.jpg</filename>", ["b.xml", "not valid XML"]),
+]
+
+
+@pytest.mark.parametrize(("make", "file", "text", "words"), BAD)
+def test_a_file_that_cannot_be_used_is_named_with_the_place_and_what_was_expected(make, file, text, words, tmp_path):
+    make(tmp_path)
+    write(tmp_path / file, text)
+    refused(tmp_path, *words)
+
+
+def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no known format", "COCO", "YOLO", "metadata.jsonl")
+    refused("embeded", "'embeded'", "no file or folder", "expected embedded")
+    write_parquet(tmp_path / "cut")
+    file = tmp_path / "cut/data/val-00000-of-00001.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path / "cut", file.name, "not a whole Parquet file")
+    table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
+    refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
 
 
 @pytest.mark.parametrize("file_name", ["../outside.jpg", "/etc/hostname", "link/outside.jpg"])
@@ -465,124 +420,8 @@ def test_a_path_that_leaves_the_folder_is_refused(file_name: str, tmp_path: Path
     refused(root, "metadata.jsonl line 1", repr(file_name), "leads out of")
 
 
-def test_a_table_with_paths_that_leave_its_folder_is_refused(tmp_path: Path):
-    save_picture(tmp_path / "outside.jpg", 1)
-    (tmp_path / "set").mkdir()
-    rows = table_rows().cast_column("image", datasets.Image(decode=False)).to_list()
-    rows[0]["image"] = {"bytes": None, "path": str(tmp_path / "outside.jpg")}
-    features = {**FEATURES, "image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
-    features["note"] = datasets.Value("string")
-    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(str(tmp_path / "set/val.parquet"))
-    refused(tmp_path / "set", "val.parquet", "outside.jpg", "leads out of")
-
-
-def test_bad_annotation_files_are_named_with_line_and_field(tmp_path: Path):
-    save_picture(tmp_path / "a.jpg", 1)
-    file = write(
-        tmp_path / "metadata.jsonl", '{"file_name": "a.jpg", "objects": {"bbox": [], "categories": []}}\n{"file'
-    )
-    refused(tmp_path, "metadata.jsonl line 2", "not valid JSON")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": [[1, 2, 3, 4]]}))
-    refused(tmp_path, "line 1", "objects is [[1, 2, 3, 4]]", "expected a dict")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]]}}))
-    refused(tmp_path, "line 1", "objects has ['bbox']", "category_name")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[50, 40, 79, 59]], "categories": [0]}}))
-    refused(tmp_path, "metadata.jsonl, objects.bbox", "[50, 40, 79, 59]", "COCO's [x, y, width, height]")
-    write(file, json.dumps({"file_name": "a.jpg", "objects": {"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}}))
-    refused(tmp_path, "metadata.jsonl, objects.bbox", "[y_min, x_min, y_max, x_max] in 0-1")
-
-
-def test_bad_coco_yolo_and_voc_files_are_named(tmp_path: Path):
-    write_coco(tmp_path / "coco")
-    file = tmp_path / "coco/annotations.json"
-    write(file, json.dumps({"images": [], "info": {}}))
-    refused(tmp_path / "coco", "annotations.json", "lacks the lists annotations, categories")
-    write(file, json.dumps(coco(annotations=[{"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])))
-    refused(tmp_path / "coco", "annotations.json", "annotation 4 has image_id 99")
-    write(file, json.dumps(coco()))
-    for picture in (tmp_path / "coco/images").iterdir():
-        picture.unlink()
-    refused(tmp_path / "coco", "none of the 3 pictures exists", "a.jpg")
-
-    write_yolo(tmp_path / "yolo")
-    write(tmp_path / "yolo/labels/a.txt", "0 0.5 0.5 0.2 0.2\n0 0.5 0.5\n")
-    refused(tmp_path / "yolo", "a.txt line 2", "'0 0.5 0.5'", "class cx cy width height")
-    write(tmp_path / "yolo/data.yaml", "names: [a\n")
-    refused(tmp_path / "yolo", "data.yaml", "not valid YAML")
-
-    (tmp_path / "yolo/data.yaml").write_bytes(b"names: [t\xe9]\n")
-    refused(tmp_path / "yolo", "data.yaml", "not UTF-8 text", "byte 9")
-    write(tmp_path / "yolo/data.yaml", "names: [nutrition-table]\ntrain: 3\n")
-    refused(tmp_path / "yolo", "data.yaml", "train is '3'", "expected a folder")
-    write(file, json.dumps(coco(annotations=["x"])))
-    refused(tmp_path / "coco", "annotations.json", "annotations[0] is 'x'", "expected an object")
-    write(file, json.dumps(coco(categories=[{"id": [1], "name": TABLE}])))
-    refused(tmp_path / "coco", "annotations.json", "id of categories[0] is '[1]'", "expected a number")
-
-    write_voc(tmp_path / "voc")
-    write(tmp_path / "voc/Annotations/b.xml", "<annotation><filename>b.jpg</filename>")
-    refused(tmp_path / "voc", "b.xml", "not valid XML")
-
-
-def test_a_table_that_cannot_be_used_is_named(tmp_path: Path):
-    write_parquet(tmp_path / "cut")
-    file = tmp_path / "cut/data/val-00000-of-00001.parquet"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "cut", file.name, "not a whole Parquet file")
-    file.write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
-    refused(tmp_path / "cut", file.name, "cannot be read as Parquet")
-    table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
-    refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
-    wrong = table_rows().remove_columns("objects").add_column("objects", ["a", "b", "c"])
-    wrong.to_parquet(str(file))
-    refused(tmp_path / "cut", file.name, "objects", "cannot be read as")
-    (tmp_path / "saved").mkdir()
-    write(tmp_path / "saved/state.json", "{}")
-    refused(tmp_path / "saved", "saved", "save_to_disk")
-
-
-def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
-    (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "no known format", "COCO", "YOLO", "metadata.jsonl")
-    write_own_metadata(tmp_path / "both")
-    write_coco(tmp_path / "both")
-    refused(tmp_path / "both", "metadata.jsonl and COCO")
-    refused("embeded", "'embeded'", "no file or folder", "expected embedded")
-    refused(tmp_path / "nowhere", "no file or folder")
-    write(tmp_path / "none/metadata.jsonl", "\n")
-    refused(tmp_path / "none", "has no pictures")
-
-
-def test_no_boxes_or_no_known_category_is_an_error_that_names_the_field(tmp_path: Path):
-    write_coco(tmp_path)
-    write(tmp_path / "annotations.json", json.dumps(coco(annotations=[])))
-    refused(tmp_path, "objects.bbox is empty in all 3 pictures")
-    write(tmp_path / "annotations.json", json.dumps(coco(categories=[{"id": 7, "name": "logo"}])))
-    refused(tmp_path, "categories are ['id 9', 'logo']", "expected some of nutrition-table, ")
-
-
-def test_a_saved_data_set_is_not_written_into(tmp_path: Path):
-    write_saved(tmp_path / "set")
-    before = sorted((tmp_path / "set").iterdir())
-    data.prepare(data.load_splits(str(tmp_path / "set")), 1, 10**6)
-    assert sorted((tmp_path / "set").iterdir()) == before
-
-
 def test_the_hub_offline_is_an_error_and_never_another_data_set():
     refused(data.HUB_ID, data.HUB_ID, data.HUB_REVISION, "HF_HUB_OFFLINE", "Parquet")
-
-
-def test_the_hub_gated_or_without_the_columns_is_an_error(monkeypatch):
-    def gated(*_, **__):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.\nLog in.")
-
-    monkeypatch.setattr(datasets, "load_dataset", gated)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    refused("a/b", "a/b at revision main", "gated dataset", "HF_TOKEN")
-    plain = datasets.Dataset.from_dict({"image": [1], "label": [0]})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=plain))
-    refused("a/b", "a/b at revision main, train", "['image', 'label']", "lacks ['image_id'")
 
 
 def test_the_hubs_splits_are_used_as_they_are(monkeypatch):

@@ -1,6 +1,5 @@
 """The plain detector: labels from rows, a training that learns, boxes in predict's lines, a head for other classes."""
 
-import json
 
 import numpy as np
 import pytest
@@ -8,7 +7,6 @@ import torch
 from torchvision.ops import box_convert
 from transformers import Trainer, TrainingArguments
 
-from helpers import data, evaluate
 from helpers.augment import Augment
 from helpers.boxes import CATEGORIES, yxyx_unit_to_xyxy_unit
 from helpers.settings import TINY_BASE, ParameterError
@@ -41,6 +39,7 @@ def test_labels_are_the_rows_boxes_and_the_picture_is_squeezed(rows):
     assert [len(label["boxes"]) for label in batch["labels"]] == [len(label["boxes"]) for label in changed["labels"]]
 
 
+@pytest.mark.slow
 def test_it_learns_and_finds_the_same_boxes_from_its_folder(rows, tmp_path):
     torch.manual_seed(0)
     model, processor = detector.small(NAMES, 64)
@@ -61,27 +60,6 @@ def test_it_learns_and_finds_the_same_boxes_from_its_folder(rows, tmp_path):
     assert all(value >= 0.5 for line in few for value in line["confidences"])
 
 
-def test_lines_are_those_of_predict_and_the_evaluator_reads_them(rows):
-    found = {"scores": torch.tensor([0.9, 0.4, 0.3]), "labels": torch.tensor([1, 0, 0]),
-             "boxes": torch.tensor([[0.1, 0.2, 0.5, 0.6], [-0.1, 0.0, 0.5, 1.2], [0.3, 0.3, 0.3, 0.4]])}
-    line = detector.line("a", found, {0: "x", 1: "y"})
-    assert line == {"image_id": "a", "text": "", "labels": ["y", "x"], "confidences": [0.9, 0.4], "rejected": [],
-                    "boxes": [[0.1, 0.2, 0.5, 0.6], [0.0, 0.0, 0.5, 1.0]], "stopped": True, "new_tokens": 0}
-
-
-def test_the_threshold_keeps_right_boxes_and_drops_wrong_ones(rows):
-    truth = data.truth_rows(rows["val"])
-    lines = [detector.line(row["image_id"], {
-        "scores": torch.tensor([0.62] * len(row["objects"]["bbox"]) + [0.47]),
-        "labels": torch.zeros(len(row["objects"]["bbox"]) + 1),
-        "boxes": torch.tensor([*yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]).tolist(), [0.0, 0.0, 0.02, 0.02]])},
-        {0: NAMES[0]}) for row in truth]  # fmt: skip
-    threshold = detector.best_threshold(truth, lines)
-    assert 0.47 < threshold <= 0.62
-    kept = evaluate.score(truth, evaluate.keep_confident(lines, threshold), resamples=0)
-    assert kept["summary"]["f1"]["value"] == 1 and not kept["problems"]
-
-
 def test_a_detector_of_other_classes_gets_a_new_head_and_keeps_the_rest(tmp_path):
     coco, processor = detector.small([f"thing {i}" for i in range(80)], 64)
     coco.save_pretrained(tmp_path)
@@ -98,10 +76,3 @@ def test_what_is_no_detector_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(ParameterError, match=words) as said:
             detector.load(place)
         assert "\n" not in str(said.value)
-
-
-def test_the_kept_detector_belongs_to_the_notebook():
-    story = json.loads((detector.LONGER / "trained.json").read_text())
-    assert {"epochs", "cpu_seconds"} <= set(story)
-    model, processor = detector.load(detector.LONGER)
-    assert list(model.config.id2label.values()) == NAMES and processor.size["height"] % 32 == 0

@@ -1,7 +1,5 @@
 """The executor: what it commits was made by the source beside it, and holds nothing of this machine."""
 
-import base64
-import io
 import os
 import re
 import shutil
@@ -10,10 +8,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from PIL import Image
 
 from helpers.dev.execute import execute, main, tidy
-from helpers.dev.pairs import PairError, read_notebook, sync
+from helpers.dev.pairs import read_notebook, sync
 
 SCRIPT = """\
 # %% [markdown]
@@ -91,29 +88,8 @@ def test_a_failing_cell_leaves_the_file_and_is_shown(small, capsys):
     assert small.with_suffix(".ipynb").read_text() == before
 
 
-def test_a_pair_out_of_step_is_not_run(small):
-    small.write_text(SCRIPT.replace("times = 2", "times = 4"))
-    with pytest.raises(PairError, match="not in step"):
-        execute(small, small.parent)
-
-
-def test_only_notebooks_of_the_repository_can_be_named(small, capsys):
-    assert main(["out.ipynb"]) == 1
-    assert "out.ipynb is none of the notebooks; they are pipeline.ipynb" in capsys.readouterr().err
-
-
 def test_pictures_are_left_alone_where_paths_are_replaced():
     shown = new_output("display_data", {"image/png": "iVBOR/home/me/w", "text/plain": "/home/me/x, /home/meg"})
     made = new_notebook(cells=[new_code_cell("1", outputs=[shown])])
     tidy(made, {"/home/me": "~"})
     assert made.cells[0].outputs[0].data == {"image/png": "iVBOR/home/me/w", "text/plain": "~/x, /home/meg"}
-
-
-def shows(*colours: str, tags=()) -> nbformat.NotebookNode:
-    """A code cell that shows pictures of one colour each."""
-    outputs = []
-    for colour in colours:
-        buffer = io.BytesIO()
-        Image.new("RGB", (900, 500), colour).save(buffer, "png")
-        outputs.append(new_output("display_data", {"image/png": base64.b64encode(buffer.getvalue()).decode()}))
-    return new_code_cell("1", outputs=outputs, metadata={"tags": list(tags)})

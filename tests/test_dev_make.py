@@ -6,12 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 RECIPES = ["r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint"]
 NOTE = f"""\
@@ -62,12 +59,6 @@ def test_help_is_the_default_and_names_every_target(repo, checkout):
     assert [line.split()[1] for line in told.stdout.splitlines()] == phony and len(phony) <= 20
 
 
-def test_every_make_command_of_the_readme_is_a_target(repo):
-    text, makefile = (repo / "README.md").read_text(), (repo / "Makefile").read_text()
-    used = set(re.findall(r"(?:^|`)make (?:-j\d )?([a-z][a-z-]*)", text, re.M))
-    assert {"demo", "test", "run", "sync"} <= used <= set(re.findall(r"^([a-z-]+):", makefile, re.M))
-
-
 def test_run_passes_recipe_scale_gpus_and_further_parameters(checkout):
     (words,) = calls(checkout, "run", "RECIPE=r1-llm-only", "GPUS=0,1", "SCALE=7b", "ARGS=-p epochs 1 -p hf_home 'a b'")
     assert words[words.index("pipeline.ipynb"):] == [
@@ -81,52 +72,6 @@ def test_a_failed_run_is_a_failure_and_ends_the_recipes(checkout):
     assert done.returncode != 0 and "no recipe r9" in done.stderr
     done = make(checkout, "recipes", "RECIPES=r9 r4-joint")
     assert done.returncode != 0 and "r4-joint" not in (checkout / "log").read_text()
-
-
-def test_recipes_run_one_after_the_other_whatever_the_number_of_jobs(checkout):
-    papermill = checkout / ".venv/bin/papermill"
-    papermill.write_text(NOTE + "import time\ntime.sleep(0.3)\nprint('\"end\"', file=open('log', 'a'))\n")
-    lines = calls(checkout, "-j4", "recipes", "GPUS=0")
-    assert lines[1::2] == ["end"] * 4
-    assert [line[line.index("recipe") + 1] for line in lines[::2]] == RECIPES
-
-
-def test_a_run_prints_its_own_words_and_no_more(checkout, repo):
-    """The real papermill: prints as they come, an error at the end, nothing about cells."""
-    papermill = checkout / ".venv/bin/papermill"
-    papermill.unlink()
-    papermill.symlink_to(Path(sys.executable).with_name("papermill"))
-    cells = [new_code_cell("recipe, scale = 'a', 'b'", metadata={"tags": ["parameters"]}),
-             new_code_cell("import sys\nprint('recipe', recipe)\nprint('careful', file=sys.stderr)"),
-             new_code_cell("if recipe == 'r3-two-stage':\n    raise ValueError('no GPU')\nprint('done')")]
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(new_notebook(cells=cells, metadata=kernel), checkout / "pipeline.ipynb")
-    done = make(checkout, "-s", "run")
-    assert (done.returncode, done.stdout.splitlines()) == (0, ["recipe r4-joint", "careful", "done"]), done.stderr
-    assert (checkout / "runs/r4-joint.ipynb").is_file()
-    done = make(checkout, "-s", "run", "RECIPE=r3-two-stage")
-    assert done.returncode != 0 and "ValueError: no GPU" in done.stderr and "Executing" not in done.stdout + done.stderr
-
-
-def test_demo_pins_the_tiny_scale_and_keeps_its_outputs_in_runs(checkout):
-    (words,) = calls(checkout, "demo")
-    assert words[words.index("pipeline.ipynb"):] == [
-        "pipeline.ipynb", "runs/demo/demo.ipynb", "-p", "recipe", "r1-llm-only", "-p", "scale", "tiny", "-p",
-        "output_root", "runs/demo"]
-
-
-def test_what_is_missing_is_named(checkout):
-    for words, missing in {("compare", "B=b"): "A", ("compare", "A=a"): "B", ("export",): "MODEL",
-                           ("predict", "OUTPUT=boxes"): "INPUT", ("predict", "INPUT=photos"): "OUTPUT"}.items():
-        done = make(checkout, *words)
-        assert done.returncode != 0 and f"{missing}= is missing; make {words[0]} " in done.stderr
-
-
-def test_using_a_model_passes_on_what_is_named(checkout):
-    assert calls(checkout, "app")[0][2:] == ["--port", "7860"]  # after -m MODULE
-    assert calls(checkout, "serve", "MODEL=x", "PORT=1234")[0][2:] == ["x", "--port", "1234"]
-    assert calls(checkout, "predict", "INPUT=a", "OUTPUT=b", "ARGS=--coco -x")[0][2:] == ["a", "b", "--coco", "-x"]
-    assert calls(checkout, "export", "MODEL=x", "PUSH=me/tables")[0][2:] == ["x", "--push", "me/tables"]
 
 
 @pytest.mark.parametrize("odd", ["my photos", "it's", 'the "best" ones', "a $b `c` (d) & e; f, g"])
@@ -150,25 +95,6 @@ def test_test_and_test_all_differ_by_the_long_ones(checkout):
     assert [words[:2] for words in short] == [["check", "."], [], ["-m", "pytest"]]
     assert short[-1][-4:] == ["-m", "not slow", "-k", "boxes"]
     assert "not slow" not in calls(checkout, "test-all")[-1]
-
-
-def test_an_old_python_is_refused_in_one_sentence(checkout):
-    (checkout / ".venv" / ".installed").unlink()
-    (checkout / "old").write_text("#!/bin/sh\nexit 1\n")
-    (checkout / "old").chmod(0o755)
-    for choice in (f"PYTHON={checkout}/old", "PYTHON="):
-        done = make(checkout, "setup", choice)
-        assert done.returncode != 0
-        assert "Python 3.11 or newer is needed" in done.stderr
-
-
-@pytest.mark.parametrize("changed", ["pyproject.toml", "requirements.lock"])
-def test_setup_is_done_once_and_again_when_the_dependencies_change(checkout, changed):
-    assert "pip install" not in make(checkout, "-n", "setup").stdout
-    later = time.time() + 10
-    os.utime(checkout / changed, (later, later))
-    said = make(checkout, "-n", "setup").stdout
-    assert "--require-hashes --no-deps --requirement requirements.lock" in said
 
 
 def test_clean_keeps_runs_and_the_environment(checkout):

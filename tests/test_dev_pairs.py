@@ -60,12 +60,6 @@ def printed(pair: Path) -> list[str]:
     return ["".join(o.text for o in c.outputs) for c in read_notebook(notebook_of(pair)).cells if c.cell_type == "code"]
 
 
-def test_the_committed_pairs_are_in_step(repo):
-    pairs = find_pairs(repo)
-    assert pairs[0].name == "pipeline.py"
-    assert [said for pair in pairs if (said := check(pair))] == []
-
-
 def test_a_script_alone_gets_a_notebook_that_holds_the_same_cells(pair):
     notebook = read_notebook(notebook_of(pair))
     assert cells_of(notebook) == [
@@ -75,21 +69,6 @@ def test_a_script_alone_gets_a_notebook_that_holds_the_same_cells(pair):
     ]
     assert notebook.metadata.kernelspec.name == "python3"
     assert check(pair) == ""
-
-
-def test_a_notebook_alone_gets_a_script_without_a_header(pair):
-    pair.unlink()
-    assert "pipeline.py written from pipeline.ipynb" in sync(pair)
-    assert pair.read_text() == SCRIPT
-
-
-def test_a_header_that_an_editor_put_into_the_script_goes(pair):
-    header = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: other\n#     name: other\n# ---\n\n"
-    pair.write_text(header + SCRIPT)
-    assert check(pair) == ""
-    sync(pair)
-    assert pair.read_text() == SCRIPT
-    assert read_notebook(notebook_of(pair)).metadata.kernelspec.name == "python3"
 
 
 def test_the_changed_script_wins_although_it_is_older_and_outputs_of_unchanged_cells_stay(pair):
@@ -110,19 +89,6 @@ def test_the_changed_notebook_wins_although_it_is_older(pair):
     assert printed(pair) == ["output 1\n", "output 2\n"]
 
 
-def test_a_changed_tag_is_a_change_and_keeps_the_output(pair):
-    edit(pair, "# %%\nprint", '# %% tags=["proof"]\nprint')
-    sync(pair)
-    assert cells_of(read_notebook(notebook_of(pair)))[2][2] == ("proof",)
-    assert printed(pair) == ["output 1\n", "output 2\n"]
-
-
-def test_moved_cells_take_their_outputs_with_them(pair):
-    pair.write_text("# %%\nprint(a)\n\n# %% tags=[\"parameters\"]\na = 1\n")
-    sync(pair)
-    assert printed(pair) == ["output 2\n", "output 1\n"]
-
-
 def test_both_changed_is_refused_and_the_cells_are_named(pair):
     edit(pair, "a = 1", "a = 7")
     edit(notebook_of(pair), "print(a)", "print(a, a)")
@@ -135,36 +101,6 @@ def test_both_changed_is_refused_and_the_cells_are_named(pair):
     sync(pair, take="py")
     assert check(pair) == ""
     assert [cell[1] for cell in cells_of(read_notebook(notebook_of(pair)))[1:]] == ["a = 7", "print(a)"]
-
-
-def test_both_changed_alike_is_no_conflict_and_is_recorded(pair):
-    edit(pair, "print(a)", "print(-a)")
-    edit(notebook_of(pair), "print(a)", "print(-a)")
-    assert check(pair) == "" and sync(pair) == ""
-    edit(pair, "a = 1", "a = 7")
-    assert "pipeline.ipynb written from pipeline.py" in sync(pair)
-
-
-def test_two_sides_that_were_never_synced_are_refused(pair):
-    notebook = read_notebook(notebook_of(pair))
-    del notebook.metadata["pair"]
-    nbformat.write(notebook, notebook_of(pair))
-    edit(pair, "a = 1", "a = 7")
-    with pytest.raises(PairError, match=r"cell 2 \(a = 7\), cell 3 \(print\(a\)\) in pipeline.py"):
-        sync(pair)
-
-
-def test_removed_cells_are_seen(pair):
-    edit(pair, "\n# %%\nprint(a)\n", "")
-    assert "cells moved or removed in pipeline.py" in check(pair)
-    sync(pair)
-    assert len(read_notebook(notebook_of(pair)).cells) == 2
-
-
-def test_a_notebook_with_conflict_markers_is_named(pair):
-    notebook_of(pair).write_text("<<<<<<< HEAD\n" + notebook_of(pair).read_text())
-    with pytest.raises(PairError, match="pipeline.ipynb is not a notebook"):
-        sync(pair)
 
 
 def test_magics_raw_and_empty_cells_survive_and_a_marker_inside_a_cell_is_refused(repo, tmp_path):

@@ -66,18 +66,6 @@ def test_every_metric_by_hand():
     json.dumps(result, allow_nan=False)
 
 
-def test_the_first_fifty_are_the_first_rows_of_the_truth():
-    truth = [true_row(str(i), A) for i in range(60)]
-    result = score(truth, [predicted(str(i), A if i < 50 else B) for i in reversed(range(60))], resamples=0)
-    assert values(result["first_50"])["mean_iou"] == 1
-    assert values(result["summary"])["mean_iou"] == pytest.approx(50 / 60)
-
-
-def test_only_the_text_is_needed():
-    result = score([true_row("a", A)], [{"image_id": "a", "text": "nutrition-table(100,100),(500,500)"}], resamples=0)
-    assert values(result["summary"])["mean_iou"] == pytest.approx(1)
-
-
 unit_boxes = st.tuples(*[st.floats(0, 1)] * 4).map(
     lambda c: [min(c[0], c[1]), min(c[2], c[3]), max(c[0], c[1]), max(c[2], c[3])]
 )
@@ -96,13 +84,6 @@ def test_matching_is_the_best_of_all_one_to_one_matchings(true, found):
     assert sum(record["box_ious"]) == pytest.approx(max(map(sum, pairings)))
     assert sum(record["box_found"]) == max(sum(value > 0.5 for value in pairing) for pairing in pairings)
     assert record["box_found"].count(True) == record["predicted_correct"].count(True)
-
-
-def test_found_boxes_are_matched_for_number_and_iou_for_its_sum():
-    true = [[0.0, 0.3, 0.7, 0.8], [0.0, 0.3, 0.5, 0.8]]
-    found = [[0.0, 0.2, 0.7, 0.8], [0.1, 0.2, 0.8, 0.7]]  # IoU .833 .522 / .595 .364
-    record = score([true_row("a", *true)], [predicted("a", *found)], resamples=0)["per_picture"][0]
-    assert record["box_ious"] == pytest.approx([0.8333, 0.3636], abs=1e-3) and record["box_found"] == [True, True]
 
 
 def test_bad_input_is_named_and_stays_in_the_denominator():
@@ -134,12 +115,6 @@ def test_bad_input_is_named_and_stays_in_the_denominator():
     json.dumps(result, allow_nan=False)
 
 
-def test_empty_truth_is_a_named_problem_and_no_number():
-    result = score([], [predicted("a", A)])
-    assert "no truth" in result["problems"] and result["problems"]["predictions for unknown ids"] == ["a"]
-    assert all(metric["value"] is None for metric in result["summary"].values())
-
-
 def test_intervals():
     x = np.random.default_rng(0).normal(0.6, 0.2, 123)
     first = interval(np.mean, x)
@@ -168,13 +143,6 @@ def test_paired_comparison_decides_what_pairs_can_decide():
     assert same["verdict"] == "not significant at 95 %: the interval contains 0" and same["pictures_needed"] is None
     assert paired_bootstrap(per_picture(base), per_picture(base + 0.1))["verdict"].startswith("the second is better")
     assert pictures_needed(-0.21, 0.21) == pytest.approx(7.85, abs=0.01)  # 2.8 squared
-
-
-def test_paired_comparison_takes_shared_pictures_with_a_table():
-    result = paired_bootstrap(per_picture([0.5, 0.6, None, 0.1]), per_picture([0.4, 0.5, None]))
-    assert result["difference"]["n"] == 2 and result["left_out"] == ["3"]
-    with pytest.raises(ValueError, match="share no picture"):
-        paired_bootstrap(per_picture([None]), per_picture([0.5]))
 
 
 def test_best_constant_box_beats_its_neighbours_and_every_true_box():

@@ -59,18 +59,6 @@ def test_ap_equals_an_independent_computation(seed):
     assert 0.1 < result["ap"] < 0.95
 
 
-def test_the_interval_of_ap_is_that_of_pictures_drawn_anew():
-    true, found, scores = random_detections(5, pictures=40)
-    result = average_precision(records_of(true, found, scores), resamples=200)["ap"]
-    rng, drawn = np.random.default_rng(1), []
-    for _ in range(40):
-        picked = rng.integers(0, 40, 40)
-        sample = [records_of(true, found, scores)[i] for i in picked]
-        drawn.append(average_precision(sample, resamples=0)["ap"]["value"])
-    assert result["low"] < result["value"] < result["high"]
-    assert (result["high"] - result["low"]) / 2 == pytest.approx(1.96 * np.std(drawn), rel=0.35)
-
-
 def test_ap_counts_boxes_on_pictures_without_a_table_and_reads_confidence():
     truth = [true_row("a", A), true_row("b")]
     sure_of_the_wrong = [sure("a", A, 0.2), sure("b", A, 0.9)]

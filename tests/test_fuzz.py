@@ -14,20 +14,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import datasets
-import numpy as np
 import pytest
 import test_data_formats as formats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pipeline_runner import SOURCE
-from test_data import jpeg, row
 
 from helpers import data, evaluate
 from helpers.boxes import CATEGORIES
-from helpers.data.formats import read_metadata
-from helpers.data.schema import FEATURES
 from helpers.messages import NO_TABLE, parse_text, target_text
 from helpers.recipes import PARAMETERS
 from helpers.settings import ParameterError, settle
@@ -130,9 +124,7 @@ def places(value: Any, path: tuple = ()) -> list[tuple]:
 def broken(value: Any, draw: random.Random) -> Any:
     """A copy of `value` with one to three of its parts removed or replaced."""
     value = copy.deepcopy(value)
-    for _ in range(draw.randint(1, 3)):
-        if not places(value):
-            break
+    for _ in range(min(draw.randint(1, 3), len(places(value)))):
         *way, last = draw.choice(places(value))
         inner = value
         for key in way:
@@ -164,78 +156,22 @@ def accepted_or_refused(root: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["metadata", "COCO boxes in metadata", "COCO"])
-def test_broken_json_is_refused_in_one_line_or_read(kind, tmp_path):
-    draw, root = random.Random(kind), tmp_path / "set"
-    if kind == "COCO":
-        formats.write_coco(root)
-        file, good = root / "annotations.json", [formats.coco()]
-    else:
-        (formats.write_own_metadata if kind == "metadata" else formats.write_hf_metadata)(root)
-        file = root / "metadata.jsonl"
-        good = [json.loads(line) for line in file.read_text().splitlines()]
-    read = 0
-    for _ in range(60 * TIMES):
-        file.write_text("\n".join(json.dumps(line) for line in broken(good, draw)))
-        read += accepted_or_refused(root)
-    assert 2 < read < 58 * TIMES
-
-
-@pytest.mark.parametrize("kind", ["YOLO", "VOC", "own_metadata"])
-def test_broken_text_is_refused_in_one_line_or_read(kind, tmp_path):
-    draw, root = random.Random(kind), tmp_path / "set"
-    getattr(formats, f"write_{kind.lower()}")(root)
-    files = [file for ending in ("txt", "yaml", "xml", "jsonl") for file in sorted(root.rglob(f"*.{ending}"))]
-    good, read = {file: file.read_bytes() for file in files}, 0
+@pytest.mark.parametrize("kind", ["own_metadata", "hf_metadata", "coco", "yolo", "voc"])
+def test_a_broken_annotation_file_is_refused_in_one_line_or_read(kind, tmp_path):
+    draw, root, read = random.Random(kind), tmp_path / "set", 0
+    getattr(formats, f"write_{kind}")(root)
+    files = [file for ending in ("txt", "yaml", "xml", "json", "jsonl") for file in sorted(root.rglob(f"*.{ending}"))]
     for _ in range(60 * TIMES):
         file = draw.choice(files)
-        file.write_bytes(broken_bytes(good[file], draw))
+        good = file.read_bytes()
+        if file.suffix.startswith(".json") and draw.random() < 0.7:
+            lines = broken([json.loads(line) for line in good.splitlines()], draw)
+            file.write_text("\n".join(map(json.dumps, lines)))
+        else:
+            file.write_bytes(broken_bytes(good, draw))
         read += accepted_or_refused(root)
-        file.write_bytes(good[file])
+        file.write_bytes(good)
     assert 2 < read < 58 * TIMES
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def odd_row(number: int, draw: random.Random) -> dict:
-    """A row of the schema with values that its types allow and its meaning does not."""
-    number_or = [None, float("nan"), float("inf"), -1e300, 0.0, 0.5, 2.0]
-    boxes = [draw.choice([None, [draw.choice(number_or) for _ in range(draw.choice([0, 3, 4, 4, 5]))],
-                          [0.1, 0.1, 0.5, 0.5], [0.2, 0.7, 0.21, 0.9]]) for _ in range(draw.randint(0, 3))]
-    known = [None, "", "logo", NO_TABLE, "NUTRITION-TABLE", *CATEGORIES]
-    names = [draw.choice(known) for _ in range(draw.randint(0, 3))]
-    ids = [draw.choice([None, -(2**40), 0, 7]) for _ in range(draw.randint(0, 3))]
-    objects = {"bbox": boxes, "category_id": ids, "category_name": names}
-    whole = jpeg(number, draw.choice([(64, 48), (48, 64), (1, 300)]), draw.choice([None, None, 3, 6, 8, 99]))
-    return row(number) | {
-        "objects": draw.choice([None, objects, objects, objects, {**objects, "bbox": None}]),
-        "image": draw.choice([None, *[{"bytes": picture, "path": None} for picture in
-                                      (b"", b"\xff\xd8\xff", whole[: draw.randrange(len(whole))], *[whole] * 6)]]),
-        "meta": draw.choice([None, row(number)["meta"], {"barcode": None, "off_image_id": None, "image_url": None}]),
-        "width": draw.choice([None, -3, 0, 48, 64, 2**40]),
-        "image_id": draw.choice([None, "", "a", f"{number}"]),
-    }
-
-
-def test_odd_rows_come_out_clean_and_can_be_written_and_scored():
-    draw, count = random.Random(0), 600 * TIMES
-    raw = datasets.DatasetDict(val=datasets.Dataset.from_list([odd_row(n, draw) for n in range(count)], FEATURES))
-    evaluate.score(data.raw_truth(raw["val"]), [], resamples=0)
-    after = data.clean(raw, data.audit(raw))["val"]
-    assert count / 6 < len(after) < count
-    for clean in data.truth_rows(after):
-        objects = clean["objects"]
-        assert len(objects["bbox"]) == len(objects["category_name"]) == len(objects["category_id"])
-        assert all(len(box) == 4 and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1 for box in objects["bbox"])
-        assert clean["width"] in (48, 64) and clean["image_id"]
-        parsed = parse_text(target_text(objects))
-        assert len(parsed.labels) == len(objects["bbox"]) and not parsed.rejected
-        if len(parsed.labels) == 1:
-            np.testing.assert_allclose(parsed.boxes_xyxy_unit[:, [1, 0, 3, 2]], objects["bbox"], atol=0.001)
-    assert len(set(after["image_id"])) == len(after)
-    left = data.audit(datasets.DatasetDict(val=after)).table()["fault"]
-    assert left.isin(["no-table", "exif-as-shown", "exif-undecided"]).all()
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -270,16 +206,3 @@ def test_a_long_gap_between_two_corners_is_read_in_linear_time(filling):
     parsed = parse_text("nutrition-table(1,2)" + filling * 4096)
     assert time.perf_counter() - started < 1 and len(parsed.boxes_xyxy_unit) == 0 and parsed.rejected
     assert len(parse_text("nutrition-table(1,2)" + filling * 100 + "(3,4)").boxes_xyxy_unit) == 1
-
-
-ONCE_AN_ERROR = ['"file_name": "\\u0000"', '"file_name": ""', '"file_name": "."', f'"file_name": "{"a" * 5000}"',
-                 '"meta": [[]]', '"meta": "x"', '"width": 1e308', '"height": Infinity', '"width": NaN']
-
-
-@pytest.mark.parametrize("field", ONCE_AN_ERROR)
-def test_fields_that_once_ended_in_another_error(field, tmp_path: Path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
-    objects = '"objects": {"bbox": [[0, 0, 1, 1]], "category_name": ["nutrition-table"]}'
-    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "0.jpg", {field}, {objects}}}')
-    with pytest.raises(data.DataError, match="metadata.jsonl line 1|0.jpg"):
-        list(read_metadata(tmp_path))

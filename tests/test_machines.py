@@ -26,6 +26,7 @@ print("sum", int(count), "of", os.environ["WORLD_SIZE"], "local", os.environ["LO
 """
 
 
+@pytest.mark.slow
 def test_two_machines_are_one_run(repo, tmp_path):
     """The options that README gives; only the machine's number differs."""
     (tmp_path / "job.py").write_text(JOB)

@@ -1,11 +1,7 @@
 """Every topic notebook runs from its own folder, as papermill does it; a misspelled name is refused."""
 
 import ast
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
@@ -46,6 +42,7 @@ def start(path: Path, folder: Path, **values) -> nbformat.NotebookNode:
     return papermill.execute_notebook(path, folder / "out.ipynb", values, cwd=str(own), progress_bar=False)
 
 
+@pytest.mark.slow
 @each_notebook
 def test_a_topic_notebook_runs_from_its_own_folder(path, tmp_path):
     ran = start(path, tmp_path, **SMALL.get(path.stem, {}))
@@ -77,11 +74,6 @@ def test_a_notebook_is_short_and_its_parameters_are_literals(path):
         assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
 
 
-def test_a_kernel_that_starts_in_the_folder_finds_the_helpers():
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", "import helpers.settings"], cwd=ROOT / "notebooks", env=clean, check=True)
-
-
 @pytest.mark.parametrize("opened", [".", "notebooks"])
 def test_jupyterlab_keeps_the_pair_whichever_folder_it_is_started_in(opened, tmp_path, monkeypatch):
     from jupyter_server.services.contents.largefilemanager import LargeFileManager
@@ -102,9 +94,3 @@ def test_jupyterlab_keeps_the_pair_whichever_folder_it_is_started_in(opened, tmp
     manager.save(model, name)
     assert py.read_text() == '# %% [markdown]\n# # Topic\n\n# %% tags=["parameters"]\na = 2\n'
     assert read_notebook(ipynb).metadata.kernelspec.name == "python3" and sync(py) == ""
-
-
-def test_the_readme_lists_every_notebook_and_no_other():
-    rows = re.findall(r"^\| \[`(\w+)`\]\(notebooks/(\w+)\.ipynb\) \| .+ \|$", (ROOT / "README.md").read_text(), re.M)
-    assert [row[0] for row in rows] == [path.stem for path in NOTEBOOKS]
-    assert all(name == link for name, link in rows)

@@ -1,7 +1,6 @@
 """The whole pipeline, small: every recipe from photos to a model on disk."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from helpers.parity import ParityError
 from helpers.settings import TINY_BASE
 
 PREFIX = "runs/qwen2vl-nutrition-detection-"
+RAN: dict[str, tuple[Path, dict]] = {}  # recipe -> where it ran, the pipeline's namespace
 
 
 def read(path: str) -> dict:
@@ -32,9 +32,24 @@ def check_scores(folder: str, pictures: int = 8) -> None:
     assert set(metrics["scores"]) - {"merged"} == {"fine-tuned", "base", "constant box"}
 
 
+@pytest.fixture
+def trained(tmp_path_factory, monkeypatch):
+    """recipe -> the pipeline's namespace after it ran, once for all tests; goes into the folder where it ran."""
+    def go(recipe: str) -> dict:
+        if recipe not in RAN:
+            RAN[recipe] = tmp_path_factory.mktemp(recipe), {}
+            monkeypatch.chdir(RAN[recipe][0])
+            RAN[recipe][1].update(run(f"recipe={recipe}"))
+        folder, names = RAN[recipe]
+        monkeypatch.chdir(folder)
+        return names
+
+    return go
+
+
 @pytest.mark.parametrize("recipe", ["r1-llm-only", pytest.param("r4-joint", marks=pytest.mark.slow)])
-def test_lora_recipes_end_in_a_merged_model(recipe):
-    names = run(f"recipe={recipe}")
+def test_lora_recipes_end_in_a_merged_model(recipe, trained):
+    names = trained(recipe)
     folder = f"{PREFIX}{recipe}"
     check_scores(folder)
     manifest = read(f"{folder}/manifest.json")
@@ -64,7 +79,20 @@ def test_lora_recipes_end_in_a_merged_model(recipe):
 
 
 @pytest.mark.slow
-def test_low_memory_merges_without_a_forward_pass_and_asks_the_merged_model_in_nf4(monkeypatch):
+def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(trained):
+    trained("r1-llm-only")
+    names = run("recipe=r1-llm-only", "merge_base=full")  # merging alone has changed
+    assert names["trained"] == {}
+    assert read(f"{PREFIX}r1-llm-only/manifest.json")["parameters"]["merge_base"] == "full"
+    with pytest.raises(runs.ParameterError, match="learning_rate was None, now 0.01.*run_name"):
+        run("recipe=r1-llm-only", "learning_rate=0.01")
+    names = run("recipe=r1-llm-only", "learning_rate=0.01", "run_name=faster", "loss_scope=all-text", "precision=bf16")
+    assert names["run"].folder.name.endswith("-faster") and names["trained"]
+    assert names["run"].stages[0].stage.precision == "bf16" and (names["batch"]["labels"] != -100).sum() > 2 * 60
+
+
+@pytest.mark.slow
+def test_low_memory_merges_without_a_forward_pass_and_predicts_with_the_merged_model_in_nf4(monkeypatch):
     monkeypatch.setattr(merge, "_last_logits", lambda *arguments: pytest.fail("a forward pass to merge"))
     names = run("recipe=r4-joint", "memory=low")
     folder = f"{PREFIX}r4-joint"
@@ -78,7 +106,7 @@ def test_low_memory_merges_without_a_forward_pass_and_asks_the_merged_model_in_n
 @pytest.mark.slow
 def test_constrained_decoding_and_the_best_step_by_iou():
     names = run("recipe=r1-llm-only", "constrained=True", "batch_size=8", "eval_steps=2", "eval_pictures=4",
-                "keep=best")
+                "keep=best", "report_to=tensorboard")
     folder = Path(f"{PREFIX}r1-llm-only")
     assert not [line["rejected"] for line in names["predictions"] + names["baseline"] if line["rejected"]]
     log = [line for line in trainer.read_log(folder / "log.jsonl") if "eval_iou" in line]
@@ -87,16 +115,26 @@ def test_constrained_decoding_and_the_best_step_by_iou():
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     kept = load_file(folder / f"checkpoint-{best}" / trainer.WEIGHTS)
     assert all(torch.equal(adapter[name.replace(".default.", ".")], weight) for name, weight in kept.items())
+    assert list(Path(".").rglob("events.out.tfevents.*"))
 
 
 @pytest.mark.slow
-def test_r2_changes_the_vision_tower_and_nothing_else():
-    run("recipe=r2-vision-only")
-    check_scores(f"{PREFIX}r2-vision-only")
-    tuned = Qwen2VLForConditionalGeneration.from_pretrained(f"{PREFIX}r2-vision-only/model", dtype=torch.bfloat16)
+def test_r2_changes_the_vision_tower_alone_and_its_longest_answer_belongs_to_the_run(trained):
+    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* set max_new_tokens=58 or"):
+        run("recipe=r2-vision-only", "max_new_tokens=20")
+    assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
+    trained("r2-vision-only")
+    folder = f"{PREFIX}r2-vision-only"
+    check_scores(folder)
+    tuned = Qwen2VLForConditionalGeneration.from_pretrained(f"{folder}/model", dtype=torch.bfloat16)
     base = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.bfloat16)
     changed = {n for n, w in tuned.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
     assert changed and all(name.startswith("model.visual") for name in changed)
+    assert read(f"{folder}/model/parity.json")["max_new_tokens"] == 64
+    assert run("recipe=r2-vision-only", "max_new_tokens=80")["trained"] == {}
+    assert read(f"{folder}/model/parity.json")["max_new_tokens"] == 80
+    with pytest.raises(ParityError, match="model was made with max_new_tokens=80 and would be used with 64"):
+        run("recipe=r2-vision-only")
 
 
 @pytest.mark.slow
@@ -110,6 +148,7 @@ def test_r3_runs_both_stages_on_top_of_each_other():
     assert all(torch.equal(merged[name], stage1.state_dict()[name]) for name in vision)
 
 
+@pytest.mark.slow
 def test_base_trains_nothing_and_a_second_start_repeats_nothing(monkeypatch):
     run("recipe=base")
     check_scores(f"{PREFIX}base")
@@ -117,50 +156,3 @@ def test_base_trains_nothing_and_a_second_start_repeats_nothing(monkeypatch):
     monkeypatch.setattr(predict, "predict", lambda *arguments, **options: pytest.fail("predicted again"))
     run("recipe=base")
     assert read(f"{PREFIX}base/metrics.json") == before
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(monkeypatch):
-    run("recipe=r1-llm-only")
-    names = run("recipe=r1-llm-only", "merge_base=full")  # merging alone has changed
-    assert names["trained"] == {}
-    assert read(f"{PREFIX}r1-llm-only/manifest.json")["parameters"]["merge_base"] == "full"
-    with pytest.raises(runs.ParameterError, match="learning_rate was None, now 0.01.*run_name"):
-        run("recipe=r1-llm-only", "learning_rate=0.01")
-    names = run("recipe=r1-llm-only", "learning_rate=0.01", "run_name=faster")
-    assert names["run"].folder.name.endswith("-faster") and names["trained"]
-
-
-@pytest.mark.slow
-def test_the_longest_answer_belongs_to_the_run(capsys):
-    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* set max_new_tokens=58 or"):
-        run("recipe=r2-vision-only", "max_new_tokens=20")
-    assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
-    limit = re.compile(r"predictions: (\d) of 8 answers never stopped: they are cut at max_new_tokens=64\.")
-    capsys.readouterr()
-    names = run("recipe=r2-vision-only")
-    unstopped = sum(not line["stopped"] for line in names["predictions"])
-    assert [int(count) for count in limit.findall(capsys.readouterr().out)] == [unstopped] * (unstopped > 0)
-    parity_file = f"{PREFIX}r2-vision-only/model/parity.json"
-    assert read(parity_file)["max_new_tokens"] == 64
-    assert run("recipe=r2-vision-only", "max_new_tokens=80")["trained"] == {}
-    assert read(parity_file)["max_new_tokens"] == 80
-    with pytest.raises(ParityError, match="model was made with max_new_tokens=80 and would be used with 64"):
-        run("recipe=r2-vision-only")
-
-
-@pytest.mark.slow
-def test_wandb_offline_and_tensorboard_keep_the_curve(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run("recipe=r1-llm-only", "report_to=wandb")
-    assert list(Path(".").rglob("*.wandb"))
-    run("recipe=r1-llm-only", "report_to=tensorboard", "run_name=board")
-    assert list(Path(".").rglob("events.out.tfevents.*"))
-
-
-@pytest.mark.slow
-def test_all_text_and_bf16_are_one_parameter_away():
-    names = run("recipe=r1-llm-only", "loss_scope=all-text", "precision=bf16")
-    assert names["run"].stages[0].stage.precision == "bf16"
-    assert (names["batch"]["labels"] != -100).sum() > 2 * 60

@@ -10,7 +10,6 @@ from PIL import Image
 from test_data import row, splits
 
 from helpers import data, plots
-from helpers.data.planted import plant_each
 from helpers.evaluate import score
 
 A = [0.1, 0.2, 0.5, 0.6]
@@ -61,14 +60,6 @@ def test_gallery_shows_each_row_in_order(scored, as_figures):
     assert titles(plots.gallery(rows.select([13, 2]), truth)) == ["no table", ""]
 
 
-def test_before_and_after_show_the_same_pictures(scored, as_figures):
-    rows, truth, predictions, result = scored
-    perfect = [line | {"boxes": [A]} for line in predictions]
-    figure = plots.before_after(rows.select([3, 5]), truth, predictions, perfect)
-    before = [f"IoU {result['per_picture'][i]['iou']:.2f}" for i in (3, 5)]
-    assert titles(figure) == [*before, "IoU 1.00", "IoU 1.00"]
-
-
 def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
     rows, truth, predictions, _ = scored
     shown = plots.gallery(rows, truth, predictions)
@@ -80,16 +71,6 @@ def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     plots.iou_curves({"a": predictions}, truth, path=tmp_path / "second.png")
     assert not (tmp_path / "second.png").exists()
-
-
-def test_curves_show_the_share_above_each_iou(scored, as_figures):
-    _, truth, predictions, result = scored
-    left, right = plots.iou_curves({"a": predictions, "b": predictions[:5]}, truth).axes
-    curve = right.lines[0].get_xydata()
-    iou = np.array([r["iou"] for r in result["per_picture"] if r["iou"] is not None])
-    for x, y in curve[1:-1]:
-        assert y == pytest.approx((iou > x).mean())
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["a (n = 13)", "b (n = 13)"]
 
 
 def test_loss_curves(as_figures):
@@ -109,24 +90,6 @@ class Words:
 
     def decode(self, ids):
         return self.words[ids[0]]
-
-
-def test_panels_draw_both_kinds_of_boxes_and_name_them(as_figures):
-    picture = Image.new("RGB", (100, 50))
-    pictures = [("a", picture, [[0, 0, 0.5, 1]], [[0.1, 0.1, 0.2, 0.2]]), ("b", picture, [], [])]
-    figure = plots.panels(pictures, columns=4, names=("truth", "prediction"))
-    first, second = figure.axes
-    assert titles(figure) == ["a", "b"] and not second.patches
-    assert [patch.get_width() for patch in first.patches] == pytest.approx([50, 10])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truth", "prediction"]
-
-
-def test_the_audits_sheet_shows_each_kind_of_fault(as_figures):
-    raw, _ = plant_each(row(1))
-    audit = data.audit(raw)
-    shown = [title.split("\n")[0] for title in titles(plots.audit_sheet(raw, audit)) if title]
-    counts = audit.table().set_index("fault")["count"]
-    assert shown == [f"{fault} {n} of {count}" for fault, count in counts.items() for n in range(1, min(count, 3) + 1)]
 
 
 def test_the_audits_sheet_draws_raw_boxes_where_they_can_be(as_figures):

@@ -3,7 +3,6 @@
 import pytest
 
 from helpers import runs
-from helpers.recipes import LOW_MEMORY, PARAMETERS, SCALES, TRAINING
 from helpers.settings import ParameterError
 
 
@@ -45,13 +44,3 @@ def test_a_step_that_another_process_does_is_refused_or_waited_for(folder):
     with runs.exclusive(folder / "train"), pytest.raises(ParameterError, match="another process is at work on"):
         with runs.step(folder, "train", {}, wait=False):
             raise AssertionError("not while another does it")
-
-
-def test_a_parameter_is_one_row():
-    assert set(SCALES["7b"]) == set(SCALES["tiny"]) and set(LOW_MEMORY["7b"]) == set(LOW_MEMORY["tiny"])
-    for scale, low in LOW_MEMORY.items():
-        effective = SCALES[scale]["batch_size"] * SCALES[scale]["accumulation"]
-        assert low["batch_size"] * low["accumulation"] == effective, "memory=low makes the same updates"
-        for values in (SCALES[scale], SCALES[scale] | low):
-            assert all(PARAMETERS[name].accepts(value) for name, value in values.items())
-    assert {"batch_size", "prompt", "seed"} <= set(TRAINING) and not {"memory", "gpus", "save_steps"} & set(TRAINING)

@@ -5,7 +5,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
@@ -13,15 +12,11 @@ from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from helpers.scenes import THINGS
 from helpers.tiny import TINY_DIR, check, train
 from helpers.tiny.build import SPECIAL_TOKENS, VOCAB_SIZE, make_model, make_processor, save
-from helpers.tiny.pictures import load_pool, take
+from helpers.tiny.pictures import load_pool
 from helpers.tiny.questions import (
-    WHOLE,
     by_name,
-    completion_text,
     corpus,
-    cropped,
     made_up_name,
-    prompt_text,
     question,
 )
 
@@ -81,69 +76,7 @@ def test_nothing_it_was_trained_on_names_a_nutrition_table(pool):
     assert not [text for text in texts if "nutri" in text.lower()]
 
 
-def test_prompts_and_completions():
-    boxes = np.array([[0.5, 0.6, 0.7, 0.8], [0.1, 0.2, 0.3, 0.4]])
-    assert prompt_text("price table") == "Detect the bounding box of the price table."
-    assert completion_text("price table", boxes[1:]) == (
-        "<|object_ref_start|>price-table<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|>"
-    )
-    assert completion_text("logo", boxes).index("(100,200)") < completion_text("logo", boxes).index("(500,600)")
-
-
-def test_crops_move_the_boxes_and_drop_what_is_cut():
-    named = {
-        "logo": np.array([[0.0, 0.0, 0.5, 0.5]]),
-        "seal": np.array([[0.4, 0.4, 1.0, 1.0]]),
-        "flag": np.array([[0.8, 0.8, 0.9, 0.9]]),
-    }
-    kept = cropped(named, np.array([0.0, 0.0, 0.5, 0.5]))
-    assert list(kept) == ["logo"] and kept["logo"].tolist() == [[0, 0, 1, 1]]
-    assert {name: boxes.tolist() for name, boxes in cropped(named, WHOLE).items()} == {
-        name: boxes.tolist() for name, boxes in named.items()
-    }
-    assert cropped({"flag": np.array([[0.8, 0.8, 0.85, 0.85]])}, WHOLE) == {}  # too small to be found
-
-
-def test_chats_are_the_processors_and_labels_the_completion_and_its_end(processor, pool):
-    image = next(iter(pool.images.values()))[0]
-    content = [{"type": "image"}, {"type": "text", "text": "Find the logo."}]
-    chat = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    given = processor(text=[chat], images=[image], return_tensors="pt")
-    _, rows, columns = given["image_grid_thw"][0].tolist()
-    batch = train.encode(processor, [("Find the logo.", "(1,2)"), ("Find the seal.", "")], (rows * 14, columns * 14))
-    labels = batch["labels"][0]
-    assert batch["input_ids"][0][labels == -100].tolist() == given["input_ids"][0].tolist()
-    assert processor.tokenizer.decode(labels[labels >= 0]) == "(1,2)<|im_end|>"
-
-
-def test_the_guides_map():
-    named = {"logo": np.array([[0.0, 0.0, 1.0, 0.5]]), "seal": np.array([[0.6, 0.6, 0.7, 0.7]])}
-    kinds, boxes = train.token_map(named, (112, 112))
-    logo, seal = THINGS.index("logo") + 1, THINGS.index("seal") + 1
-    assert kinds.reshape(4, 4).tolist() == [[logo] * 4, [logo] * 4, [0, 0, seal, 0], [0] * 4]
-    assert boxes.reshape(4, 4, 4)[2, 2].tolist() == pytest.approx([0.6, 0.6, 0.7, 0.7])
-
-
-def test_prompts_that_share_a_picture_have_the_loss_that_they_have_alone(processor, model, pool):
-    photo = max(pool.images, key=lambda size: len(pool.images[size]))
-    images = take(pool.images[photo][:2], np.tile(WHOLE, (2, 1)), (84, 112))
-    given = processor.image_processor(list(images), do_resize=False, do_rescale=False, return_tensors="pt")
-    batch = train.encode(processor, [("Find the logo.", "(1,2)"), ("Find the best-before stamp.", "(3")] * 2, (84, 112))
-    ids, labels = batch["input_ids"], batch["labels"]
-    with torch.no_grad():
-        loss, states = train.forward(model, given["pixel_values"], given["image_grid_thw"], ids, labels)
-        alone = model(
-            input_ids=ids,
-            labels=labels,
-            attention_mask=(ids != processor.tokenizer.pad_token_id).int(),
-            mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            pixel_values=given["pixel_values"].reshape(2, 48, -1).repeat_interleave(2, 0).flatten(0, 1),
-            image_grid_thw=given["image_grid_thw"].repeat_interleave(2, 0),
-        )
-    assert loss.item() == pytest.approx(alone.loss.item(), abs=1e-4)
-    assert states.shape == (2, 12, model.config.text_config.hidden_size)
-
-
+@pytest.mark.slow
 def test_training_repeats_goes_on_where_it_stopped_and_learns(tmp_path, pool):
     processor = make_processor(max_pixels=16 * 28**2)
 
@@ -163,6 +96,7 @@ def test_training_repeats_goes_on_where_it_stopped_and_learns(tmp_path, pool):
     assert all(not value.equal(longer[name]) for name, value in once.items() if value.ndim == 2)
 
 
+@pytest.mark.slow
 def test_the_command_trains_saves_and_scores(tmp_path):
     scores = train.retrain(tmp_path, steps=1, batch=2, each=2, scenes=4, workers=1, checked=4)
     assert scores == json.loads((tmp_path / "scores.json").read_text())

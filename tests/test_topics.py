@@ -3,19 +3,16 @@
 import re
 import statistics
 
-import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from small_training import load_tiny, small_processor, squares
-from transformers import Qwen2VLProcessor
 
-from helpers import collate, data, model
+from helpers import collate, model
 from helpers.dev.pairs import read_notebook
 from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE, ParameterError
-from helpers.topics import attention, sizes
+from helpers.topics import sizes
 from helpers.topics.opening import model_path, opening
 
 RULES = {"scale": ("tiny", "7b"), "pictures": range(8, 124), "rate": (0.0, 1e-4), "only": bool,
@@ -94,44 +91,6 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
     width, rows = tiny.config.vision_config.embed_dim, len(batch["pixel_values"])
     assert kept["r1-llm-only"] == 0
     assert kept["r4-joint"] > 2 * rows * width * tiny.config.vision_config.depth  # a state in bf16 a block, at least
-
-
-def test_where_each_coordinate_is_chosen():
-    pieces = ["7", "<|box_start|>", *"(27,4),(1000,9)", "<|box_end|>"]
-    assert attention.coordinate_places(pieces, 0) == [2, 5, 9, 14]
-    assert attention.coordinate_places(pieces, 3) == [9, 14]
-    assert attention.coordinate_places(["no", " table"], 0) == []
-
-
-def test_looks_give_maps_of_the_pictures(tiny):
-    processor = Qwen2VLProcessor.from_pretrained(TINY_BASE, min_pixels=16 * 784, max_pixels=144 * 784)
-    rows = data.load_raw("embedded", limit={"train": 1, "selection": 1, "val": 6})["val"]
-    barcodes = [attention.boxes_of(row, "barcode") for row in rows]
-    assert {found.shape[1] for found in barcodes} == {4} and any(len(found) for found in barcodes)
-    looks = attention.looks(tiny, processor, rows, "barcode")
-    assert 0 < len(looks) <= sum(len(found) > 0 for found in barcodes)
-    for look in looks:
-        assert look.maps.shape[:2] == (tiny.config.text_config.num_hidden_layers, 4)
-        shares = look.maps.sum((2, 3))
-        assert (look.maps >= 0).all() and (shares > 0).all() and (shares < 1).all() and 0 <= look.iou <= 1
-    with pytest.raises(ValueError, match="find='no such thing': no box was written for it"):
-        attention.looks(tiny, processor, rows, "no such thing")
-    with pytest.raises(ValueError, match="is known on the embedded pictures alone"):
-        attention.boxes_of({"meta": {"image_url": "https://images.openfoodfacts.org/1.jpg"}}, "barcode")
-
-
-def test_lift_and_distances_of_a_known_map():
-    maps = np.zeros((1, 4, 4, 8))
-    maps[0, :, 1, 6] = 0.5  # one cell: x .75 to .875, y .25 to .5
-    box, picture = np.array([0.75, 0.25, 0.875, 0.5]), Image.new("RGB", (80, 40))
-    np.testing.assert_allclose(attention.lift(attention.Look(picture, box, box, 1.0, maps)), 32)  # all on one of 32
-    whole = attention.Look(picture, box, np.array([0.0, 0, 1, 1]), 0.0, maps)
-    np.testing.assert_allclose(attention.lift(whole), 1)
-    far = attention.distances([whole, whole], 0)
-    assert far.loc["writing x0", ["to x0", "to x1"]].tolist() == [0.0625] * 2
-    assert far.loc["writing y1", ["to y0", "to y1"]].tolist() == [0.125] * 2
-    assert np.isnan(far.loc["writing x0", "to y0"])
-    assert attention.attention_maps(whole, 0).data.startswith(b"\xff\xd8")
 
 
 @pytest.mark.parametrize("number", range(10))
