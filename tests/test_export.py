@@ -26,7 +26,7 @@ BUDGET = {name: SCALES["tiny"][name] for name in ("min_pixels", "max_pixels")}
 VALUES = {"model_id": "Qwen/Qwen2-VL-7B-Instruct", "model_revision": "abc123", "dataset_id": "someone/tables",
           "dataset_revision": None, "max_new_tokens": 48, "learning_rate": None, "lora_rank": 16, "lora_alpha": 32,
           "precision": None, "epochs": 3, "batch_size": 8, "accumulation": 1, "loss_scope": "assistant", "seed": 0,
-          "augment": False, "merge_base": "dequantised", **BUDGET}  # fmt: skip
+          "augment": False, "merge_base": "dequantized", **BUDGET}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
