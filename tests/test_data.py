@@ -12,13 +12,14 @@ from finished_model import clear
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from helpers import data, evaluate, finished, scenes
+from helpers import data, evaluate, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.checks import RULES
 from helpers.data.pictures import as_rgb, picture_facts, shown_size
 from helpers.data.planted import plant_each
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of, source_hash
+from helpers.use.load import open_upright
 
 TABLE = "nutrition-table"
 
@@ -449,7 +450,7 @@ def test_a_transparent_picture_on_its_side_is_turned_and_has_one_size_everywhere
     exif, file = Image.Exif(), tmp_path / "a"
     exif[0x0112] = 6
     Image.new("RGBA", (80, 40)).save(file, kind, exif=exif)
-    assert shown_size(file) == (40, 80) and finished.open_upright(file).size == (40, 80)
+    assert shown_size(file) == (40, 80) and open_upright(file).size == (40, 80)
     facts = picture_facts({"bytes": None, "path": str(file)})
     assert (facts["stored"], facts["orientation"]) == ([80, 40], 6)
     raw = splits(val=[row(1, image=picture(file.read_bytes()), width=40, height=80)])

@@ -1,6 +1,6 @@
 """`make serve`: the chat handler of `transformers serve` for one model, behind a check of every request.
 
-    python -m helpers.serve runs/qwen2vl-nutrition-detection-r4-joint-merged --port 8000
+    python -m helpers.use.serve runs/qwen2vl-nutrition-detection-r4-joint-merged --port 8000
 
 `transformers serve` itself opens files and addresses that a request names, answers 500 to what is no picture, and
 takes any prompt. Here a request is one picture as a data URL, with the model's own prompt or none, and the answer is
@@ -23,8 +23,9 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 from starlette.exceptions import HTTPException
 
-from helpers import finished, runs
+from helpers import runs
 from helpers.parameters import ParameterError
+from helpers.use import load
 
 MAX_BYTES = 20 * 2**20  # of a request
 MAX_PIXELS = 50_000_000  # of a picture
@@ -135,8 +136,8 @@ def check_picture(url: str) -> str:
         raise Refused(400, f"the picture is a {kind}; send a JPEG, PNG, WebP or GIF.")
     if width * height > MAX_PIXELS:
         raise Refused(413, f"the picture has {width} x {height} pixels; send {MAX_PIXELS:,} at most.")
-    if max(width, height) > finished.MAX_RATIO * min(width, height):
-        raise Refused(400, f"the picture has {width} x {height} pixels; no side may be more than {finished.MAX_RATIO} "
+    if max(width, height) > load.MAX_RATIO * min(width, height):
+        raise Refused(400, f"the picture has {width} x {height} pixels; no side may be more than {load.MAX_RATIO} "
                            "times the other.")
     from transformers.image_utils import load_image_as_tensor
 
@@ -149,7 +150,7 @@ def check_picture(url: str) -> str:
             pass
     still = io.BytesIO()
     try:
-        finished.open_upright(content).save(still, "PNG", compress_level=1)
+        load.open_upright(content).save(still, "PNG", compress_level=1)
     except ValueError:
         raise Refused(400, f"the picture cannot be decoded: the {kind} is broken or cut off.") from None
     return "data:image/png;base64," + base64.b64encode(still.getvalue()).decode()
@@ -179,7 +180,7 @@ def answer_errors(app: FastAPI) -> None:
 def build_app(model: str | Path) -> FastAPI:
     """The server of one merged model: /v1/chat/completions, /v1/models and /health. Loads the model."""
     name = Path(model).expanduser().resolve().name
-    loaded, processor, prompt = finished.load(model)
+    loaded, processor, prompt = load.load_model(model)
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.model_manager import ModelManager, TimedModel
     from transformers.cli.serving.utils import GenerationState
@@ -213,10 +214,10 @@ def build_app(model: str | Path) -> FastAPI:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    chosen = finished.parse("serve", "An OpenAI-compatible server.", 8000, arguments)
+    chosen = load.parse("serve", "An OpenAI-compatible server.", 8000, arguments)
     runs.quiet_libraries()
     try:
-        model = chosen.model or finished.newest()
+        model = chosen.model or load.newest()
         app = build_app(model)
     except ParameterError as error:
         sys.exit(str(error))

@@ -1,6 +1,6 @@
 """`make app`: one page to try a finished model: a photo in; boxes with confidence, the raw text and the crops out.
 
-    python -m helpers.app runs/qwen2vl-nutrition-detection-r4-joint-merged --port 7860
+    python -m helpers.use.page runs/qwen2vl-nutrition-detection-r4-joint-merged --port 7860
 """
 
 import os
@@ -15,9 +15,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is i
 import gradio as gr
 from PIL.Image import Image
 
-from helpers import finished, runs, scenes
+from helpers import runs, scenes
 from helpers.parameters import ParameterError
 from helpers.predict import generate_lines
+from helpers.use import load
 
 EXAMPLES = (0, 2, 5, 7, 9, 12)  # scenes of val
 Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]] | None, str, list[tuple[Image, str]]]
@@ -31,12 +32,12 @@ def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Fo
         if not photo:
             return None, "", []
         try:
-            picture = finished.open_upright(photo)
+            picture = load.open_upright(photo)
         except ValueError as error:
             raise gr.Error(f"{Path(photo).name}: {error}.", print_exception=False) from None
-        (line,) = generate_lines(model, processor, [finished.as_row("photo", picture)], prompt,
+        (line,) = generate_lines(model, processor, [load.as_row("photo", picture)], prompt,
                                  {"do_sample": False})
-        boxes = [finished.to_pixels(box, picture.size) for box in line["boxes"]]
+        boxes = [load.to_pixels(box, picture.size) for box in line["boxes"]]
         labels = [f"{label or 'box'} {confidence:.0%}" for label, confidence
                   in zip(line["labels"], line["confidences"], strict=True)]
         crops = [(picture.crop(box), label) for box, label in zip(boxes, labels, strict=True)]
@@ -57,7 +58,7 @@ def example_photos(folder: Path) -> list[str]:
 
 def build_page(model: str | Path) -> gr.Blocks:
     """The page for the merged model in folder `model`, which is checked and loaded first."""
-    loaded, processor, prompt = finished.load(model)
+    loaded, processor, prompt = load.load_model(model)
     find = finder(loaded, processor, prompt)
     folder = Path(tempfile.mkdtemp(prefix="nutrition-examples-"))
     with gr.Blocks(title="Nutrition tables", analytics_enabled=False) as page:
@@ -79,10 +80,10 @@ def build_page(model: str | Path) -> gr.Blocks:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    chosen = finished.parse("app", "A page to try a finished model.", 7860, arguments)
+    chosen = load.parse("page", "A page to try a finished model.", 7860, arguments)
     runs.quiet_libraries()
     try:
-        page = build_page(chosen.model or finished.newest())
+        page = build_page(chosen.model or load.newest())
     except ParameterError as error:
         sys.exit(str(error))
     page.launch(server_name=chosen.host, server_port=chosen.port, show_error=True)

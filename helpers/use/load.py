@@ -14,7 +14,7 @@ from helpers.files import read_json
 from helpers.parameters import ParameterError
 from helpers.settings import check_architecture
 
-RUNS = Path(__file__).parents[1] / "runs"
+RUNS = Path(__file__).parents[2] / "runs"
 MAX_NEW_TOKENS = 128  # the pipeline's default, room for five boxes: of models whose parity.json holds none
 MAX_RATIO = 200  # the processor takes no picture whose long side is more times its short one
 
@@ -32,7 +32,7 @@ def parse(program: str, description: str, port: int, given: list[str] | None) ->
 
     A port that cannot be opened ends the program with a sentence: before a model is loaded, which takes minutes at 7B.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m helpers.{program}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m helpers.use.{program}", description=description)
     parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
     parser.add_argument("--port", type=int, default=port)
@@ -91,7 +91,7 @@ def _merged_of(run: Path) -> str:
     return str(merged) if merged.is_dir() else "runs/…-merged"
 
 
-def load(model: str | Path) -> tuple[Any, Any, str]:
+def load_model(model: str | Path) -> tuple[Any, Any, str]:
     """(model, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
 
     In `compute_dtype`, bf16 on a GPU. A 4-bit export loads the same way: its config.json says how it is held. Its

@@ -1,6 +1,6 @@
 """A merged model -> a bf16 and a 4-bit (NF4) copy, each whole: weights, processor, parity.json and a model card.
 
-python -m helpers.export runs/…-merged [--output FOLDER] [--run FOLDER] [--compare] [--push user/name]
+python -m helpers.use.export runs/…-merged [--output FOLDER] [--run FOLDER] [--compare] [--push user/name]
 """
 
 import argparse
@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 
-from helpers import data, evaluate, finished, merge, model, parity, predict, runs
-from helpers.card import model_card
+from helpers import data, evaluate, merge, model, parity, predict, runs
 from helpers.files import read_json, write_json, write_text
-from helpers.hub import PushError, check_push, push
 from helpers.parameters import ParameterError
+from helpers.use import load
+from helpers.use.card import model_card
+from helpers.use.hub import PushError, check_push, push
 
 COPIES = ("bf16", "nf4")
 COMPARED = "compared.json"  # what `compare` measured, in the export's folder: the cards take it up
@@ -61,7 +62,7 @@ def export(source: str | Path, output: str | Path | None = None, run: str | Path
 
 def check_model(folder: Path) -> None:
     """Raise ParameterError unless `folder` holds a finished model in bf16, as a merge writes it."""
-    finished.check(folder)
+    load.check(folder)
     if "quantization_config" in read_json(folder / "config.json"):
         raise ParameterError(f"MODEL={folder} is quantised already; expected the merged model in bf16 that it was made "
                              "from.")
@@ -157,7 +158,7 @@ def compare(output: str | Path, rows, batch_size: int = 16) -> dict:
         vlm = model.load(output / copy, inference=True, device_map=model.device_map()).eval()
         asked[copy] = vlm, Qwen2VLProcessor.from_pretrained(output / copy)
     made_with = read_json(output / "bf16" / parity.FILE)
-    greedy = {"max_new_tokens": made_with.get("max_new_tokens", finished.MAX_NEW_TOKENS), "do_sample": False}
+    greedy = {"max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS), "do_sample": False}
     batches = [[rows[i] for i in range(start, min(start + batch_size, len(rows)))]
                for start in range(0, len(rows), batch_size)]
     for number, batch in enumerate([batches[0][:4], *batches]):  # the first only warms up
@@ -195,7 +196,7 @@ def compared_table(result: dict) -> pd.DataFrame:
 
 def main(arguments: list[str] | None = None) -> None:
     """Export, and push where asked; a fault in the input ends in one sentence and exit status 1."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.use.export", description=__doc__.split("\n")[0])
     parser.add_argument("model", help="a merged model's folder")
     parser.add_argument("--output", help="a new folder; the model's name with -export behind it by default")
     parser.add_argument("--run", help="the run's folder, where it does not lie beside the model")

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image_as_tensor
 
-from helpers import finished, predict, serve
+from helpers import predict
 from helpers.messages import NO_TABLE, parse_text, target_text
+from helpers.use import load, serve
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def address(model):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
-    process = subprocess.Popen([sys.executable, "-m", "helpers.serve", str(model), "--port", str(port)],
+    process = subprocess.Popen([sys.executable, "-m", "helpers.use.serve", str(model), "--port", str(port)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not answers(url):
@@ -72,12 +73,12 @@ def ask(address, messages, model="x-merged", **options) -> str:
 
 
 def test_the_boxes_are_those_of_predict_with_and_without_prompt_and_other_options(address, model):
-    loaded, processor, prompt = finished.load(model)
+    loaded, processor, prompt = load.load_model(model)
     found = 0
     for content in [finished_model.scene(i) for i in range(4)] + [finished_model.turned(finished_model.scene(0))]:
-        row = finished.as_row("1", finished.open_upright(content))
+        row = load.as_row("1", load.open_upright(content))
         (line,) = predict.generate_lines(loaded, processor, [row], prompt,
-                                         {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False})
+                                         {"max_new_tokens": load.MAX_NEW_TOKENS, "do_sample": False})
         for text, options in ((None, {}), (prompt, {"temperature": 0.9, "seed": 3, "max_tokens": 128,
                                                     "extra_body": {"skip_special_tokens": False}})):
             answer = ask(address, question(data_url(content), text), **options)
@@ -118,7 +119,7 @@ def test_the_longest_answer_is_the_runs_own_also_where_it_is_longer_than_a_reque
 
 @pytest.mark.parametrize("kind", ["moving GIF", "moving WebP", "MPO of a phone", "CMYK", "16 bit", "palette"])
 def test_pictures_of_rarer_kinds_are_read(kind):
-    still = finished.open_upright(finished_model.scene(0)).resize((96, 128))
+    still = load.open_upright(finished_model.scene(0)).resize((96, 128))
     two = {"save_all": True, "append_images": [still.rotate(90)]}
     grey = Image.fromarray(np.asarray(still.convert("L")).astype("uint16") * 256)
     picture, name, more = {"moving GIF": (still, "GIF", two), "moving WebP": (still, "WEBP", two),
@@ -128,7 +129,7 @@ def test_pictures_of_rarer_kinds_are_read(kind):
     picture.save(file, name, **more)
     seen = load_image_as_tensor(serve.check_picture(data_url(file.getvalue())))
     assert seen.shape == (3, 128, 96)
-    same = np.asarray(finished.open_upright(file.getvalue())).transpose(2, 0, 1)
+    same = np.asarray(load.open_upright(file.getvalue())).transpose(2, 0, 1)
     assert np.abs(seen.numpy().astype(int) - same).mean() < 3  # of 255
 
 
@@ -215,7 +216,7 @@ def test_a_failure_inside_ends_one_request_alone(model):
 
 def test_a_model_that_cannot_be_served_ends_the_command_with_a_sentence(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    command = [sys.executable, "-m", "helpers.serve", str(tmp_path), "--port", "48000"]
+    command = [sys.executable, "-m", "helpers.use.serve", str(tmp_path), "--port", "48000"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "holds an adapter" in done.stderr
 

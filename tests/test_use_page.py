@@ -18,18 +18,18 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from helpers import app, finished
 from helpers.parameters import ParameterError
+from helpers.use import load, page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    page = app.build_page(finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged"))
-    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_error=True)
+    opened = page.build_page(finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged"))
+    _, url, _ = opened.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_error=True)
     yield url
-    page.close()
+    opened.close()
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def test_a_photo_stored_on_its_side_is_shown_upright_with_the_same_box(address, 
     client = Client(address, verbose=False)
     _, upright, _ = client.predict(handle_file(photo), api_name="/find")
     png = photo.with_suffix(".png")  # the turned JPEG's own pixels, so that both are the same picture
-    finished.open_upright(finished_model.turned(photo.read_bytes())).save(png)
+    load.open_upright(finished_model.turned(photo.read_bytes())).save(png)
     photo.write_bytes(finished_model.turned(photo.read_bytes()))
     drawn, turned, _ = client.predict(handle_file(photo), api_name="/find")
     assert turned == client.predict(handle_file(png), api_name="/find")[1] and upright
     with Image.open(drawn["image"]) as shown:
-        assert shown.size == finished.open_upright(finished_model.scene(0)).size
+        assert shown.size == load.open_upright(finished_model.scene(0)).size
 
 
 def test_what_is_no_photo_gets_one_sentence(address, photo):
@@ -68,22 +68,22 @@ def test_what_is_no_photo_gets_one_sentence(address, photo):
 
 
 def test_nothing_chosen_shows_nothing():
-    assert app.finder(None, None, "")(None) == (None, "", [])
+    assert page.finder(None, None, "")(None) == (None, "", [])
 
 
 def test_a_picture_that_is_a_strip_is_refused(tmp_path):
     Image.new("RGB", (2010, 10)).save(tmp_path / "strip.png")
     with pytest.raises(gr.Error, match="2010 x 10"):
-        app.finder(None, None, "")(str(tmp_path / "strip.png"))
+        page.finder(None, None, "")(str(tmp_path / "strip.png"))
 
 
 def test_without_a_model_the_command_says_what_to_do(monkeypatch, tmp_path):
     def none_yet():
         raise ParameterError(f"{tmp_path} holds no merged model yet: run `make demo` first.")
 
-    monkeypatch.setattr(finished, "newest", none_yet)
+    monkeypatch.setattr(load, "newest", none_yet)
     with pytest.raises(SystemExit, match="run `make demo` first"):
-        app.main(["--port", "47860"])
+        page.main(["--port", "47860"])
 
 
 class Browser:

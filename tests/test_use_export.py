@@ -13,12 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers import data, evaluate, export, hub, model, parity, predict
-from helpers.card import model_card
+from helpers import data, evaluate, model, parity, predict
 from helpers.evaluate import reports
 from helpers.parameters import ParameterError
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
+from helpers.use import export, hub
+from helpers.use.card import model_card
 
 PROMPT = "Detect the bounding box of the nutrition table."
 FILES = ("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "processor_config.json",

@@ -1,8 +1,8 @@
 """`make predict`: a folder of photos or a data set -> JSON lines, and on request COCO results and crops.
 
-    python -m helpers.many photos/ out/ --coco --crops
-    accelerate launch -m helpers.many photos/ out/       # a process a GPU; each takes its share
-    python -m helpers.many photos/ out/ --shard 3/16     # the same by hand, such as in a job array
+    python -m helpers.use.photos photos/ out/ --coco --crops
+    accelerate launch -m helpers.use.photos photos/ out/       # a process a GPU; each takes its share
+    python -m helpers.use.photos photos/ out/ --shard 3/16     # the same by hand, such as in a job array
 
 The work is cut into parts of 64 pictures, each one file in `out/parts`, written whole or not at all. A part that is
 there is done: the same command goes on after a kill, a share that is run twice changes nothing, and whoever finds all
@@ -24,14 +24,15 @@ from typing import Any
 
 from PIL.Image import Image
 
-from helpers import finished, runs
-from helpers.answers import join
+from helpers import runs
 from helpers.data import DataError, load_raw
 from helpers.data.pictures import escaped, files_below, is_picture, open_picture
 from helpers.files import read_json, write_json, write_text
 from helpers.parameters import ParameterError
 from helpers.progress import progress_bar
 from helpers.settings import end_with_a_word
+from helpers.use import load
+from helpers.use.answers import join
 
 PART = 64  # pictures of one file: what a kill costs at most
 LINE = 1024  # bytes of room a picture's answer needs, generously
@@ -61,7 +62,7 @@ def find_pictures(source: str, split: str, output: Path) -> Source:
         print(f"{len(other):,} files are no pictures by name or content, such as {escaped(other[0].name)}")
     folder = place if place.is_dir() else place.parent
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in files]
-    return [file.relative_to(folder).as_posix() for file in files], stamps, lambda i: finished.open_upright(files[i])
+    return [file.relative_to(folder).as_posix() for file in files], stamps, lambda i: load.open_upright(files[i])
 
 
 def _check_that_one_opens(source: str, files: list[Path]) -> None:
@@ -90,7 +91,7 @@ def _of_data_set(source: str, split: str) -> Source:
 
     def opened(i: int) -> Image:
         image = stored[i]["image"]
-        return finished.open_upright(image["bytes"] or image["path"])
+        return load.open_upright(image["bytes"] or image["path"])
 
     return list(stored["image_id"]), [stored._fingerprint] * len(stored), opened
 
@@ -148,7 +149,7 @@ def read_ahead(ids: list[str], opened: Callable[[int], Image], numbers: list[int
 def lines_of(batch: list[tuple[str, Image | ValueError]], ask: Callable[[list[dict]], list[dict]]) -> list[dict]:
     """The lines of a batch: those of `predict`, with width and height in pixels; without a picture an error."""
     whole = [(image_id, picture) for image_id, picture in batch if not isinstance(picture, ValueError)]
-    answers = iter(ask([finished.as_row(image_id, picture) for image_id, picture in whole]) if whole else [])
+    answers = iter(ask([load.as_row(image_id, picture) for image_id, picture in whole]) if whole else [])
     lines = []
     for image_id, picture in batch:
         if isinstance(picture, ValueError):
@@ -166,7 +167,7 @@ def save_crops(line: dict, picture: Image, number: int, folder: Path) -> list[st
     files = [f"crops/{number // 1000:04}/{name}-{i}.jpg" for i in range(len(line["boxes"]))]
     for file, box in zip(files, line["boxes"], strict=True):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        picture.crop(finished.to_pixels(box, picture.size)).save(folder / file, quality=95)
+        picture.crop(load.to_pixels(box, picture.size)).save(folder / file, quality=95)
     return files
 
 
@@ -176,11 +177,11 @@ def predict_many(source: str, output: Path, model: str | Path, *, split: str = "
 
     Returns the counts of `join`, or None where other shards are not done yet.
     """
-    made_with = finished.check(model)
+    made_with = load.check(model)
     ids, stamps, opened = find_pictures(source, split, output)
     open_job(output, {"model": made_with["weights"], "prompt": made_with["prompt"], "pictures": len(ids),
                       "names": runs.key(ids=ids), "crops": crops,
-                      "max_new_tokens": made_with.get("max_new_tokens", finished.MAX_NEW_TOKENS)})
+                      "max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS)})
     parts = [output / "parts" / f"{start // PART:07}-{runs.key(stamps=stamps[start : start + PART])}.jsonl"
              for start in range(0, len(ids), PART)]
     mine = range(len(parts))[shard[0] :: shard[1]]
@@ -189,7 +190,7 @@ def predict_many(source: str, output: Path, model: str | Path, *, split: str = "
     bar = progress_bar(sum(sizes.values()), sum(sizes.values()) - sum(sizes[number] for number in todo), "predict",
                        "picture", shown=shard[0] == 0)
     if todo:
-        loaded, processor, prompt = finished.load(model)
+        loaded, processor, prompt = load.load_model(model)
     for number in todo:
         numbers = list(range(len(ids))[number * PART : (number + 1) * PART])
         lines: list[dict] = []
@@ -220,7 +221,7 @@ def _shard(written: str | None) -> tuple[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m helpers.many", description="Boxes for many photos.")
+    parser = argparse.ArgumentParser(prog="python -m helpers.use.photos", description="Boxes for many photos.")
     parser.add_argument("input", help="a folder of photos, a photo, or a data set: a Hub id, a local one, or embedded")
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", help="a merged model's folder; the newest in runs/ where it is left out")
@@ -235,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     runs.quiet_libraries()
     end_with_a_word()
     try:
-        counts = predict_many(chosen.input, chosen.output, chosen.model or finished.newest(), split=chosen.split,
+        counts = predict_many(chosen.input, chosen.output, chosen.model or load.newest(), split=chosen.split,
                               coco=chosen.coco, crops=chosen.crops, batch_size=max(1, chosen.batch_size),
                               shard=_shard(chosen.shard))
     except (ParameterError, DataError) as error:

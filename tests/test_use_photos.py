@@ -14,10 +14,12 @@ import finished_model
 import pytest
 from PIL import Image
 
-from helpers import finished, many, predict
+from helpers import predict
 from helpers.data import pictures
 from helpers.files import read_json, write_json
 from helpers.parameters import ParameterError
+from helpers.use import load
+from helpers.use import photos as many
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +51,10 @@ def small_parts(monkeypatch):
 @pytest.fixture(scope="module")
 def answers(model, photos):
     """What predict says of each good picture, alone in its batch."""
-    loaded, processor, prompt = finished.load(model)
-    greedy = {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False}
+    loaded, processor, prompt = load.load_model(model)
+    greedy = {"max_new_tokens": load.MAX_NEW_TOKENS, "do_sample": False}
     good = ["1.jpg", "2.jpg", "4.JPG", "5.jpg", "b/1.jpg"]
-    rows = [finished.as_row(name, finished.open_upright(photos / name)) for name in good]
+    rows = [load.as_row(name, load.open_upright(photos / name)) for name in good]
     return {row["image_id"]: predict.generate_lines(loaded, processor, [row], prompt, greedy)[0] for row in rows}
 
 
@@ -70,14 +72,14 @@ def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, a
     assert counts["never stopped"] == sum(not answer["stopped"] for answer in answers.values())
     for line in lines[:5]:
         assert {name: line[name] for name in answers[line["image_id"]]} == answers[line["image_id"]]
-        assert (line["width"], line["height"]) == finished.open_upright(photos / line["image_id"]).size
+        assert (line["width"], line["height"]) == load.open_upright(photos / line["image_id"]).size
     for line in lines[5:]:
         assert set(answers["1.jpg"]) < set(line) and line["boxes"] == [] and line["error"]
     boxes = sum(len(line["boxes"]) for line in lines)
     crops = sorted((tmp_path / "out").rglob("crops/**/*.jpg"))
     assert len(crops) == boxes >= 1
     line = next(line for line in lines if line["boxes"])
-    x0, y0, x1, y1 = finished.to_pixels(line["boxes"][0], (line["width"], line["height"]))
+    x0, y0, x1, y1 = load.to_pixels(line["boxes"][0], (line["width"], line["height"]))
     assert Image.open(tmp_path / "out" / line["crops"][0]).size == (x1 - x0, y1 - y0)
 
 
@@ -109,7 +111,7 @@ def test_the_same_command_does_nothing_twice_and_goes_on_where_a_part_is_missing
     run(photos, tmp_path / "out", model)
     assert [row["image_id"] for rows in asked for row in rows] == ["4.JPG", "5.jpg"]
     assert (tmp_path / "out" / "predictions.jsonl").read_text() == whole
-    monkeypatch.setattr(finished, "load", None)  # all is there: no model is loaded
+    monkeypatch.setattr(load, "load_model", None)  # all is there: no model is loaded
     assert run(photos, tmp_path / "out", model)["pictures"] == 9
 
 
@@ -185,7 +187,8 @@ def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
     for number, name in enumerate(names):
         (folder / os.fsdecode(name)).write_bytes(finished_model.scene(number))
     (folder / os.fsdecode(b"n\xf6tes.txt")).touch()
-    command = [sys.executable, "-m", "helpers.many", str(folder), str(output), "--crops", "--coco", "--model", model]
+    command = [sys.executable, "-m", "helpers.use.photos", str(folder), str(output), "--crops", "--coco", "--model",
+               model]
     done = subprocess.run(command, capture_output=True, timeout=200)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr[-2000:]
     text = (output / "predictions.jsonl").read_bytes()
@@ -298,7 +301,7 @@ def test_a_full_disk_is_said_before_the_work_and_when_it_happens(model, photos, 
 def test_two_processes_under_a_launcher_do_it_together(model, photos, tmp_path):
     run(photos, tmp_path / "alone", model, batch_size=16)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-               "-m", "helpers.many", str(photos), str(tmp_path / "out"), "--model", str(model)]
+               "-m", "helpers.use.photos", str(photos), str(tmp_path / "out"), "--model", str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
@@ -311,7 +314,8 @@ def test_a_killed_command_goes_on(model, photos, tmp_path):
     many_photos.mkdir()
     for number in range(66):
         shutil.copy(photos / "1.jpg", many_photos / f"{number}.jpg")
-    command = [sys.executable, "-m", "helpers.many", str(many_photos), str(tmp_path / "out"), "--model", str(model)]
+    command = [sys.executable, "-m", "helpers.use.photos", str(many_photos), str(tmp_path / "out"), "--model",
+               str(model)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (first := [*tmp_path.glob("out/parts/0000000-*.jsonl")]):
         assert process.poll() is None
