@@ -51,7 +51,7 @@ from helpers.recipes import RECIPES
 from helpers.topics.serving import reply, served
 from helpers.topics.training import PROMPT, TINY_BASE, load, nf4, rows_and_processor, trainer_for
 from helpers.use.load import MAX_NEW_TOKENS, as_row, check, load_model, open_upright, to_pixels
-from helpers.use.photos import predict_many
+from helpers.use.photos import predict_photos
 
 # %% [markdown]
 # ## 1 · What must travel with the weights
@@ -91,8 +91,8 @@ except ParameterError as error:
 # %% [markdown]
 # ## 2 · A server and a client
 #
-# `make serve MODEL=FOLDER` starts a server that speaks OpenAI's protocol. It is the chat handler of `transformers
-# serve` with a check in front; section 4 says why. Both are started here, on free ports.
+# `make serve MODEL=FOLDER` starts a server that speaks OpenAI's protocol. `transformers serve` does so too; section 4
+# shows where they differ. Both are started here, on free ports.
 
 # %%
 servers = ExitStack()
@@ -225,29 +225,31 @@ plots.gallery(val.select(range(4)), data.truth_rows(val), local)
 # %% [markdown]
 # ## 7 · Many photos
 #
-# `make predict INPUT=photos OUTPUT=boxes` takes a folder or a data set. The work is cut into parts of 64 pictures, and
-# each part is one file that is whole or not there. So a killed command goes on where it was, and a part that is done
-# twice changes nothing. Here 70 files, two of them not pictures, are shared by two runs, and the first runs twice.
+# `make predict INPUT=photos OUTPUT=boxes` takes a folder or a data set. Each picture's line is appended to a file as it
+# comes, with the size and time of the picture's file. A killed command that is started again keeps the lines that are
+# whole, and predicts what is missing or was replaced. Here 70 files, two of them not pictures, are predicted twice; in
+# between, one file is replaced.
 
 # %%
 (scratch / "photos").mkdir()
 for number, content in zip(range(70), itertools.cycle(photos.values()), strict=False):
     (scratch / "photos" / f"{number:02}.jpg").write_bytes(b"hello" if number in (5, 66) else content)
-for shard in (0, 0, 1):
-    counts = predict_many(str(scratch / "photos"), scratch / "boxes", folder, coco=True, crops=True,
-                               shard=(shard, 2))
-print(counts, *sorted(path.name for path in (scratch / "boxes").iterdir()))
+for _ in range(2):
+    start = time.perf_counter()
+    counts = predict_photos(str(scratch / "photos"), scratch / "boxes", folder, coco=True, crops=True)
+    print(f"{time.perf_counter() - start:.1f} s:", counts)
+    (scratch / "photos" / "66.jpg").write_bytes(photo)
+print(*sorted(path.name for path in (scratch / "boxes").glob("[!.]*")))
 lines = predict.read_jsonl(scratch / "boxes" / "predictions.jsonl")
 pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 
 # %% [markdown]
 # `coco_results.json` and `coco_images.json` are what COCO's `loadRes` reads; `crops/` holds the boxes cut out of the
-# pictures in their own resolution. On many GPUs each process takes its share; on a cluster each job of an array does:
+# pictures in their own resolution. On several GPUs each process takes its share; on a cluster each job takes a folder:
 #
 # ```sh
 # make predict INPUT=photos OUTPUT=boxes ARGS='--coco --crops'          # one process
-# accelerate launch --multi_gpu -m helpers.use.photos photos boxes            # a process a GPU
-# sbatch --array=1-16 --wrap 'python -m helpers.use.photos photos boxes --shard $SLURM_ARRAY_TASK_ID/16'
+# accelerate launch --multi_gpu -m helpers.use.photos photos boxes      # a process a GPU
 # ```
 #
 # For a million photos at 7B, vLLM's offline batch works on hundreds at once. This too **was not run here**. It writes
@@ -310,4 +312,4 @@ shutil.rmtree(scratch, ignore_errors=True)
 # * Prompt, pixel budget and tokenizer are part of a model. They stand in `parity.json`, and every use reads them first.
 # * Test a server with the model's own completions, text against text, and with requests that are wrong.
 # * Boxes come back in thousandths of the picture *as shown*: apply EXIF before you draw or cut.
-# * Long jobs are killed. Parts that are whole or absent make a second start, or a second machine, harmless.
+# * Long jobs are killed. Lines that name their picture and are whole or absent make a second start harmless.

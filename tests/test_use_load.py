@@ -6,6 +6,7 @@ import os
 import socket
 
 import finished_model
+import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -138,6 +139,28 @@ def test_boxes_in_pixels_are_never_empty():
     assert load.to_pixels([0.999, 0.999, 1.0, 1.0], (10, 10)) == (9, 9, 10, 10)
 
 
+@pytest.mark.parametrize("kind", ["moving GIF", "moving WebP", "MPO of a phone", "CMYK", "16 bit", "palette"])
+def test_pictures_of_rarer_kinds_are_read(kind):
+    still = load.open_upright(finished_model.scene(0)).resize((96, 128))
+    two = {"save_all": True, "append_images": [still.rotate(90)]}
+    grey = Image.fromarray(np.asarray(still.convert("L")).astype("uint16") * 256)
+    picture, name, more = {"moving GIF": (still, "GIF", two), "moving WebP": (still, "WEBP", two),
+                           "MPO of a phone": (still, "MPO", two), "CMYK": (still.convert("CMYK"), "JPEG", {}),
+                           "16 bit": (grey, "PNG", {}), "palette": (still.convert("P"), "PNG", {})}[kind]
+    file = io.BytesIO()
+    picture.save(file, name, **more)
+    shown = load.open_upright(file.getvalue())
+    assert shown.size == (96, 128) and shown.mode == "RGB"
+    expected = (still.convert("L") if kind == "16 bit" else picture).convert("RGB")
+    difference = np.asarray(shown).astype(int) - np.asarray(expected)
+    assert np.abs(difference).mean() < 15  # of 255: a GIF's palette is coarse
+
+
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded():
+    with pytest.raises(ValueError, match="and 1,000 at most are taken"):
+        load.open_upright(finished_model.scene(0)[:999], most=1000)
+
+
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P"])
 def test_a_transparent_picture_is_shown_on_white(kind):
     pixels = load.open_upright(finished_model.clear(kind))
@@ -153,7 +176,7 @@ def test_a_heic_says_which_package_reads_it(monkeypatch):
 @pytest.mark.parametrize("port", [0, -1, 65536, 10**30])
 def test_a_port_that_is_none_is_said(port, capsys):
     with pytest.raises(SystemExit, match=f"PORT={port} cannot be opened .*from 1 to 65535.*PORT=8001") as refused:
-        load.parse("serve", "", 8000, [f"--port={port}"])
+        load.parse_port("serve", "", 8000, [f"--port={port}"])
     assert "\n" not in str(refused.value)
 
 
@@ -165,9 +188,9 @@ def test_a_port_that_is_taken_and_a_host_that_is_none_are_said_before_a_model_is
         for main in (serve.main, page.main):
             with pytest.raises(SystemExit, match=rf"PORT={port} cannot be opened .*\(Address already in use\)"):
                 main(["--port", str(port)])
-    assert load.parse("app", "", 7860, ["--port", str(port)]).port == port  # free again at once
+    assert load.parse_port("page", "", 7860, ["--port", str(port)]).port == port  # free again at once
     with pytest.raises(SystemExit, match="PORT=7860 cannot be opened on no.such.host"):
-        load.parse("app", "", 7860, ["--host", "no.such.host"])
+        load.parse_port("page", "", 7860, ["--host", "no.such.host"])
 
 
 def test_the_longest_answer_is_the_runs_own(model):

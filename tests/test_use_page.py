@@ -1,14 +1,5 @@
-"""The page: its function, the running app through its API, and in headless Chromium where there is one."""
+"""The page: its function, and the running app through its API."""
 
-import base64
-import contextlib
-import io
-import json
-import shutil
-import socket
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import finished_model
@@ -20,8 +11,6 @@ from PIL import Image
 
 from helpers.parameters import ParameterError
 from helpers.use import load, page
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -84,73 +73,3 @@ def test_without_a_model_the_command_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "newest", none_yet)
     with pytest.raises(SystemExit, match="run `make demo` first"):
         page.main(["--port", "47860"])
-
-
-class Browser:
-    """As much of Chromium's DevTools protocol as one test needs."""
-
-    def __init__(self, socket_url: str):
-        from websocket import create_connection
-
-        self.socket, self.number = create_connection(socket_url, timeout=60), 0
-
-    def call(self, method: str, **values) -> dict:
-        self.number += 1
-        self.socket.send(json.dumps({"id": self.number, "method": method, "params": values}))
-        while True:
-            answer = json.loads(self.socket.recv())
-            if answer.get("id") == self.number:
-                return answer["result"]
-
-    def js(self, code: str):
-        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
-
-    def wait(self, code: str, seconds: float = 60):
-        end = time.monotonic() + seconds
-        while not (value := self.js(code)):
-            assert time.monotonic() < end, f"never true: {code}"
-            time.sleep(0.2)
-        return value
-
-
-@contextlib.contextmanager
-def chromium(folder: Path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--window-size=1280,1000"]
-    process = subprocess.Popen([CHROMIUM, *quiet, f"--user-data-dir={folder}", f"--remote-debugging-port={port}",
-                                "--remote-allow-origins=*", "about:blank"], stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(100):
-            try:
-                tabs = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=5))
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield Browser(next(tab for tab in tabs if tab["type"] == "page")["webSocketDebuggerUrl"])
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
-def test_in_a_browser_a_click_on_an_example_draws_its_box(address, tmp_path):
-    pytest.importorskip("websocket")
-    with chromium(tmp_path / "profile") as browser:
-        browser.call("Page.navigate", url=address)
-        browser.wait("document.querySelectorAll('.gallery-item').length == 6")
-        browser.js("document.querySelector('.gallery-item').click()")
-        assert "<|box_start|>" in browser.wait("document.querySelector('textarea')?.value")
-        browser.wait("[...document.querySelectorAll('.legend-item')].some(item => item.innerText.includes('%'))")
-
-        def red() -> int:
-            """Pixels of the box's frame on a picture of the page."""
-            shot = Image.open(io.BytesIO(base64.b64decode(browser.call("Page.captureScreenshot")["data"])))
-            return sum(r > 200 and g < 60 and b < 60 for r, g, b in shot.convert("RGB").get_flattened_data())
-
-        end = time.monotonic() + 60
-        while red() <= 100:  # the picture comes after the words
-            assert time.monotonic() < end
-            time.sleep(0.5)

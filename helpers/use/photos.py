@@ -1,30 +1,33 @@
-"""`make predict`: a folder of photos or a data set -> JSON lines, and on request COCO results and crops.
+"""`make predict`: a folder of photos or a data set -> one JSON line a picture, and on request COCO results and crops.
 
     python -m helpers.use.photos photos/ out/ --coco --crops
     accelerate launch -m helpers.use.photos photos/ out/       # a process a GPU; each takes its share
-    python -m helpers.use.photos photos/ out/ --shard 3/16     # the same by hand, such as in a job array
 
-The work is cut into parts of 64 pictures, each one file in `out/parts`, written whole or not at all. A part that is
-there is done: the same command goes on after a kill, a share that is run twice changes nothing, and whoever finds all
-parts there joins them into `out/predictions.jsonl`. A part's name says which files it was made from: where a photo is
-replaced under its name, its part is made anew.
+Lines are appended to `out/unfinished-*.jsonl` as they come, and gathered in `out/predictions.jsonl` at the end. Each
+names size and time of its picture's file: the same command goes on after a kill, and predicts again what is new or was
+replaced under its name.
 """
 
 import argparse
+import contextlib
 import errno
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import find_executable_batch_size
+from filelock import FileLock, Timeout
 from PIL.Image import Image
 
-from helpers import runs
+from helpers import predict, runs
+from helpers.boxes import CATEGORIES
 from helpers.data import DataError, load_raw
 from helpers.data.pictures import escaped, files_below, is_picture, open_picture
 from helpers.files import read_json, write_json, write_text
@@ -32,24 +35,21 @@ from helpers.parameters import ParameterError
 from helpers.progress import progress_bar
 from helpers.settings import end_with_a_word
 from helpers.use import load
-from helpers.use.answers import join
 
-PART = 64  # pictures of one file: what a kill costs at most
-LINE = 1024  # bytes of room a picture's answer needs, generously
-# (image ids; what changes where a picture does; what opens the i-th picture or raises ValueError)
-Source = tuple[list[str], list[Any], Callable[[int], Image]]
+Key = tuple[str, str]  # image id, and what changes where the picture does
+Opener = Callable[[int], Image]  # opens the i-th picture, or raises ValueError
 
 
-def find_pictures(source: str, split: str, output: Path) -> Source:
+def find_pictures(source: str, split: str, output: Path) -> tuple[list[Key], Opener]:
     """The pictures of a folder (but those that were written into `output`) or a file, else of a data set's split.
 
-    A picture of a folder has its path in it as image_id. Raises ParameterError where there are none or none can be
+    A picture of a folder has its path in it as image id. Raises ParameterError where there are none or none can be
     opened; `DataError` without the right to read, and that of `load_raw`.
     """
     place = Path(source).expanduser()
     if not place.exists() and source.startswith((".", "/", "~")):
         raise ParameterError(f"INPUT={source} is not there; name a folder of photos, a Hub id, or embedded.")
-    found = files_below(place, links=True) if place.is_dir() else [place] if place.exists() else []
+    found = list(files_below(place, links=True)) if place.is_dir() else [place] if place.exists() else []
     own = output.resolve() if place.resolve() in output.resolve().parents else output.resolve() / "crops"
     found = [file for file in found if not file.parent.resolve().is_relative_to(own)]
     if place.is_dir() and not found:
@@ -60,24 +60,22 @@ def find_pictures(source: str, split: str, output: Path) -> Source:
     _check_that_one_opens(source, files)
     if other := sorted({*found} - {*files}):
         print(f"{len(other):,} files are no pictures by name or content, such as {escaped(other[0].name)}")
+    stats = [file.stat() if file.exists() else None for file in files]
     folder = place if place.is_dir() else place.parent
-    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in files]
-    return [file.relative_to(folder).as_posix() for file in files], stamps, lambda i: load.open_upright(files[i])
+    return [(file.relative_to(folder).as_posix(), f"{stat.st_size} bytes, {stat.st_mtime_ns}" if stat else "gone")
+            for file, stat in zip(files, stats, strict=True)], lambda i: load.open_upright(files[i])
 
 
 def _check_that_one_opens(source: str, files: list[Path]) -> None:
     for file in files:
         try:
-            open_picture({"bytes": None, "path": file}).close()
-            return
+            return open_picture({"bytes": None, "path": file}).close()
         except Exception as error:  # Pillow's readers raise many kinds
             why = f"{escaped(file.name)}: {error}"
     raise ParameterError(f"INPUT={source} holds no picture that can be opened: {len(files)} files, such as {why}.")
 
 
-def _of_data_set(source: str, split: str) -> Source:
-    import datasets
-
+def _of_data_set(source: str, split: str) -> tuple[list[Key], Opener]:
     try:
         rows = load_raw(source)
     except DataError as error:
@@ -93,131 +91,153 @@ def _of_data_set(source: str, split: str) -> Source:
         image = stored[i]["image"]
         return load.open_upright(image["bytes"] or image["path"])
 
-    return list(stored["image_id"]), [stored._fingerprint] * len(stored), opened
+    return [(image_id, stored._fingerprint) for image_id in stored["image_id"]], opened
 
 
-def open_job(output: Path, job: dict[str, Any]) -> None:
-    """Make `output`, or find in it the same job. Raises ParameterError for another one, or too little room."""
-    (output / "parts").mkdir(parents=True, exist_ok=True)
-    before = read_json(output / "job.json")
-    changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in job.items()
-               if before.get(name) != value]
-    if before and changed:
-        raise ParameterError(f"OUTPUT={output} holds the answers of another job ({'; '.join(changed)}); name another "
-                             "folder, or delete that one.")
-    need, free = job["pictures"] * 2 * LINE, shutil.disk_usage(output).free
-    if free < need:
-        raise ParameterError(f"OUTPUT={output} has {free / 2**20:.0f} MiB free, and {job['pictures']:,} answers may "
-                             f"take {need / 2**20:.0f}; free some room, or name a folder on another disk.")
-    write_json(output / "job.json", job)
+def read_lines(*files: Path) -> Iterator[tuple[Key, str]]:
+    """The key and the text of every line that is whole: what a kill has cut off is none."""
+    for text in (text for file in files if file.exists() for text in file.open()):
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            yield (line["image_id"], line["stamp"]), text.strip()
 
 
-def answer(model: Any, processor: Any, rows: list[dict], prompt: str) -> list[dict]:
-    """`predict.generate_lines` of one batch, halved where it does not fit into memory."""
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+def gather(output: Path, name: str, wanted: Iterable[Key]) -> None:
+    """Write the lines of `wanted` that `output` holds, finished or not, as one file `name`, whole."""
+    missing = set(wanted)
+    unfinished = [output / "unfinished.jsonl", *sorted(output.glob("unfinished-*.jsonl"))]
+    with (output / f"{name}.part").open("w") as file:
+        for key, text in read_lines(output / "predictions.jsonl", *unfinished):
+            if key in missing:
+                missing.remove(key)
+                file.write(text + "\n")
+    (output / f"{name}.part").replace(output / name)
+    for path in unfinished:
+        if path.name != name:
+            path.unlink(missing_ok=True)
 
-    from helpers.predict import generate_lines
 
-    try:
-        return generate_lines(model, processor, rows, prompt, {"do_sample": False})
-    except Exception as error:
-        if len(rows) == 1 or not should_reduce_batch_size(error):
-            raise
-    clear_device_cache(garbage_collection=True)  # here the error, which holds on to the batch's tensors, is gone
-    half = len(rows) // 2
-    return answer(model, processor, rows[:half], prompt) + answer(model, processor, rows[half:], prompt)
+def read_ahead(opened: Opener, numbers: list[int], size: int) -> Iterator[list[tuple[int, Image | ValueError]]]:
+    """Batches of `size` (number, picture or why there is none); while one is used, the next is decoded."""
 
-
-def read_ahead(ids: list[str], opened: Callable[[int], Image], numbers: list[int],
-               size: int) -> Iterator[list[tuple[str, Image | ValueError]]]:
-    """Batches of `size` (image_id, picture or why there is none); while one is used, the next is decoded."""
-
-    def read(i: int) -> tuple[str, Image | ValueError]:
+    def read(i: int) -> tuple[int, Image | ValueError]:
         try:
-            return ids[i], opened(i)
+            return i, opened(i)
         except ValueError as error:
-            return ids[i], error
+            return i, error
 
     with ThreadPoolExecutor(max_workers=4) as pool:
-        batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-        coming = [pool.submit(read, i) for i in batches[0]]
-        for following in [*batches[1:], []]:
-            ready, coming = coming, [pool.submit(read, i) for i in following]
+        coming = [pool.submit(read, i) for i in numbers[:size]]
+        for start in range(size, len(numbers) + size, size):
+            ready, coming = coming, [pool.submit(read, i) for i in numbers[start : start + size]]
             yield [future.result() for future in ready]
 
 
-def lines_of(batch: list[tuple[str, Image | ValueError]], ask: Callable[[list[dict]], list[dict]]) -> list[dict]:
-    """The lines of a batch: those of `predict`, with width and height in pixels; without a picture an error."""
-    whole = [(image_id, picture) for image_id, picture in batch if not isinstance(picture, ValueError)]
-    answers = iter(ask([load.as_row(image_id, picture) for image_id, picture in whole]) if whole else [])
-    lines = []
-    for image_id, picture in batch:
-        if isinstance(picture, ValueError):
-            nothing: dict[str, list] = {"labels": [], "boxes": [], "confidences": [], "rejected": []}
-            lines.append({"image_id": image_id, "text": "", **nothing, "stopped": False, "new_tokens": 0,
-                          "width": 0, "height": 0, "error": str(picture)})
-        else:
-            lines.append(next(answers) | {"width": picture.width, "height": picture.height})
-    return lines
-
-
-def save_crops(line: dict, picture: Image, number: int, folder: Path) -> list[str]:
-    """Cut the line's boxes out of `picture`, the `number`-th of all; the files' paths below `folder`."""
-    name = f"{number:07}-" + re.sub(r"[^\w.-]", "_", line["image_id"])[-60:]
-    files = [f"crops/{number // 1000:04}/{name}-{i}.jpg" for i in range(len(line["boxes"]))]
+def save_crops(line: dict, picture: Image, folder: Path) -> list[str]:
+    """Cut the line's boxes out of `picture`; the files' paths below `folder`, with a part of the picture's name."""
+    short, name = runs.key(image_id=line["image_id"]), re.sub(r"[^\w.-]", "_", line["image_id"])[-60:]
+    files = [f"crops/{short[:2]}/{name}-{short}-{i}.jpg" for i in range(len(line["boxes"]))]
     for file, box in zip(files, line["boxes"], strict=True):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         picture.crop(load.to_pixels(box, picture.size)).save(folder / file, quality=95)
     return files
 
 
-def predict_many(source: str, output: Path, model: str | Path, *, split: str = "val", coco: bool = False,
-                 crops: bool = False, batch_size: int = 16, shard: tuple[int, int] = (0, 1)) -> dict[str, int] | None:
-    """Ask the merged model in folder `model` about all pictures of `source`; `shard` is (which, of how many).
+def predict_photos(source: str, output: Path, model: str | Path, *, split: str = "val", coco: bool = False,
+                   crops: bool = False, batch_size: int = 16) -> dict[str, int] | None:
+    """Predict all pictures of `source` with the merged model in folder `model`; returns the counts of `summary`.
 
-    Returns the counts of `join`, or None where other shards are not done yet.
+    Under a launcher each process takes its share, and all but the first return None.
     """
     made_with = load.check(model)
-    ids, stamps, opened = find_pictures(source, split, output)
-    open_job(output, {"model": made_with["weights"], "prompt": made_with["prompt"], "pictures": len(ids),
-                      "names": runs.key(ids=ids), "crops": crops,
-                      "max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS)})
-    parts = [output / "parts" / f"{start // PART:07}-{runs.key(stamps=stamps[start : start + PART])}.jsonl"
-             for start in range(0, len(ids), PART)]
-    mine = range(len(parts))[shard[0] :: shard[1]]
-    sizes = {number: len(range(len(ids))[number * PART : (number + 1) * PART]) for number in mine}
-    todo = [number for number in mine if not parts[number].exists()]
-    bar = progress_bar(sum(sizes.values()), sum(sizes.values()) - sum(sizes[number] for number in todo), "predict",
-                       "picture", shown=shard[0] == 0)
+    keys, opened = find_pictures(source, split, output)
+    job = {"model": made_with["weights"], "prompt": made_with["prompt"], "crops": crops,
+           "max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS)}
+    output.mkdir(parents=True, exist_ok=True)
+    before = read_json(output / "job.json")
+    changed = [f"{name} was {before.get(name)!r}, now {job[name]!r}" for name in job if before.get(name) != job[name]]
+    if before and changed:
+        raise ParameterError(f"OUTPUT={output} holds the predictions of another job ({'; '.join(changed)}); name "
+                             "another folder, or delete that one.")
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
+    try:
+        with FileLock(output / f".{processes.process_index}.lock", timeout=0):
+            if processes.is_main_process:
+                write_json(output / "job.json", job)
+                gather(output, "unfinished.jsonl", keys)
+            processes.wait_for_everyone()
+            predict_share(keys, opened, output, model, crops, batch_size, processes)
+            processes.wait_for_everyone()
+            if processes.is_main_process:
+                gather(output, "predictions.jsonl", keys)
+                return summary(output, coco)
+    except Timeout:
+        raise ParameterError(f"another command is writing to OUTPUT={output}; wait for its end, or name another "
+                             "folder.") from None
+    return None
+
+
+def predict_share(keys: list[Key], opened: Opener, output: Path, model: str | Path, crops: bool, batch_size: int,
+                  processes: PartialState) -> None:
+    """Append the lines that are still missing of this process's pictures; out of memory, in smaller batches."""
+    done = {key for key, _ in read_lines(output / "unfinished.jsonl")}
+    mine = range(processes.process_index, len(keys), processes.num_processes)
+    todo = [i for i in mine if keys[i] not in done]
+    bar = progress_bar(len(mine), len(mine) - len(todo), "predict", "picture", shown=processes.is_main_process)
+
+    @find_executable_batch_size(starting_batch_size=batch_size)
+    def work(size: int) -> None:
+        with (output / f"unfinished-{processes.process_index}.jsonl").open("a") as file:
+            for batch in read_ahead(opened, todo.copy(), size):
+                rows = [load.as_row(keys[i][0], picture) for i, picture in batch if isinstance(picture, Image)]
+                lines = iter(predict.generate_lines(vlm, processor, rows, prompt, {"do_sample": False}) if rows else [])
+                for i, picture in batch:
+                    if isinstance(picture, Image):
+                        line = next(lines) | {"width": picture.width, "height": picture.height}
+                        line |= {"crops": save_crops(line, picture, output)} if crops else {}
+                    else:
+                        line = {"image_id": keys[i][0], "text": "", "labels": [], "boxes": [], "confidences": [],
+                                "rejected": [], "stopped": False, "new_tokens": 0, "width": 0, "height": 0,
+                                "error": str(picture)}
+                    file.write(json.dumps(line | {"stamp": keys[i][1]}) + "\n")
+                file.flush()
+                del todo[: len(batch)]
+                bar.update(len(batch))
+
     if todo:
-        loaded, processor, prompt = load.load_model(model)
-    for number in todo:
-        numbers = list(range(len(ids))[number * PART : (number + 1) * PART])
-        lines: list[dict] = []
-        for batch in read_ahead(ids, opened, numbers, batch_size):
-            new = lines_of(batch, lambda rows: answer(loaded, processor, rows, prompt))
-            for i, (line, (_, picture)) in enumerate(zip(new, batch, strict=True)):
-                if crops and not isinstance(picture, ValueError):
-                    line["crops"] = save_crops(line, picture, numbers[len(lines) + i], output)
-            lines += new
-            bar.update(len(batch))
-        write_text(parts[number], "".join(json.dumps(line) + "\n" for line in lines))
+        vlm, processor, prompt = load.load_model(model)
+        work()
     bar.close()
-    missing = sum(not part.exists() for part in parts)
-    if missing:
-        print(f"{missing} of {len(parts)} parts are still to come from other shards; the last of them joins all")
-        return None
-    return join(output, parts, coco)
 
 
-def _shard(written: str | None) -> tuple[int, int]:
-    """(which, of how many) from "3/16", else from a launcher's RANK and WORLD_SIZE."""
-    if written is None:
-        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    match = re.fullmatch(r"(\d+)/(\d+)", written)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ParameterError(f"--shard is {written!r}; give which of how many, from 1/16 to 16/16.")
-    return int(match[1]) - 1, int(match[2])
+def summary(output: Path, coco: bool) -> dict[str, int]:
+    """Counts of what is in `output/predictions.jsonl`; with `coco` written as COCO results too.
+
+    A text that never stopped was cut off at the limit of tokens: it may lack boxes. `coco_images.json` numbers pictures
+    and categories as COCO's `loadRes` wants them, and `coco_results.json` has the boxes, [x, y, width, height] in
+    pixels, with the confidence as score; boxes of other names than `CATEGORIES` are left out of it.
+    """
+    counts = {"pictures": 0, "with a box": 0, "without": 0, "unreadable": 0, "never stopped": 0}
+    images, results = [], []
+    for number, (_, text) in enumerate(read_lines(output / "predictions.jsonl"), 1):
+        line = json.loads(text)
+        counts["pictures"] += 1
+        counts["unreadable" if "error" in line else "with a box" if line["boxes"] else "without"] += 1
+        counts["never stopped"] += "error" not in line and not line["stopped"]
+        if coco:
+            width, height = line["width"], line["height"]
+            images.append({"id": number, "file_name": line["image_id"], "width": width, "height": height})
+            for label, (x0, y0, x1, y1), score in zip(line["labels"], line["boxes"], line["confidences"], strict=True):
+                if label in CATEGORIES:
+                    box = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
+                    results.append({"image_id": number, "category_id": CATEGORIES.index(label), "score": score,
+                                    "bbox": [round(value, 2) for value in box]})
+    if coco:
+        categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES)]
+        write_text(output / "coco_images.json",
+                   json.dumps({"images": images, "annotations": [], "categories": categories}))
+        write_text(output / "coco_results.json", json.dumps(results))
+    return counts
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -229,24 +249,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--coco", action="store_true", help="also write coco_results.json and coco_images.json")
     parser.add_argument("--crops", action="store_true", help="also cut every box out of its picture")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--shard", help="this share of the work alone, such as 3/16")
     chosen = parser.parse_args(arguments)
-    chosen.output = chosen.output.expanduser()
+    output = chosen.output.expanduser()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # names that are not UTF-8
-    runs.quiet_libraries()
     end_with_a_word()
-    try:
-        counts = predict_many(chosen.input, chosen.output, chosen.model or load.newest(), split=chosen.split,
-                              coco=chosen.coco, crops=chosen.crops, batch_size=max(1, chosen.batch_size),
-                              shard=_shard(chosen.shard))
-    except (ParameterError, DataError) as error:
-        sys.exit(str(error))
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        sys.exit(f"OUTPUT={chosen.output} " + ("is on a disk that is full: what is done is kept; free some room, and "
-                 "the same command goes on." if full else f"cannot be written ({error.strerror or error})."))
+    with load.one_sentence():
+        try:
+            counts = predict_photos(chosen.input, output, chosen.model or load.newest(), split=chosen.split,
+                                    coco=chosen.coco, crops=chosen.crops, batch_size=max(1, chosen.batch_size))
+        except OSError as error:
+            sys.exit(f"OUTPUT={output} " + (
+                "is on a disk that is full: what is done is kept; free some room, and the same command goes on."
+                if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written ({error.strerror or error})."))
+    PartialState().destroy_process_group()
     if counts:
-        print(f"{', '.join(f'{count:,} {name}' for name, count in counts.items())}: {chosen.output}/predictions.jsonl")
+        print(f"{', '.join(f'{count:,} {name}' for name, count in counts.items())}: {output}/predictions.jsonl")
 
 
 if __name__ == "__main__":
