@@ -144,18 +144,14 @@ def tower_of(name: str) -> str:
     return next(tower for tower, prefix in TOWERS.items() if name.startswith(prefix))
 
 
-def count(parameter: nn.Parameter) -> int:
-    """Weights in a parameter; bitsandbytes packs two 4-bit weights into one byte."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
-
-
 def parameters_by_tower(model: nn.Module) -> dict[str, dict[str, int]]:
     """`{tower: {"total": weights, "trainable": weights}}`; LoRA's weights count in the tower they sit in."""
     table = {tower: {"total": 0, "trainable": 0} for tower in TOWERS}
-    for name, parameter in model.named_parameters():
-        table[tower_of(name)]["total"] += count(parameter)
-        table[tower_of(name)]["trainable"] += count(parameter) if parameter.requires_grad else 0
+    for name, weight in model.named_parameters():
+        packed = getattr(weight, "quant_state", None)  # of bitsandbytes, which packs two 4-bit weights into a byte
+        size = (packed or weight).shape.numel()
+        table[tower_of(name)]["total"] += size
+        table[tower_of(name)]["trainable"] += size if weight.requires_grad else 0
     return table
 
 

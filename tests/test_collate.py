@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers import collate, predict
+from helpers.boxes import CATEGORIES
 from helpers.messages import longest_unit, target_text
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE, ParameterError
@@ -127,7 +128,7 @@ def test_a_true_answer_that_does_not_fit_is_refused_with_the_number_that_it_need
         limits(processor, train, max_new_tokens=need, constrained=True)
     more = int(str(refused.value).split("max_new_tokens=")[-1].split()[0])
     limits(processor, train, max_new_tokens=more, constrained=True)
-    assert more == 12 * longest_unit(processor.tokenizer, ["nutrition-table"]) + 1  # as `predict.allowed_tokens` does
+    assert more == 12 * longest_unit(processor.tokenizer, CATEGORIES) + 1  # as `predict.allowed_tokens` counts
 
 
 def test_the_longest_sequence_is_known_before_any_picture_is_opened(processor, monkeypatch):

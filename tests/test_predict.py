@@ -151,7 +151,8 @@ def test_a_batch_is_the_processors_own(vlm, processor, rows, monkeypatch):
     rows = [row | {"image": row["image"].resize(size)} for row, size in zip(rows, sizes, strict=True)]
     chats = [to_messages(row, PROMPT)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    whole = processor(images=[row["image"] for row in rows], text=texts, padding=True, return_tensors="pt")
+    pictures = [row["image"] for row in rows]
+    whole = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
     given, generate = {}, vlm.generate
     monkeypatch.setattr(vlm, "generate", lambda **batch: given.update(batch) or generate(**batch))
     predict.generate_lines(vlm, processor, rows, PROMPT, {"max_new_tokens": 1})
