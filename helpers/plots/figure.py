@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from cycler import cycler
+from matplotlib.rcsetup import cycler
 from IPython.display import Image as Shown
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
