@@ -39,7 +39,6 @@ def test_labels_are_the_rows_boxes_and_the_picture_is_squeezed(rows):
     assert [len(label["boxes"]) for label in batch["labels"]] == [len(label["boxes"]) for label in changed["labels"]]
 
 
-@pytest.mark.slow
 def test_it_learns_and_finds_the_same_boxes_from_its_folder(rows, tmp_path):
     torch.manual_seed(0)
     model, processor = detector.small(NAMES, 64)

@@ -33,8 +33,8 @@ def test_the_lock_agrees_with_the_pins_and_names_no_place(repo):
 def test_everything_that_is_imported_is_declared(repo):
     sources = [path for folder in ("helpers/**", "tests", "notebooks", ".") for path in repo.glob(f"{folder}/*.py")]
     distributions = packages_distributions()
-    # imported only where they are there: torch brings Triton on a GPU, the benchmark compares with the others
-    apart = {"triton", "liger_kernel", "unsloth"}
+    # imported only where they are there: torch brings Triton on a GPU, the benchmark compares two, phones write HEIF
+    apart = {"triton", "liger_kernel", "unsloth", "pillow_heif"}
     own = {"helpers", *apart, *(path.stem for path in repo.glob("tests/*.py"))} | set(sys.stdlib_module_names)
     missing = set()
     for path in sources:

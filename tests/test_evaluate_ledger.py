@@ -1,6 +1,7 @@
 """The table of all runs; seeds drawn together with pictures; the ledger ties README, results.json and runs together."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +52,22 @@ def test_seeds_of_a_recipe_form_a_group_and_other_parameters_do_not(tmp_path):
     assert "| r4-joint, 3 seeds | 30 |" in table and "| r4-joint, r4-joint-s1, r4-joint-s2 | abc123 |" in table
 
 
-@pytest.fixture
-def results(tmp_path):
-    """Two recipes, one with two seeds, written into a ledger and a README; the command's arguments."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two recipes, one with two seeds, in a ledger and a README."""
+    root = tmp_path_factory.mktemp("written")
     for name, shift, seed in (("r4-joint", 0.01, 0), ("r4-joint-s1", 0.02, 1), ("r1-llm-only", 0.06, 0)):
-        run_with(tmp_path, name, shift, seed)
-    (tmp_path / "README.md").write_text(EMPTY)
-    arguments = ["table", str(tmp_path)]
-    main([*arguments, "--write"])
-    return arguments
+        run_with(root, name, shift, seed)
+    (root / "README.md").write_text(EMPTY)
+    main(["table", str(root), "--write"])
+    return root
+
+
+@pytest.fixture
+def results(written, tmp_path):
+    """Of a copy: the command's arguments."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return ["table", str(tmp_path)]
 
 
 def test_readme_and_ledger_hold_what_the_runs_gave(results, tmp_path, capsys):

@@ -7,10 +7,10 @@ import io
 from pathlib import Path
 
 import numpy as np
-from cycler import cycler
 from IPython.display import Image as Shown
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from helpers.settings import is_main
 
