@@ -128,7 +128,7 @@ def test_a_finished_run_is_not_trained_again_and_another_one_is_refused(monkeypa
 
 @pytest.mark.slow
 def test_the_longest_answer_belongs_to_the_run(capsys, monkeypatch):
-    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* set max_new_tokens=58 or"):
+    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* max_new_tokens=58 or"):
         run("recipe=r2-vision-only", "max_new_tokens=20")
     assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
     limit = re.compile(r"predictions: (\d) of 8 completions never stopped: they are cut at max_new_tokens=64\.")
