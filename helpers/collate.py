@@ -49,9 +49,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         rows = [self.augment(row) for row in rows] if self.augment else rows
-        images = [as_rgb(row["image"]) for row in rows]
-        batch = self.processor(images=images, text=self.texts(rows), padding=True, padding_side="right",
-                               return_tensors="pt")
+        batch = self.processor(images=[as_rgb(row["image"]) for row in rows], text=self.texts(rows), padding=True,
+                               padding_side="right", return_tensors="pt")
         lengths = batch["attention_mask"].sum(1)
         for row, length in zip(rows, lengths.tolist(), strict=True):
             if length > MAX_TOKENS:

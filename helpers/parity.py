@@ -90,9 +90,6 @@ def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None 
     `max_new_tokens` may be larger here, which cuts no completion, and is not checked where the folder has none.
     """
     path = Path(folder) / FILE
-    if required and not Path(folder).is_dir():
-        raise ParityError(f"{folder} is not there, and a finished step has made it; put it back, or give the run a "
-                          "run_name of its own to make it again.")
     if required and not path.is_file():
         raise ParityError(f"{folder} has no {FILE}, so nobody can tell what it must be used with; make it again.")
     if not path.is_file():

@@ -142,7 +142,7 @@ def one_weight_else(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_pipeline_refuses_a_stage_2_without_its_stage_1_and_a_merged_model_that_differs():
+def test_the_pipeline_refuses_a_stage_2_on_another_stage_1_and_a_merged_model_that_differs():
     names = run("recipe=r3-two-stage")
     stage1, merged = Path(f"{PREFIX}r3-stage1/model"), Path(f"{PREFIX}r3-merged")
     assert parity.base_of(stage1) == json.loads((merged / parity.FILE).read_text())["base"]
@@ -151,14 +151,9 @@ def test_the_pipeline_refuses_a_stage_2_without_its_stage_1_and_a_merged_model_t
     one_weight_else(merged)
     with pytest.raises(ParityError, match="r3-merged are not those that were saved there"):
         names["load_base"]("bf16", merged)
-    saved = (stage1 / "model.safetensors").read_bytes()
     one_weight_else(stage1)
     with pytest.raises(ParityError, match="stage2/adapter was trained on .*r3-stage1/model .*, and this base is"):
         names["load_trained"]()
-    (stage1 / "model.safetensors").write_bytes(saved)
-    stage1.rename("away")
-    with pytest.raises(ParityError, match="r3-stage1/model is not there"):
-        run("recipe=r3-two-stage")
 
 
 def test_nothing_runs_code_from_outside_or_uploads(repo):
@@ -171,10 +166,11 @@ def test_nothing_runs_code_from_outside_or_uploads(repo):
 
 
 def test_every_model_is_loaded_in_one_place(repo):
-    """`model.load`, which checks parity and keys; `card.py` and `00` show a reader the library's own call."""
+    """`model.load`, which checks parity and keys; `card.py` and `00` show a reader the library's own call, which stock
+    training in `bench.py` takes too."""
     sources = [*repo.glob("helpers/**/*.py"), *repo.glob("notebooks/*.py"), repo / "pipeline.py"]
     loads = {path.name for path in sources if re.search(r"(?m)^[^`#\n]*Qwen2VL\w*Generation\.from_p", path.read_text())}
-    assert loads == {"model.py", "card.py", "00_tiny_base.py"}
+    assert loads == {"model.py", "card.py", "00_tiny_base.py", "bench.py"}
 
 
 def test_a_base_of_pickles_is_refused(tmp_path):
