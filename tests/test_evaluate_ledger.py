@@ -59,7 +59,9 @@ def written(tmp_path_factory):
     for name, shift, seed in (("r4-joint", 0.01, 0), ("r4-joint-s1", 0.02, 1), ("r1-llm-only", 0.06, 0)):
         run_with(root, name, shift, seed)
     (root / "README.md").write_text(EMPTY)
-    main(["table", str(root), "--write"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        main(["table", str(root), "--write"])
     return root
 
 

@@ -92,10 +92,11 @@ def test_bad_input_is_refused_with_one_sentence(defaults, monkeypatch, argument,
 
 def test_what_the_machine_cannot_give_is_refused(defaults, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.delenv("HF_DATASETS_CACHE", raising=False)
-    assert f"hf_home='{tmp_path}/file/below' cannot be written (" in refusal(
-        defaults, monkeypatch, f"hf_home={tmp_path}/file/below")
+    place = f"{tmp_path}/file/below"
     with monkeypatch.context() as patch:
+        patch.delenv("HF_DATASETS_CACHE", raising=False)
+        patch.setattr("huggingface_hub.constants.HF_HOME", place)
+        assert f"hf_home='{place}' cannot be written (" in refusal(defaults, monkeypatch, f"hf_home={place}")
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ParameterError, match="launcher"):
             settings.choose_gpus("0,1")
