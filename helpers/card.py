@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers import evaluate
-from helpers.evaluate.reports import number, table_line
+from helpers.evaluate.reports import number, table_line, unstopped
 from helpers.files import read_json
 from helpers.recipes import RECIPES
 
@@ -196,6 +196,8 @@ def _limits(manifest: dict, shipped: dict) -> str:
     if summary["name_accuracy"]["n"]:
         lines.append(f"- the kind of table it names is right for {100 * summary['name_accuracy']['value']:.0f} % of "
                      f"{summary['name_accuracy']['n']} boxes found")
+    if summary["unstopped_rate"]["value"]:
+        lines.append(f"- answers cut at the token limit, because they never stopped: {unstopped(shipped)}")
     if manifest["parameters"]["dataset_id"] == "embedded":
         lines.append("- it has seen rendered packaging and no photo: a demonstration, of no use on real photos")
     return "\n".join(lines)
