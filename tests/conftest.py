@@ -4,6 +4,7 @@ import importlib
 import os
 import pkgutil
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ os.environ.update(
     TQDM_DISABLE="1",
     WANDB_MODE="disabled",
 )
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: the tests of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for secret in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(secret, None)
 
