@@ -67,17 +67,17 @@ compare: $(STAMP) ## compare two runs on the same pictures: A=r4-joint B=r1-llm-
 		$(call needs,B,make compare A=r4-joint B=r1-llm-only)
 
 app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newest where left out) PORT=7860
-	$(BIN)/python -m helpers.app $(if $(MODEL),"$$MODEL") --port $(or $(PORT),7860) $(ARGS)
+	$(BIN)/python -m helpers.use.page $(if $(MODEL),"$$MODEL") --port $(or $(PORT),7860) $(ARGS)
 
 serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/...-merged PORT=8000
-	$(BIN)/python -m helpers.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
+	$(BIN)/python -m helpers.use.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
 
 predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
-	$(BIN)/python -m helpers.many $(call needs,INPUT,make predict INPUT=photos OUTPUT=boxes) \
+	$(BIN)/python -m helpers.use.photos $(call needs,INPUT,make predict INPUT=photos OUTPUT=boxes) \
 		$(call needs,OUTPUT,make predict INPUT=photos OUTPUT=boxes) $(if $(MODEL),--model "$$MODEL") $(ARGS)
 
 export: $(STAMP) ## bf16 and 4-bit copies of a merged model, each with its model card: MODEL=runs/...-merged (OUTPUT= PUSH=user/name)
-	$(BIN)/python -m helpers.export $(call needs,MODEL,make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged) \
+	$(BIN)/python -m helpers.use.export $(call needs,MODEL,make export MODEL=runs/qwen2vl-nutrition-detection-r4-joint-merged) \
 		$(if $(OUTPUT),--output "$$OUTPUT") $(if $(RUN),--run "$$RUN") $(if $(PUSH),--push "$(PUSH)") $(ARGS)
 
 test: $(STAMP) ## style, types and tests, minutes on 2 cores (PYTEST_ARGS='-k boxes')

@@ -94,7 +94,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import SFTConfig
 
-from helpers import budget, collate, data, evaluate, merge, messages, model, parity, plots, predict, speed, trainer
+from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
 
@@ -380,7 +380,7 @@ def checkpointing(tuned):
     """Whether to recompute activations, and the layers that keep theirs all the same."""
     if run.gradient_checkpointing is not None:
         return run.gradient_checkpointing, []
-    rows_of = budget.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
+    rows_of = collate.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collator(rows_of)
     return speed.checkpointing(tuned, longest)
 

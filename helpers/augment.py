@@ -1,4 +1,4 @@
-"""Box-aware augmentation: each epoch shows every picture otherwise, and its boxes with it. For training alone."""
+"""Box-aware augmentation: each epoch changes every picture, and its boxes with it. For training alone."""
 
 import hashlib
 import math
@@ -18,31 +18,17 @@ from helpers.data.pictures import as_rgb
 GREY = 114  # what lies beyond the edge of a turned or moved picture
 LEAST_SIDE = 2.0  # pixels: a draw that leaves a box thinner than this is drawn again
 TRIES = 5
-
-
-class QuarterTurn(v2.Transform):
-    """A turn by 90, 180 or 270 degrees."""
-
-    def make_params(self, flat_inputs: list) -> dict:
-        return {"angle": 90 * int(torch.randint(1, 4, ()))}
-
-    def transform(self, inpt, params: dict):
-        return functional.rotate(inpt, params["angle"], expand=True)
+MOST_CROPPED = 0.3  # of a side, at each edge
+MOST_TILT = math.radians(6)
 
 
 class Tilt(v2.Transform):
-    """A turn by at most `most` degrees to either side, on a ground so large that nothing is cut.
-
-    `v2.RandomRotation(expand=True)` would do, but gives picture and boxes canvases that differ by a pixel now and then.
-    """
-
-    def __init__(self, most: float):
-        super().__init__()
-        self.most = math.radians(most)
+    """A turn by at most `MOST_TILT` to either side, on a ground so large that nothing is cut. (RandomRotation gives
+    picture and boxes canvases that differ by a pixel now and then.)"""
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = functional.get_size(flat_inputs[0])
-        angle = self.most * (2 * float(torch.rand(())) - 1)
+        angle = MOST_TILT * (2 * float(torch.rand(())) - 1)
         across, down = math.cos(angle), abs(math.sin(angle))
         sides = [max(0, math.ceil((width * across + height * down - width) / 2)),
                  max(0, math.ceil((height * across + width * down - height) / 2))]
@@ -54,22 +40,15 @@ class Tilt(v2.Transform):
 
 
 class CropAroundTables(v2.Transform):
-    """A random crop that keeps every box whole; each edge moves in by at most `most` of its side."""
-
-    def __init__(self, most: float = 0.3):
-        super().__init__()
-        self.most = most
+    """A random crop that keeps every box whole; each edge moves in by at most `MOST_CROPPED`."""
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = functional.get_size(flat_inputs[0])
         x0, y0, x1, y1 = width, height, 0, 0  # where there is no box, all is free
         for boxes in flat_inputs[1:]:
             (x0, y0), (x1, y1) = boxes.amin(0)[:2].tolist(), boxes.amax(0)[2:].tolist()
-        left, top, right, bottom = (
-            int(share * min(free, self.most * side))
-            for share, free, side in zip(torch.rand(4).tolist(), (x0, y0, width - x1, height - y1),
-                                         (width, height, width, height), strict=True)
-        )
+        free, most = torch.tensor([x0, y0, width - x1, height - y1]), torch.tensor([width, height] * 2) * MOST_CROPPED
+        left, top, right, bottom = (torch.rand(4) * torch.minimum(free, most)).int().tolist()
         return {"top": top, "left": left, "height": height - top - bottom, "width": width - left - right}
 
     def transform(self, inpt, params: dict):
@@ -78,11 +57,8 @@ class CropAroundTables(v2.Transform):
 
 # One warp at most: the hull of a turned box is tight, the hull of that hull after a second warp would not be.
 GEOMETRY = v2.Compose([
-    v2.RandomApply([QuarterTurn()], p=0.15),
-    v2.RandomApply([v2.RandomChoice([
-        Tilt(6),
-        v2.RandomPerspective(0.15, p=1, fill=GREY),
-    ])], p=0.5),
+    v2.RandomApply([v2.RandomChoice([v2.RandomRotation((by, by), expand=True) for by in (90, 180, 270)])], p=0.15),
+    v2.RandomApply([v2.RandomChoice([Tilt(), v2.RandomPerspective(0.15, p=1, fill=GREY)])], p=0.5),
     v2.RandomZoomOut(fill=GREY, side_range=(1, 1.4), p=0.2),
     v2.RandomApply([CropAroundTables()], p=0.5),
 ])
@@ -98,8 +74,7 @@ class Augment(TrainerCallback):
     """A row of the project's schema -> the row as this epoch shows it: `image`, `width`, `height`, `objects` are new.
 
     What happens to a picture depends on (seed, epoch, image_id) alone: not on the worker that does it, on the order of
-    the pictures or on where a run was killed. Boxes are the tight hull of the warped boxes; none is lost or cut. As a
-    callback of the trainer, it is told the epoch before the epoch's first batch is made.
+    the pictures or on where a run was killed. As a callback of the trainer it learns the epoch before the first batch.
     """
 
     def __init__(self, seed: int):
@@ -121,9 +96,9 @@ class Augment(TrainerCallback):
 
 
 def warp(picture: tv_tensors.Image, yxyx_unit: list[list[float]]) -> tuple[tv_tensors.Image, np.ndarray]:
-    """`picture` [3, H, W] after `GEOMETRY` and its boxes [N, 4] in its new pixels, x first.
+    """`picture` [3, H, W] after `GEOMETRY` and the tight hulls of its boxes [N, 4] in its new pixels, x first.
 
-    Draws with torch's random numbers, again where the result does not fit; as it was where no draw of five does.
+    Drawn again where the picture gets too thin for the model or a box too thin to be seen; unchanged after `TRIES`.
     """
     height, width = picture.shape[-2:]
     boxes = xyxy_unit_to_xyxy_px(yxyx_unit_to_xyxy_unit(yxyx_unit), width, height)
@@ -131,12 +106,7 @@ def warp(picture: tv_tensors.Image, yxyx_unit: list[list[float]]) -> tuple[tv_te
     for _ in range(TRIES):
         # alone where there are no boxes: torchvision would leave their canvas as it was
         warped, after = GEOMETRY(picture, before) if len(boxes) else (GEOMETRY(picture), before)
-        if _fits(warped, after):
+        short, long = sorted(warped.shape[-2:])
+        if long <= MOST_ASPECT * short and (after[:, 2:] - after[:, :2] >= LEAST_SIDE).all():
             return warped, after.numpy()
     return picture, boxes
-
-
-def _fits(picture: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes) -> bool:
-    """Whether the model takes a picture of this shape, and every box is wide and high enough to be seen."""
-    short, long = sorted(picture.shape[-2:])
-    return long <= MOST_ASPECT * short and bool((boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all())

@@ -14,103 +14,59 @@ boxes whose corners are swapped. A box without area is valid here: whether to ke
 import numpy as np
 from numpy.typing import ArrayLike
 
-CATEGORIES = (
-    "nutrition-table",
-    "nutrition-table-small",
-    "nutrition-table-small-energy",
-    "nutrition-table-text",
-)  # the order is that of category_id, 0 to 3
+CATEGORIES = ("nutrition-table", "nutrition-table-small", "nutrition-table-small-energy",
+              "nutrition-table-text")  # the order is that of category_id, 0 to 3
 
 
-def _as_boxes(boxes: ArrayLike) -> np.ndarray:
-    """`boxes` as a new finite float64 array [N, 4]; an empty list becomes [0, 4]."""
+def _checked(boxes: ArrayLike) -> np.ndarray:
+    """`boxes` as a new float64 array [N, 4] of finite corner boxes; an empty list becomes [0, 4]."""
     array = np.array(boxes, dtype=np.float64)
     if array.size == 0 and array.ndim < 3 and array.shape[-1] in (0, 4):
         return np.zeros((0, 4))
     if array.ndim != 2 or array.shape[1] != 4:
         raise ValueError(f"boxes have shape {array.shape}; expected [N, 4], one row of four numbers a box")
-    if not np.isfinite(array).all():
-        raise ValueError(
-            f"box {array[~np.isfinite(array).all(axis=1)][0].tolist()} has a coordinate that is not finite"
-        )
+    for wrong, why in ((~np.isfinite(array).all(axis=1), "a coordinate that is not finite"),
+                       ((array[:, 2:] < array[:, :2]).any(axis=1), "swapped corners; expected the smaller one first")):
+        if wrong.any():
+            raise ValueError(f"box {array[wrong][0].tolist()} has {why}")
     return array
-
-
-def _as_corners(boxes: ArrayLike) -> np.ndarray:
-    """Like `_as_boxes`, and the second corner of each box must not lie before the first."""
-    array = _as_boxes(boxes)
-    swapped = (array[:, 2:] < array[:, :2]).any(axis=1)
-    if swapped.any():
-        raise ValueError(f"box {array[swapped][0].tolist()} has swapped corners; expected the smaller corner first")
-    return array
-
-
-def _size(width: float, height: float) -> np.ndarray:
-    """[width, height, width, height], both checked to be above zero."""
-    if not (width > 0 and height > 0):
-        raise ValueError(f"picture size {width} x {height} px; width and height must both be above 0")
-    return np.array([width, height, width, height], dtype=np.float64)
 
 
 def yxyx_unit_to_xyxy_unit(boxes: ArrayLike) -> np.ndarray:
     """[y0, x0, y1, x1] to [x0, y0, x1, y1], both in 0-1: the data set's order to the model's. [N, 4] -> [N, 4]."""
-    return _as_corners(boxes)[:, [1, 0, 3, 2]]
+    return _checked(boxes)[:, [1, 0, 3, 2]]
 
 
 def xyxy_unit_to_yxyx_unit(boxes: ArrayLike) -> np.ndarray:
     """[x0, y0, x1, y1] to [y0, x0, y1, x1], both in 0-1. [N, 4] -> [N, 4]."""
-    return _as_corners(boxes)[:, [1, 0, 3, 2]]
+    return _checked(boxes)[:, [1, 0, 3, 2]]
 
 
 def xyxy_unit_to_xyxy_px(boxes: ArrayLike, width: float, height: float) -> np.ndarray:
     """0-1 to pixel edges of a picture of `width` x `height`; not rounded. [N, 4] -> [N, 4]."""
-    return _as_corners(boxes) * _size(width, height)
+    return _checked(boxes) * [width, height, width, height]
 
 
 def xyxy_px_to_xyxy_unit(boxes: ArrayLike, width: float, height: float) -> np.ndarray:
     """Pixel edges of a picture of `width` x `height` to 0-1; not clipped. [N, 4] -> [N, 4]."""
-    return _as_corners(boxes) / _size(width, height)
+    return _checked(boxes) / [width, height, width, height]
 
 
 def xyxy_unit_to_xyxy_1000(boxes: ArrayLike) -> np.ndarray:
     """0-1 to whole thousandths, rounded to the nearest: int64 [N, 4] in 0-1000.
 
-    Raises `ValueError` for a coordinate outside 0-1 (by more than 1e-6): clip first.
+    Raises `ValueError` for a coordinate outside 0-1 (by more than 1e-6).
     """
-    array = _as_corners(boxes)
+    array = _checked(boxes)
     outside = ((array < -1e-6) | (array > 1 + 1e-6)).any(axis=1)
     if outside.any():
-        raise ValueError(f"box {array[outside][0].tolist()} leaves the picture; expected 0 to 1, clip_unit clips")
+        raise ValueError(f"box {array[outside][0].tolist()} leaves the picture; expected 0 to 1")
     return np.rint(array * 1000).astype(np.int64)
-
-
-def xyxy_px_to_xywh_px(boxes: ArrayLike) -> np.ndarray:
-    """Corners to COCO's [x0, y0, width, height], in pixels. [N, 4] -> [N, 4]."""
-    array = _as_corners(boxes)
-    return np.concatenate([array[:, :2], array[:, 2:] - array[:, :2]], axis=1)
-
-
-def cxcywh_unit_to_xyxy_unit(boxes: ArrayLike) -> np.ndarray:
-    """YOLO's [centre x, centre y, width, height] to corners, in 0-1; not clipped. [N, 4] -> [N, 4]."""
-    array = _as_boxes(boxes)
-    _check_sizes(array)
-    return np.concatenate([array[:, :2] - array[:, 2:] / 2, array[:, :2] + array[:, 2:] / 2], axis=1)
-
-
-def _check_sizes(array: np.ndarray) -> None:
-    negative = (array[:, 2:] < 0).any(axis=1)
-    if negative.any():
-        raise ValueError(f"box {array[negative][0].tolist()} has a negative width or height")
-
-
-def clip_unit(boxes: ArrayLike) -> np.ndarray:
-    """Every coordinate brought into 0-1; a box wholly outside ends on the edge, without area. [N, 4] -> [N, 4]."""
-    return _as_corners(boxes).clip(0, 1)
 
 
 def area(boxes: ArrayLike) -> np.ndarray:
     """Width times height of corner boxes, [N], in the square of their unit (for unit boxes: share of the picture)."""
-    array = _as_corners(boxes)
+    array = _checked(boxes)
     return (array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])
 
 
@@ -122,8 +78,7 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     import torch  # here, so that reading and rendering data does not wait for torch
     from torchvision.ops import box_iou
 
-    iou = box_iou(torch.from_numpy(_as_corners(a)), torch.from_numpy(_as_corners(b))).numpy()
-    return np.nan_to_num(iou, nan=0.0)
+    return np.nan_to_num(box_iou(torch.from_numpy(_checked(a)), torch.from_numpy(_checked(b))).numpy(), nan=0.0)
 
 
 def reading_order(xyxy: ArrayLike) -> np.ndarray:
@@ -131,9 +86,9 @@ def reading_order(xyxy: ArrayLike) -> np.ndarray:
 
     A box stands on the current line when its top is above the middle of the line's topmost box.
     """
-    array = _as_corners(xyxy)
+    array = _checked(xyxy)
     lines: list[list[int]] = []
-    for index in sorted(range(len(array)), key=lambda i: tuple(array[i, [1, 0, 3, 2]])):
+    for index in np.lexsort(array[:, [2, 3, 0, 1]].T).tolist():  # by y0, then x0, y1, x1
         if lines and array[index, 1] < array[lines[-1][0], [1, 3]].mean():
             lines[-1].append(index)
         else:

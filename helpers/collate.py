@@ -1,16 +1,16 @@
-"""Rows -> batches with a label mask. What the loss sees is decided here."""
+"""Rows -> batches with a label mask: what the loss is computed on. And how long sequences get, by arithmetic."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import datasets
 import numpy as np
 import torch
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from helpers.budget import image_tokens
 from helpers.data import names_in
 from helpers.data.pictures import as_rgb
-from helpers.grammar import longest_unit
-from helpers.messages import END_OF_TURN, target_text, to_messages
+from helpers.messages import END_OF_TURN, longest_unit, target_text, to_messages
 from helpers.recipes import IMAGE_TOKEN
 from helpers.settings import ParameterError, Run
 
@@ -24,27 +24,22 @@ class Collator:
 
     Args:
         processor: a `Qwen2VLProcessor`, with its pixel budget set.
-        prompt: the question asked of every picture.
-        loss_scope: `"assistant"`, the answer and the `<|im_end|>` after it; or `"all-text"`, every text token,
+        loss_scope: `"assistant"`, the completion and the `<|im_end|>` after it; or `"all-text"`, every text token,
             system and user included, without padding and vision tokens.
         augment: makes another row of each row first, such as `augment.Augment`; for training alone.
 
     Calling it with N rows returns `input_ids`, `attention_mask`, `mm_token_type_ids` and `labels` (int64 [N, T]),
     `pixel_values` (float32 [patches, 1176]) and `image_grid_thw` (int64 [N, 3], in patches of 14 pixels).
-    `labels` is `input_ids` where the loss looks and -100 elsewhere.
-
-    Raises:
-        ValueError: a row is longer than 2048 tokens, or an answer has no `<|im_end|>` in its labels.
+    `labels` is `input_ids` where the loss is computed and -100 elsewhere. Raises ValueError for a row of more than
+    2048 tokens, and for a completion without `<|im_end|>` in its labels.
     """
 
     def __init__(self, processor, prompt: str, loss_scope: str = "assistant",
                  augment: Callable[[dict], dict] | None = None):
-        if loss_scope not in ("assistant", "all-text"):
-            raise ValueError(f"loss_scope={loss_scope!r} is not valid: expected one of assistant, all-text.")
         self.processor, self.prompt, self.loss_scope, self.augment = processor, prompt, loss_scope, augment
         tokenizer = processor.tokenizer
         self.header = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
-        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.vision = torch.tensor(tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)))
 
     def texts(self, rows: Sequence[dict]) -> list[str]:
@@ -54,9 +49,8 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         rows = [self.augment(row) for row in rows] if self.augment else rows
-        images = [as_rgb(row["image"]) for row in rows]
-        batch = self.processor(images=images, text=self.texts(rows), padding=True, padding_side="right",
-                               return_tensors="pt")
+        batch = self.processor(images=[as_rgb(row["image"]) for row in rows], text=self.texts(rows), padding=True,
+                               padding_side="right", return_tensors="pt")
         lengths = batch["attention_mask"].sum(1)
         for row, length in zip(rows, lengths.tolist(), strict=True):
             if length > MAX_TOKENS:
@@ -73,13 +67,13 @@ class Collator:
         else:
             keep = torch.zeros_like(input_ids, dtype=torch.bool)
             for row, ids in enumerate(input_ids.tolist()):
-                start = answer_start(ids, self.header)
-                stop = ids.index(self.end, start) + 1 if self.end in ids[start:] else len(ids)
-                keep[row, start:stop] = attention_mask[row, start:stop].bool()
+                start = completion_start(ids, self.header)
+                if self.end in ids[start:]:  # `check_end_token` refuses a row without
+                    keep[row, start : ids.index(self.end, start) + 1] = True
         return input_ids.where(keep, torch.tensor(IGNORED))
 
 
-def answer_start(ids: list[int], header: list[int]) -> int:
+def completion_start(ids: list[int], header: list[int]) -> int:
     """The position after the last `<|im_start|>assistant\\n` (`header`, as tokens). Raises ValueError without one."""
     for start in range(len(ids) - len(header), -1, -1):
         if ids[start : start + len(header)] == header:
@@ -88,32 +82,41 @@ def answer_start(ids: list[int], header: list[int]) -> int:
 
 
 def check_end_token(labels: torch.Tensor, end: int) -> None:
-    """Raise ValueError unless every row of `labels` [N, T] ends with `<|im_end|>` inside the loss.
+    """Raise ValueError unless every row of `labels` [N, T] has an `<|im_end|>` (`end`)."""
+    without = (labels != end).all(dim=1).nonzero()
+    if len(without):
+        raise ValueError(f"row {int(without[0])} of the batch has no <|im_end|> in its labels: the model would never "
+                         "learn to stop.")
 
-    Without it the model never learns to stop: it repeats boxes until the token limit.
-    """
-    kept = [row[row != IGNORED] for row in labels]
-    for number, row in enumerate(kept):
-        if not (row == end).any():
-            raise ValueError(f"row {number} of the batch has no <|im_end|> in its labels: the model would never "
-                             "learn to stop.")
+
+def image_tokens(sizes: Iterable[tuple[int, int]], min_pixels: int, max_pixels: int) -> np.ndarray:
+    """Image tokens of pictures of these (width, height) in pixels: int64 [N]. No picture is opened."""
+    side = math.isqrt(IMAGE_TOKEN)
+    resized = [smart_resize(int(height), int(width), side, min_pixels, max_pixels) for width, height in sizes]
+    return np.array([height * width // IMAGE_TOKEN for height, width in resized], dtype=np.int64)
+
+
+def longest(rows: datasets.Dataset, count: int, min_pixels: int, max_pixels: int) -> datasets.Dataset:
+    """The `count` rows whose pictures make most image tokens, by their `width` and `height`."""
+    tokens = image_tokens(zip(rows["width"], rows["height"], strict=True), min_pixels, max_pixels)
+    return rows.select(np.argsort(-tokens, kind="stable")[:count])
 
 
 def check_limits(rows: Mapping[str, datasets.Dataset], collator: Collator, run: Run) -> None:
     """Refuse a run whose limits do not fit its data; by arithmetic, so no picture is opened.
 
-    `rows`: train, selection and val, prepared. Raises ParameterError where the true answer of a picture of train or
-    val does not fit into `max_new_tokens`; where a picture of train makes more than 2048 tokens (with `augment` each
+    `rows`: train, selection and val, prepared. Raises ParameterError where the true completion of a picture of train
+    or val does not fit into `max_new_tokens`; where a picture of train makes more than 2048 tokens (with `augment` each
     may become as large as `max_pixels`); where `eval_steps` would find no box on its pictures of selection.
     """
     ids = [f"{image_id!r} in {split}" for split in ("train", "val") for image_id in rows[split]["image_id"]]
     objects = [one for split in ("train", "val") for one in rows[split]["objects"]]
-    need = _answer_tokens(objects, collator)
+    need = _completion_tokens(objects, collator)
     if run.constrained:  # leaves each box the room that it takes at most
         unit = longest_unit(collator.processor.tokenizer, names_in(rows["train"]))
         need = np.maximum(need, [len(one["bbox"]) * unit + 1 for one in objects])
     if need.max() > run.max_new_tokens:
-        raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut answers: the true one of image_id="
+        raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut completions: the true one of image_id="
                              f"{ids[need.argmax()]} needs {need.max()}; set max_new_tokens={need.max()} or more.")
     if run.stages:
         _check_sequences(rows["train"], collator, run)
@@ -125,20 +128,20 @@ def check_limits(rows: Mapping[str, datasets.Dataset], collator: Collator, run: 
 
 def _check_sequences(train: datasets.Dataset, collator: Collator, run: Run) -> None:
     """Raise ParameterError for the longest sequence of `train`, where it has more than 2048 tokens."""
-    answers = _answer_tokens(train["objects"], collator)
+    completions = _completion_tokens(train["objects"], collator)
     chat = collator.texts([{"image": None, "objects": train["objects"][0]}])[0]
-    text = len(collator.processor.tokenizer(chat)["input_ids"]) - 1 - answers[0] + answers  # 1: the image token itself
+    text = len(collator.processor.tokenizer(chat)["input_ids"]) - 1 - completions[0] + completions  # 1: <|image_pad|>
     images = (np.full(len(train), run.max_pixels // IMAGE_TOKEN) if run.augment else
               image_tokens(zip(train["width"], train["height"], strict=True), run.min_pixels, run.max_pixels))
-    longest = int((text + images).argmax())
-    tokens, room = text[longest] + images[longest], IMAGE_TOKEN * (MAX_TOKENS - text[longest])
+    most = int((text + images).argmax())
+    tokens, room = text[most] + images[most], IMAGE_TOKEN * (MAX_TOKENS - text[most])
     if tokens > MAX_TOKENS:
-        raise ParameterError(f"image_id={train['image_id'][longest]!r} in train makes {tokens} tokens, {text[longest]} "
-                             f"of them text, and at most {MAX_TOKENS} are allowed; "
+        raise ParameterError(f"image_id={train['image_id'][most]!r} in train makes {tokens} tokens, {text[most]} of "
+                             f"them text, and at most {MAX_TOKENS} are allowed; "
                              + (f"set max_pixels={room} or less." if room > 0 else "take it out."))
 
 
-def _answer_tokens(objects: Sequence[Mapping], collator: Collator) -> np.ndarray:
-    """Tokens of each true answer, with the `<|im_end|>` that ends it: int64 [N]."""
-    texts = [target_text(one) + END_OF_TURN for one in objects]
+def _completion_tokens(rows: Sequence[Mapping], collator: Collator) -> np.ndarray:
+    """Tokens of each true completion of N rows' `objects`, with the `<|im_end|>` that ends it: int64 [N]."""
+    texts = [target_text(objects) + END_OF_TURN for objects in rows]
     return np.array([len(ids) for ids in collator.processor.tokenizer(texts)["input_ids"]], dtype=np.int64)

@@ -18,22 +18,21 @@ COMPARED = 64  # last tokens whose logits are compared: at 7B those of a whole b
 
 @torch.inference_mode()
 def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor] | None) -> tuple[torch.nn.Module, float | None]:
-    """Merge the adapter into the base it sits on, which must not be quantised.
+    """Merge the adapter into the base it sits on, which must not be quantized.
 
     `batch` is a collated batch. Returns the plain model and the relative difference of the logits, before against
     after: ||before - after|| / ||before||, over the last `COMPARED` tokens; None without a batch. Raises ValueError
-    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are held in, or one
-    that is quantized and was repacked.
+    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are stored in.
     """
     models.check_4bit(model)
     before = _last_logits(model, batch) if batch is not None else None
     expected = {name: _exact_rows(layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     merged = model.merge_and_unload(safe_merge=True)
     for name, (rows, exact, allowed) in expected.items():
-        held = merged.get_submodule(name.removeprefix("base_model.model.")).weight[rows].float()
-        if not ((held - exact).abs() <= allowed).all():
-            raise ValueError(f"{name}: merged weights differ by up to {(held - exact).abs().max():.1e} from base + "
-                             "adapter, and rounding does not explain it: the merge is wrong.")
+        off = (merged.get_submodule(name.removeprefix("base_model.model.")).weight[rows].float() - exact).abs()
+        if not (off <= allowed).all():
+            raise ValueError(f"{name}: merged weights differ by up to {off.max():.1e} from base + adapter, and "
+                             "rounding does not explain it: the merge is wrong.")
     if batch is None or before is None:
         return merged, None
     return merged, ((before - _last_logits(merged, batch)).norm() / before.norm()).item()
@@ -61,8 +60,7 @@ def _exact_rows(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def check_algebra(difference: float, dtype: torch.dtype) -> None:
     """Raise ValueError unless the relative difference of the logits is rounding: 1e-5 in fp32.
 
-    In bf16 any number passes: rounding grows through the layers, and .1 to .5 was seen in a 7B model of random
-    weights. There `merge_adapter`'s look at each layer is the proof.
+    In bf16 any number passes, as rounding grows through the layers: there `merge_adapter`'s check of each layer counts.
     """
     if math.isnan(difference) or (dtype == torch.float32 and difference > 1e-5):
         raise ValueError(f"merged logits differ by {difference:.2e} of their size from base + adapter in {dtype}, and "
@@ -80,7 +78,7 @@ def save_whole(model: torch.nn.Module, processor, folder: Path) -> None:
 
 
 def save_merged(merged: torch.nn.Module, processor, folder: Path, made_with: dict, base: dict[str, str]) -> None:
-    """`save_whole`, proven by loading it again, with its parity.json; `merged` should have no other name by then."""
+    """`save_whole`, proven by loading it again, with its parity.json."""
     save_whole(merged, processor, folder)
     weights = fingerprints(merged)
     del merged  # one copy in memory is enough

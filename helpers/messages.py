@@ -1,21 +1,21 @@
 """A row becomes chat messages and a target text; a model's text becomes boxes.
 
-The format and its parser stand together, so that what is asked for is what is read. It is Qwen2-VL's own
-grounding format: one unit a box, x first, whole thousandths of the picture's width and height, no spaces:
+The format and its parser stand together. It is Qwen2-VL's own grounding format: one unit a box, x first, whole
+thousandths of the picture's width and height, no spaces:
 
     <|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(278,495),(726,625)<|box_end|>
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from helpers.boxes import area, reading_order, xyxy_unit_to_xyxy_1000, yxyx_unit_to_xyxy_unit
 
-NO_TABLE = "no nutrition table"  # the whole answer for a picture without one
-END_OF_TURN = "<|im_end|>"  # ends the answer; the chat template adds it to a target
+NO_TABLE = "no nutrition table"  # the whole completion for a picture without one
+END_OF_TURN = "<|im_end|>"  # ends a completion; the chat template adds it to a target
 SPECIAL = ("<|im_start|>", END_OF_TURN, "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|object_ref_start|>",
            "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
@@ -28,13 +28,13 @@ _BOX = re.compile(_PAIR + r"\s*(?:,\s*)?" + _PAIR)  # white space in one place o
 
 @dataclass(frozen=True, eq=False)
 class Parsed:
-    """What was read from one answer."""
+    """What was read from one completion."""
 
     labels: list[str]  # N names, in the order of the text
     boxes_xyxy_unit: np.ndarray  # float64 [N, 4] in 0-1, each with an area
     spans: list[tuple[int, int]]  # N ranges of characters: where in the text each box's coordinates stand
     rejected: list[str]  # each piece of text that was not used, and why
-    empty_answer: bool  # the answer says that there is no table
+    empty_answer: bool  # the completion says that there is no table
 
 
 def check_tokenizer(tokenizer) -> None:
@@ -50,7 +50,7 @@ def check_tokenizer(tokenizer) -> None:
 
 
 def target_text(objects: Mapping) -> str:
-    """The answer that a model should give, boxes in reading order, without the end-of-turn token.
+    """The completion that a model should generate, boxes in reading order, without the end-of-turn token.
 
     `objects` has `bbox` (list of [y0, x0, y1, x1] in 0-1) and `category_name` (list of names, as many).
     No box gives `NO_TABLE`. Coordinates are rounded to the nearest thousandth; a side that would vanish is
@@ -62,26 +62,25 @@ def target_text(objects: Mapping) -> str:
         raise ValueError(f"{len(boxes)} boxes but {len(names)} category names; each box needs one")
     for name in names:
         if not _NAME.fullmatch(name) or name != name.strip() or name.lower() == NO_TABLE:
-            raise ValueError(f"category name {name!r} cannot stand in an answer; use letters, digits, spaces, hyphens")
+            raise ValueError(f"category name {name!r} cannot stand in a completion; use letters, digits, spaces and -")
     if (area(boxes) == 0).any():
         raise ValueError(f"box {boxes[area(boxes) == 0][0].tolist()} has no area; drop it before making messages")
     if not names:
         return NO_TABLE
-    whole = _whole_thousandths(boxes)
-    return "".join(_unit(names[i], whole[i]) for i in reading_order(boxes))
-
-
-def _whole_thousandths(boxes: np.ndarray) -> np.ndarray:
-    """Rounded thousandths [N, 4]; where rounding made two edges meet, they are rounded outwards instead."""
     whole = xyxy_unit_to_xyxy_1000(boxes)
-    outward = np.concatenate([np.floor(boxes[:, :2] * 1000), np.ceil(boxes[:, 2:] * 1000)], axis=1)
-    meet = np.tile(whole[:, :2] == whole[:, 2:], 2)
-    return np.where(meet, outward.clip(0, 1000), whole).astype(np.int64)
+    outward = np.concatenate([np.floor(boxes[:, :2] * 1000), np.ceil(boxes[:, 2:] * 1000)], axis=1).clip(0, 1000)
+    meet = np.tile(whole[:, :2] == whole[:, 2:], 2)  # edges that rounding made meet are rounded outwards instead
+    corners = np.where(meet, outward, whole).astype(np.int64).tolist()
+    return "".join("<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>".format(
+        names[i], *corners[i]) for i in reading_order(boxes))
 
 
-def _unit(name: str, box: np.ndarray) -> str:
-    x0, y0, x1, y1 = box.tolist()
-    return f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>({x0},{y0}),({x1},{y1})<|box_end|>"
+def longest_unit(tokenizer, names: Sequence[str]) -> int:
+    """Tokens that a box with one of these names takes at most. Raises ValueError where there is no name."""
+    if not names:
+        raise ValueError("constrained decoding needs names to choose from; give at least one.")
+    units = [target_text({"bbox": [[0, 0, 1, 1]], "category_name": [name]}) for name in names]
+    return max(len(tokenizer.encode(unit, add_special_tokens=False)) for unit in units) + 4  # 0 may be 999
 
 
 def special_token(prompt: str) -> str | None:
@@ -99,20 +98,17 @@ def to_messages(row: Mapping, prompt: str) -> dict:
     """
     if special_token(prompt):
         raise ValueError(f"the prompt {prompt!r} has the special token {special_token(prompt)} in it; leave it out")
-    question = [{"type": "image"}, {"type": "text", "text": prompt}]
-    answer = [{"type": "text", "text": target_text(row["objects"])}]
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-        "images": [row["image"]],
-    }
+    user = [{"type": "image"}, {"type": "text", "text": prompt}]
+    assistant = [{"type": "text", "text": target_text(row["objects"])}]
+    return {"prompt": [{"role": "user", "content": user}],
+            "completion": [{"role": "assistant", "content": assistant}], "images": [row["image"]]}
 
 
 def parse_text(text: str) -> Parsed:
-    """Reads the boxes out of a model's answer; never raises, and reports each piece that it did not use.
+    """Reads the boxes out of a completion; never raises, and reports each piece that it did not use.
 
-    Special tokens, `<box>` in its variants and stray `>` are optional, so answers decoded with or without
-    special tokens read alike. The name of a box is the text before it on its line, or the last name when there
+    Special tokens, `<box>` in its variants and stray `>` are optional, so that text decoded with or without
+    special tokens reads alike. The name of a box is the text before it on its line, or the last name when there
     is none. Boxes count as written or not at all: coordinates outside 0-1000, swapped corners and boxes without
     area are rejected, not repaired.
     """
@@ -129,13 +125,21 @@ def parse_text(text: str) -> Parsed:
             labels.append(label)
             boxes.append([int(number) / 1000 for number in match.groups()])
             spans.append(match.span())
-    empty_answer = _read_rest(plain[end:], bool(end), rejected)
+    rest = _lines(plain[end:])
+    empty_answer = not end and [line.lower() for line in rest] == [NO_TABLE]
+    if not end and not rest:
+        rejected.append(_piece("", "no answer"))
+    rejected.extend(_piece(line, _why_unread(line)) for line in rest if not empty_answer)
     return Parsed(labels, np.array(boxes, dtype=np.float64).reshape(-1, 4), spans, rejected, empty_answer)
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in (line.strip(" \t\r>,;:.") for line in text.split("\n")) if line]
 
 
 def _read_label(gap: str, rejected: list[str]) -> str:
     """The name in the text before a box: its last line. Earlier lines, and lines that are no name, are rejected."""
-    lines = [line for line in (line.strip(" \t\r>,;:.") for line in gap.split("\n")) if line]
+    lines = _lines(gap)
     label = lines.pop() if lines else ""
     rejected.extend(_piece(line, _why_unread(line)) for line in lines)
     if label.lower() == NO_TABLE:
@@ -145,17 +149,6 @@ def _read_label(gap: str, rejected: list[str]) -> str:
         rejected.append(_piece(label, _why_unread(label)))
         return ""
     return label
-
-
-def _read_rest(rest: str, after_box: bool, rejected: list[str]) -> bool:
-    """Reads what stands after the last box; True where the whole answer is `NO_TABLE`."""
-    lines = [line for line in (line.strip(" \t\r>,;:.") for line in rest.split("\n")) if line]
-    if not after_box and len(lines) == 1 and lines[0].lower() == NO_TABLE:
-        return True
-    if not after_box and not lines:
-        rejected.append(_piece("", "no answer"))
-    rejected.extend(_piece(line, _why_unread(line)) for line in lines)
-    return False
 
 
 def _why_unread(line: str) -> str:

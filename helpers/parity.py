@@ -1,6 +1,6 @@
 """What a model must be used with is stored beside it, in parity.json, and a use that differs is refused by name.
 
-A pixel budget, prompt, tokenizer or base that differs between training and use costs accuracy without a word.
+Another pixel budget, prompt, tokenizer or base costs accuracy without a word.
 """
 
 import hashlib
@@ -19,10 +19,8 @@ class ParityError(ValueError):
 
 
 def record(processor, prompt: str, max_new_tokens: int | None = None) -> dict[str, Any]:
-    """What answers depend on besides the weights: prompt, pixel budget, tokenizer with chat template, box format.
-
-    `max_new_tokens`, the longest answer, is part of it where it is given; folders without it were made for 128.
-    """
+    """What predictions depend on besides the weights: prompt, pixel budget, tokenizer with chat template, box format;
+    and the longest completion, where `max_new_tokens` is given."""
     size = dict(processor.image_processor.size)
     example = target_text({"bbox": [[0.1, 0.2, 0.3, 0.4]], "category_name": ["nutrition-table"]})
     longest = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
@@ -34,32 +32,30 @@ def tokenizer_hash(processor) -> str:
     """A hash over the vocabulary, the merges, the special tokens and the chat template."""
     written = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     kept = {name: part for name, part in written.items() if name not in ("padding", "truncation")}  # set by each call
-    return _short(json.dumps([kept, processor.chat_template], sort_keys=True).encode())
+    return _short(json.dumps([kept, processor.chat_template], sort_keys=True))
 
 
-def _short(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _short(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def weights_hash(folder: str | Path) -> str:
-    """A hash over the names and contents of a folder's safetensors files."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return _short("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode())
+def weights_hash(folder: str | Path, endings: tuple[str, ...] = ("safetensors",)) -> str:
+    """A hash over the names and contents of a folder's files with these endings."""
+    files = [path for ending in endings for path in sorted(Path(folder).glob(f"*.{ending}"))]
+    return _short("".join(f"{path.name} {file_hash(path)}\n" for path in files))
 
 
 def files_hash(folder: str | Path, revision: str | None = None) -> str:
-    """A hash over a model folder's files (name and content); for a Hub id, the id and its commit."""
+    """A hash over a model folder's files, weights and others; for a Hub id, the id and its commit."""
     if not Path(folder).is_dir():
         return f"{folder}@{hub_commit(str(folder), revision)}"
-    files = sorted(Path(folder).glob("*.json")) + sorted(Path(folder).glob("*.safetensors"))
-    return _short("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode())
+    return weights_hash(folder, ("json", "safetensors"))
 
 
 def base_of(model_id: str | Path, revision: str | None = None) -> dict[str, str]:
     """`{"name", "hash"}` of a base: of a folder its weights' hash, of a Hub id the commit in the cache."""
-    path = Path(model_id)
-    if path.is_dir():
-        return {"name": "/".join(path.resolve().parts[-2:]), "hash": weights_hash(path)}
+    if Path(model_id).is_dir():
+        return {"name": "/".join(Path(model_id).resolve().parts[-2:]), "hash": weights_hash(model_id)}
     return {"name": str(model_id), "hash": hub_commit(str(model_id), revision)}
 
 
@@ -77,12 +73,11 @@ def hub_commit(model_id: str, revision: str | None) -> str:
 
 def write(folder: str | Path, made_with: dict[str, Any], base: dict[str, str] | None = None) -> None:
     """Put `parity.json` beside the weights in `folder`: a `record`, the base, the hash of the weights themselves."""
-    content = made_with | ({"base": base} if base else {}) | {"weights": weights_hash(folder)}
-    write_json(Path(folder) / FILE, content)
+    write_json(Path(folder) / FILE, made_with | ({"base": base} if base else {}) | {"weights": weights_hash(folder)})
 
 
 def note_longest(folder: str | Path, max_new_tokens: int) -> None:
-    """Put a `max_new_tokens` that was raised after the training into `parity.json`, for whoever uses the model."""
+    """Put a `max_new_tokens` that was raised after the training into `parity.json`."""
     stored = read_json(Path(folder) / FILE)
     if stored and stored.get("max_new_tokens") != max_new_tokens:
         write_json(Path(folder) / FILE, stored | {"max_new_tokens": max_new_tokens})
@@ -92,15 +87,12 @@ def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None 
     """Raise ParityError where `folder` was made with something else than `here` (a `record`) or on another `base`.
 
     A folder without `parity.json` is refused where it is `required`, and is someone else's model otherwise.
-    `max_new_tokens` may be larger here, which cuts no answer, and is not checked where the folder does not name it.
+    `max_new_tokens` may be larger here, which cuts no completion, and is not checked where the folder has none.
     """
     path = Path(folder) / FILE
-    if required and not Path(folder).is_dir():
-        raise ParityError(f"{folder} is not there, and a finished step has made it; put it back, or give the run a "
-                          "run_name of its own to make it again.")
+    if required and not path.is_file():
+        raise ParityError(f"{folder} has no {FILE}, so nobody can tell what it must be used with; make it again.")
     if not path.is_file():
-        if required:
-            raise ParityError(f"{folder} has no {FILE}, so nobody can tell what it must be used with; make it again.")
         return
     stored = read_json(path)
     for name, value in here.items():
@@ -114,10 +106,7 @@ def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None 
 
 
 def check_base(folder: str | Path, base: dict[str, str]) -> None:
-    """Raise ParityError where the adapter or checkpoint in `folder` was trained on another base than `base`.
-
-    Without a parity.json (an adapter from elsewhere) nothing can be said, and nothing is.
-    """
+    """Raise ParityError where the adapter or checkpoint in `folder` names another base than `base`."""
     own = read_json(Path(folder) / FILE).get("base")
     if own and own["hash"] != base["hash"]:
         raise ParityError(f"{folder} was trained on {own['name']} ({own['hash']}), and this base is {base['name']} "

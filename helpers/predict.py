@@ -1,123 +1,119 @@
 """Batched greedy generation: one JSON line a picture, with a confidence for every box. Goes on where it was killed."""
 
-import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from helpers.collate import image_tokens
 from helpers.data.pictures import as_rgb
-from helpers.grammar import Grammar, GrammarConstraint
-from helpers.messages import parse_text, to_messages
-from helpers.runs import progress_bar
+from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to_messages
+from helpers.runs import progress_bar, write_text
 
-AT_ONCE = 4  # pictures that the vision tower looks at together
+AT_ONCE = 4  # pictures that the vision tower encodes together: more gain nothing, and leave a CPU's cache
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str,
             names: Sequence[str] | None = None, **generation) -> list[dict]:
-    """Ask `model` about every row and write one JSON line a picture to `path`, in the order of `rows`.
+    """Run inference on every row and write one JSON line a picture to `path`, in the order of `rows`.
 
     Args:
         rows: a `datasets.Dataset` of the project's schema, N pictures.
-        key: a hash over all that the answers depend on. Lines of a killed call with the same key are kept.
-        names: lets only answers in the project's format through, with these names (`Grammar`); None: any text.
+        key: a hash over all that the predictions depend on. Lines of a killed call with the same key are kept.
+        names: constrained decoding with these names (`allowed_tokens`); None: any text.
         generation: arguments of `model.generate`, such as `max_new_tokens` and `do_sample`.
 
-    Under a launcher each process takes every world-size-th picture, and rank 0 writes the file; all return all lines:
-    `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences" (0-1), "rejected", "stopped",
-    "new_tokens"}`. A batch that does not fit into memory is halved. On a GPU other processes open the coming pictures.
+    Under a launcher each process takes every world-size-th picture and writes lines of its own, which rank 0 puts
+    together. All return all lines: `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences"
+    (0-1), "rejected", "stopped", "new_tokens"}`.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = path.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    tokens = [_tokens(size, processor) for size in _sizes(rows)]
-    longest_first = sorted(range(len(rows)), key=lambda i: -tokens[i])
-    mine = longest_first[rank::world]
-    done = _read_parts(parts, key)
-    ids = list(rows["image_id"])
+    size = processor.image_processor.size
+    tokens = image_tokens(zip(rows["width"], rows["height"], strict=True), size["shortest_edge"], size["longest_edge"])
+    mine = sorted(range(len(rows)), key=lambda i: -tokens[i])[rank::world]  # the longest first
+    ids, done = list(rows["image_id"]), _read_parts(parts, key)
     todo = [i for i in mine if ids[i] not in done]
     model.eval()
     bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
-    own = parts / f"{key}.{rank}.jsonl"
-    own.write_text("".join(_as_text(line) for line in _whole_lines(own)))  # drops a line that a kill has cut
-    pieces = DataLoader(Subset(rows, todo), AT_ONCE, collate_fn=partial(prepare, processor=processor, prompt=prompt),
-                        num_workers=0 if model.device.type == "cpu" else 4)
-    with own.open("a") as file:
-        try:
-            for lines in _answers(model, processor, pieces, generation, names, batch_size):
-                file.write("".join(_as_text(line) for line in lines))
-                file.flush()
-                bar.update(len(lines))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for "
-                               "want of memory or of room in /dev/shm. The same command goes on after the "
-                               f"{len(list(_whole_lines(own)))} pictures that are answered.") from error
+    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+        file.write("\n")  # ends a line that a kill has cut
+        for lines in _batches(model, processor, rows, todo, prompt, generation, names, batch_size):
+            file.write(_as_text(lines))
+            file.flush()
+            bar.update(len(lines))
     bar.close()
     _wait_for_all(world)
     if rank == 0:
-        _join(parts, key, ids, path)
+        done = _read_parts(parts, key)
+        write_text(path, _as_text(done[image_id] for image_id in ids))
+        shutil.rmtree(parts)
     _wait_for_all(world)
     lines = read_jsonl(path)
     unstopped = sum(not line["stopped"] for line in lines)
     if unstopped:
-        print(f"{path.stem}: {unstopped} of {len(lines)} answers never stopped: they are cut at "
+        print(f"{path.stem}: {unstopped} of {len(lines)} completions never stopped: they are cut at "
               f"max_new_tokens={generation['max_new_tokens']}.")
     return lines
 
 
-def _answers(model, processor, pieces: Iterable[dict], generation: dict, names: Sequence[str] | None,
-             batch_size: int) -> Iterator[list[dict]]:
-    """The lines of each batch. Each of the `pieces` (`prepare`) is looked at as it comes, and its pictures wait until
-    `batch_size` are together. Where memory runs out, whoever looked or answered goes on with half as many."""
-    coming, waiting = iter(pieces), []
-    piece = next(coming, None)
-    while piece or waiting:
-        unseen, done = piece if len(waiting) < batch_size else None, None
-        together = min(batch_size, len(waiting) + (len(unseen["image_id"]) if unseen else 0))
+def _batches(model, processor, rows, todo: Sequence[int], prompt: str, generation: dict,
+             names: Sequence[str] | None, batch_size: int) -> Iterator[list[dict]]:
+    """The lines of each batch of the rows `todo`. Where memory runs out, it goes on with batches of half the size.
+
+    On a GPU other processes open the coming pictures.
+    """
+    done, batch_size = 0, min(batch_size, len(todo))
+    workers = 0 if model.device.type == "cpu" else 4
+    while done < len(todo):
+        encoded: list[dict] = []
         try:
-            if unseen:
-                done = see(model, unseen, min(AT_ONCE, batch_size))
-            else:
-                done = answer(model, processor, waiting[:batch_size], generation, names)
-        except Exception as error:
-            if together == 1 or not should_reduce_batch_size(error):
+            for batch in DataLoader(Subset(rows, todo[done:]), min(AT_ONCE, batch_size), num_workers=workers,
+                                    collate_fn=partial(model_inputs, processor=processor, prompt=prompt)):
+                encoded += encode_pictures(model, batch)
+                while len(encoded) >= batch_size or (encoded and done + len(encoded) == len(todo)):
+                    lines = complete(model, processor, encoded[:batch_size], generation, names)
+                    encoded, done = encoded[batch_size:], done + len(lines)
+                    yield lines
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for "
+                                   "want of memory or of room in /dev/shm. The same command goes on where this one "
+                                   "stopped.") from error
+            if batch_size == 1 or not should_reduce_batch_size(error):
                 raise
-        if done is None:  # here the error, which holds on to the batch's tensors, is gone
-            clear_device_cache(garbage_collection=True)
-            batch_size = together // 2
-            print(f"out of memory: going on with batches of {batch_size}")
-        elif unseen:
-            waiting += done
-            piece = next(coming, None)
-        else:
-            waiting = waiting[batch_size:]
-            yield done
+        batch_size //= 2
+        print(f"out of memory: going on with batches of {batch_size}")
+        encoded.clear()
+        clear_device_cache(garbage_collection=True)  # here the error, which holds on to the batch's tensors, is gone
 
 
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
                    names: Sequence[str] | None = None) -> list[dict]:
     """One batch: the lines of `predict`, in the order of `rows`."""
-    return answer(model, processor, see(model, prepare(rows, processor, prompt)), generation, names)
+    encoded = encode_pictures(model, model_inputs(rows, processor, prompt))
+    return complete(model, processor, encoded, generation, names)
 
 
-def prepare(rows: Sequence[dict], processor, prompt: str) -> dict:
+def model_inputs(rows: Sequence[dict], processor, prompt: str) -> dict:
     """N rows as the processor's batch, padded to T tokens, on the CPU: `input_ids`, `attention_mask`,
     `mm_token_type_ids` [N, T], `pixel_values` [patches, 1176], `image_grid_thw` [N, 3]; and `image_id`, a list."""
     chats = [to_messages(row, prompt)["prompt"] for row in rows]
@@ -128,60 +124,108 @@ def prepare(rows: Sequence[dict], processor, prompt: str) -> dict:
 
 
 @torch.inference_mode()
-def see(model, batch: dict, at_once: int = AT_ONCE) -> list[dict]:
-    """What `answer` needs of each of N pictures: from `batch` (`prepare`) its own part, without padding, and in the
-    place of pixels `view` [image tokens, hidden], on the model's device."""
-    views = look(model, batch["pixel_values"], batch["image_grid_thw"], at_once).pooler_output
+def encode_pictures(model, batch: dict) -> list[dict]:
+    """What `complete` needs of each of N pictures: its own part of `batch` (`model_inputs`), without padding, and in
+    place of pixels the `features` [image tokens, hidden] that the vision tower makes of them."""
+    few = batch["image_grid_thw"].split(AT_ONCE)
+    pixels = batch["pixel_values"].split([int(grids.prod(-1).sum()) for grids in few])
+    features = [own for patches, grids in zip(pixels, few, strict=True) for own in
+                model.get_image_features(patches.to(model.device), grids.to(model.device)).pooler_output]
     real = batch["attention_mask"].bool()
-    return [{"image_id": batch["image_id"][i], "image_grid_thw": batch["image_grid_thw"][i], "view": view,
+    return [{"image_id": batch["image_id"][i], "image_grid_thw": batch["image_grid_thw"][i], "features": own,
              "input_ids": batch["input_ids"][i][real[i]], "mm_token_type_ids": batch["mm_token_type_ids"][i][real[i]]}
-            for i, view in enumerate(views)]
+            for i, own in enumerate(features)]
 
 
 @torch.inference_mode()
-def answer(model, processor, seen: Sequence[dict], generation: dict, names: Sequence[str] | None) -> list[dict]:
-    """The lines of pictures that were looked at (`see`), one batch, padded on the left.
+def complete(model, processor, encoded: Sequence[dict], generation: dict, names: Sequence[str] | None) -> list[dict]:
+    """The lines of encoded pictures (`encode_pictures`), one batch, padded on the left.
 
     Confidences are the model's own, before a constraint.
     """
     def padded(parts: Iterable[torch.Tensor], value: int = 0) -> torch.Tensor:
         return pad_sequence(list(parts), batch_first=True, padding_value=value, padding_side="left").to(model.device)
 
+    features = tuple(one["features"] for one in encoded)
     batch = {
-        "input_ids": padded((one["input_ids"] for one in seen), processor.tokenizer.pad_token_id),
-        "attention_mask": padded(torch.ones_like(one["input_ids"]) for one in seen),
-        "mm_token_type_ids": padded(one["mm_token_type_ids"] for one in seen),
-        "image_grid_thw": torch.stack([one["image_grid_thw"] for one in seen]).to(model.device),
-        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(one["view"] for one in seen))},
+        "input_ids": padded((one["input_ids"] for one in encoded), processor.tokenizer.pad_token_id),
+        "attention_mask": padded(torch.ones_like(one["input_ids"]) for one in encoded),
+        "mm_token_type_ids": padded(one["mm_token_type_ids"] for one in encoded),
+        "image_grid_thw": torch.stack([one["image_grid_thw"] for one in encoded]).to(model.device),
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)},
     }
     length = batch["input_ids"].shape[1]
     if names is not None:
-        grammar = Grammar(processor.tokenizer, names, max_new_tokens=generation["max_new_tokens"])
-        generation = generation | {"logits_processor": [GrammarConstraint(grammar, length)]}
+        allowed = allowed_tokens(processor.tokenizer, names, generation["max_new_tokens"], length)
+        generation = generation | {"prefix_allowed_tokens_fn": allowed}
     with sdpa_kernel(KERNELS):
         out = model.generate(**batch, **generation, return_dict_in_generate=True, output_logits=True)
     scores = model.compute_transition_scores(out.sequences, out.logits, normalize_logits=True)  # [N, new tokens]
-    answers = out.sequences[:, length:]
+    completions = out.sequences[:, length:]
     return [line(one["image_id"], tokens, logs, processor.tokenizer)
-            for one, tokens, logs in zip(seen, answers.tolist(), scores.tolist(), strict=True)]
+            for one, tokens, logs in zip(encoded, completions.tolist(), scores.tolist(), strict=True)]
 
 
-def look(model, pixel_values: torch.Tensor, grids: torch.Tensor, at_once: int = AT_ONCE) -> BaseModelOutputWithPooling:
-    """The vision tower's view of a batch, as `model.generate` takes it: `pooler_output` is N tensors [tokens, hidden].
+def allowed_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str], max_new_tokens: int,
+                   prompt_length: int) -> Callable[[int, torch.Tensor], list[int]]:
+    """Constrained decoding, as `generate`'s `prefix_allowed_tokens_fn`: the form is fixed, names and digits are free.
 
-    `pixel_values` [patches, 1176] and `grids` [N, 3] are the processor's. The tower works on `at_once` pictures at a
-    time: it gains nothing from more, and on a CPU its activations then stay in the cache.
+        completion = "no nutrition table" <|im_end|>  |  unit, as often as surely fits, <|im_end|>
+        unit       = <|object_ref_start|>NAME<|object_ref_end|><|box_start|>(x0,y0),(x1,y1)<|box_end|>
+
+    NAME is one of `names`; coordinates are whole numbers from 0 to 1000 without leading zeros, x0 < x1, y0 < y1. The
+    completion begins behind `prompt_length` tokens. Raises ValueError where no box fits into `max_new_tokens`.
     """
-    few = grids.split(at_once)
-    pieces = pixel_values.split([int(grid.prod(-1).sum()) for grid in few])
-    views = [model.get_image_features(pixels.to(model.device), grid.to(model.device)).pooler_output
-             for pixels, grid in zip(pieces, few, strict=True)]
-    return BaseModelOutputWithPooling(pooler_output=tuple(tokens for view in views for tokens in view))
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    longest = longest_unit(tokenizer, names)
+    most = (max_new_tokens - 1) // longest
+    if most < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a box: it takes up to {longest} "
+                         "tokens, and one more to stop.")
+    digits = {ids(digit)[0]: digit for digit in "0123456789"}
+    heads = [ids(f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>(") for name in names]
+    stop, denial = ids(END_OF_TURN), ids(NO_TABLE + END_OF_TURN)
+    closings = [ids(text) for text in (",", "),(", ",", ")<|box_end|>")]  # what follows each of the four numbers
+
+    def allowed(row: int, sequence: torch.Tensor) -> list[int]:
+        written = sequence[prompt_length:].tolist()
+        if stop[0] in written:
+            return stop
+        ends = [place for place, token in enumerate(written, 1) if token == closings[3][-1]]
+        unit = written[ends[-1]:] if ends else written
+        choices = (heads if len(ends) < most else []) + [stop if ends else denial]
+        (choice, *_) = fitting = [one for one in choices if one[: len(unit)] == unit[: len(one)]]
+        if len(choice) > len(unit):
+            return sorted({one[len(unit)] for one in fitting})
+        rest, numbers = unit[len(choice):], []
+        for place, closing in enumerate(closings):
+            number = "".join(digits[token] for token in takewhile(digits.__contains__, rest))
+            rest = rest[len(number):]
+            low, high = (0, 999) if place < 2 else (numbers[place - 2] + 1, 1000)
+            if not rest:
+                more = [token for token, digit in digits.items() if _leads_to(number + digit, low, high)]
+                return more + (closing[:1] if number and low <= int(number) <= high else [])
+            if len(rest) < len(closing):
+                return [closing[len(rest)]]
+            rest = rest[len(closing):]
+            numbers.append(int(number))
+        raise AssertionError("a unit ends with <|box_end|>")
+
+    return allowed
+
+
+def _leads_to(written: str, low: int, high: int) -> bool:
+    """Whether a number from `low` to `high` begins with these digits; nothing follows a leading zero."""
+    if written[0] == "0":
+        return written == "0" and low == 0
+    return any(int(written) * tail <= high and (int(written) + 1) * tail > low for tail in (1, 10, 100, 1000))
 
 
 def line(image_id: str, tokens: list[int], log_probabilities: list[float], tokenizer) -> dict:
-    """One answer (token ids and their log-probabilities, padding behind) as a line of `predictions.jsonl`."""
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    """One completion (token ids and their log-probabilities, padding behind) as a line of `predictions.jsonl`."""
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     stopped = end in tokens
     tokens = tokens[: tokens.index(end)] if stopped else tokens
     pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
@@ -204,50 +248,22 @@ def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: lis
     return math.exp(sum(digits) / len(digits))
 
 
-def _sizes(rows) -> list[tuple[int, int]]:
-    """(width, height) of every picture, from its file's head: nothing is decoded."""
-    sizes = []
-    for picture in rows.select_columns("image").cast_column("image", datasets.Image(decode=False)):
-        stored = picture["image"]
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            sizes.append(image.size)
-    return sizes
-
-
-def _tokens(size: tuple[int, int], processor) -> int:
-    """Image tokens of a picture of `size` (width, height) under the processor's pixel budget."""
-    patches = processor.image_processor.get_number_of_image_patches(size[1], size[0])
-    return patches // processor.image_processor.merge_size**2
-
-
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(text) for text in path.read_text().split("\n") if text]
 
 
-def _as_text(line: dict) -> str:
-    return json.dumps(line) + "\n"
-
-
-def _whole_lines(path: Path) -> Iterator[dict]:
-    for text in path.read_text().split("\n") if path.is_file() else []:
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:  # the empty end, or a line cut by a kill
-            return
+def _as_text(lines: Iterable[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _read_parts(parts: Path, key: str) -> dict[str, dict]:
-    return {row["image_id"]: row for path in sorted(parts.glob(f"{key}.*.jsonl")) for row in _whole_lines(path)}
-
-
-def _join(parts: Path, key: str, image_ids: list[str], path: Path) -> None:
-    lines = _read_parts(parts, key)
-    part = path.with_suffix(".part")
-    part.write_text("".join(_as_text(lines[image_id]) for image_id in image_ids))
-    part.replace(path)
-    for old in parts.iterdir():
-        old.unlink()
-    parts.rmdir()
+    """`{image_id: line}` of all whole lines with this key."""
+    found = {}
+    for text in (text for path in parts.glob(f"{key}.*.jsonl") for text in path.read_text().split("\n")):
+        with suppress(json.JSONDecodeError):  # empty, or cut by a kill
+            whole = json.loads(text)
+            found[whole["image_id"]] = whole
+    return found
 
 
 def _wait_for_all(world: int) -> None:

@@ -187,10 +187,9 @@ report = json.loads(Path("performance_7b.json").read_text())
 measured = pd.DataFrame([row for row in report["train"] if "failed" not in row]).set_index("name")
 stock = measured[measured["kind"] == "stock"].set_index("recipe")["pictures_per_s"]
 measured["× stock"] = measured["pictures_per_s"] / measured["recipe"].map(stock)
-measured["MFU, %"] = 100 * measured["mfu"]
 print(f"{report['device']}, {report['model']}, torch {report['torch']}, commit {report['commit']}")
 columns = {"recipe": "recipe", "micro_batch": "batch", "pictures_per_s": "pictures/s", "× stock": "× stock",
-           "peak_gib": "peak GiB", "MFU, %": "MFU, %"}
+           "peak_gib": "peak GiB"}
 measured.sort_values(["recipe", "pictures_per_s"])[list(columns)].rename(columns=columns).rename_axis(None).round(2)
 
 # %%

@@ -44,12 +44,14 @@ import openai
 import pandas as pd
 from peft import LoraConfig, get_peft_model
 
-from helpers import data, finished, many, merge, messages, parity, plots, predict
+from helpers import data, merge, messages, parity, plots, predict
 from helpers import model as models
 from helpers.settings import ParameterError
 from helpers.recipes import RECIPES
 from helpers.topics.serving import reply, served
 from helpers.topics.training import PROMPT, TINY_BASE, load, nf4, rows_and_processor, trainer_for
+from helpers.use.load import MAX_NEW_TOKENS, as_row, check, load_model, open_upright, to_pixels
+from helpers.use.photos import predict_photos
 
 # %% [markdown]
 # ## 1 · What must travel with the weights
@@ -68,7 +70,7 @@ if model is None:
     merge.save_whole(tuned.merge_and_unload(), processor, model)
     parity.write(model, parity.record(processor, PROMPT), parity.base_of(TINY_BASE))
 folder = Path(model).resolve()
-made_with = finished.check(folder)
+made_with = check(folder)
 pd.Series(made_with, name=f"{folder.name}/parity.json").astype(str).to_frame()
 
 # %% [markdown]
@@ -82,20 +84,20 @@ config = json.loads((folder / "processor_config.json").read_text())
 config["image_processor"]["size"]["longest_edge"] *= 4
 (scratch / "other-budget" / "processor_config.json").write_text(json.dumps(config))
 try:
-    finished.check(scratch / "other-budget")
+    check(scratch / "other-budget")
 except ParameterError as error:
     print(str(error).replace(f"{scratch}/", ""))
 
 # %% [markdown]
 # ## 2 · A server and a client
 #
-# `make serve MODEL=FOLDER` starts a server that speaks OpenAI's protocol. It is the chat handler of `transformers
-# serve` with a check in front; section 4 says why. Both are started here, on free ports.
+# `make serve MODEL=FOLDER` starts a server that speaks OpenAI's protocol. `transformers serve` does so too; section 4
+# shows where they differ. Both are started here, on free ports.
 
 # %%
 servers = ExitStack()
 atexit.register(servers.close)
-ours = servers.enter_context(served(sys.executable, "-m", "helpers.serve", str(folder)))
+ours = servers.enter_context(served(sys.executable, "-m", "helpers.use.serve", str(folder)))
 cli = str(Path(sys.executable).with_name("transformers"))
 stock = servers.enter_context(served(cli, "serve", folder.name, folder=folder.parent))
 
@@ -112,8 +114,8 @@ def boxes_of(address, photo):
     answer = client.chat.completions.create(model=folder.name, messages=[{"role": "user", "content": content}],
                                             temperature=0, max_tokens=128)
     text = answer.choices[0].message.content
-    found, size = messages.parse_text(text), finished.open_upright(photo).size
-    boxes = [finished.to_pixels(box, size) for box in found.boxes_xyxy_unit.tolist()]
+    found, size = messages.parse_text(text), open_upright(photo).size
+    boxes = [to_pixels(box, size) for box in found.boxes_xyxy_unit.tolist()]
     return text, list(zip(found.labels, boxes, strict=True))
 
 
@@ -133,9 +135,9 @@ boxes_of(ours, photo)
 # alone in its batch. Nothing may differ: not the resizing, not the chat template, not the parser.
 
 # %%
-vlm, processor, prompt = finished.load(folder)
-greedy = {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False}
-local = [predict.generate_lines(vlm, processor, [finished.as_row(image_id, finished.open_upright(content))], prompt,
+vlm, processor, prompt = load_model(folder)
+greedy = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+local = [predict.generate_lines(vlm, processor, [as_row(image_id, open_upright(content))], prompt,
                                 greedy)[0] for image_id, content in photos.items()]
 same = sum(boxes_of(ours, photos[line["image_id"]])[0] == line["text"] for line in local)
 assert same == len(photos)
@@ -223,29 +225,31 @@ plots.gallery(val.select(range(4)), data.truth_rows(val), local)
 # %% [markdown]
 # ## 7 · Many photos
 #
-# `make predict INPUT=photos OUTPUT=boxes` takes a folder or a data set. The work is cut into parts of 64 pictures, and
-# each part is one file that is whole or not there. So a killed command goes on where it was, and a part that is done
-# twice changes nothing. Here 70 files, two of them not pictures, are shared by two runs, and the first runs twice.
+# `make predict INPUT=photos OUTPUT=boxes` takes a folder or a data set. Each picture's line is appended to a file as it
+# comes, with the size and time of the picture's file. A killed command that is started again keeps the lines that are
+# whole, and predicts what is missing or was replaced. Here 70 files, two of them not pictures, are predicted twice; in
+# between, one file is replaced.
 
 # %%
 (scratch / "photos").mkdir()
 for number, content in zip(range(70), itertools.cycle(photos.values()), strict=False):
     (scratch / "photos" / f"{number:02}.jpg").write_bytes(b"hello" if number in (5, 66) else content)
-for shard in (0, 0, 1):
-    counts = many.predict_many(str(scratch / "photos"), scratch / "boxes", folder, coco=True, crops=True,
-                               shard=(shard, 2))
-print(counts, *sorted(path.name for path in (scratch / "boxes").iterdir()))
+for _ in range(2):
+    start = time.perf_counter()
+    counts = predict_photos(str(scratch / "photos"), scratch / "boxes", folder, coco=True, crops=True)
+    print(f"{time.perf_counter() - start:.1f} s:", counts)
+    (scratch / "photos" / "66.jpg").write_bytes(photo)
+print(*sorted(path.name for path in (scratch / "boxes").glob("[!.]*")))
 lines = predict.read_jsonl(scratch / "boxes" / "predictions.jsonl")
 pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 
 # %% [markdown]
 # `coco_results.json` and `coco_images.json` are what COCO's `loadRes` reads; `crops/` holds the boxes cut out of the
-# pictures in their own resolution. On many GPUs each process takes its share; on a cluster each job of an array does:
+# pictures in their own resolution. On several GPUs each process takes its share; on a cluster each job takes a folder:
 #
 # ```sh
 # make predict INPUT=photos OUTPUT=boxes ARGS='--coco --crops'          # one process
-# accelerate launch --multi_gpu -m helpers.many photos boxes            # a process a GPU
-# sbatch --array=1-16 --wrap 'python -m helpers.many photos boxes --shard $SLURM_ARRAY_TASK_ID/16'
+# accelerate launch --multi_gpu -m helpers.use.photos photos boxes      # a process a GPU
 # ```
 #
 # For a million photos at 7B, vLLM's offline batch works on hundreds at once. This too **was not run here**. It writes
@@ -255,11 +259,12 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 # import json, os
 # from pathlib import Path
 # from vllm import LLM, SamplingParams
-# from helpers import finished, predict
+# from helpers import predict
+# from helpers.use.load import check
 #
 # shard, shards = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
 # folder = "runs/…-merged"
-# made_with = finished.check(folder)
+# made_with = check(folder)
 # prompt = {"type": "text", "text": made_with["prompt"]}
 # budget = {key: made_with[key] for key in ("min_pixels", "max_pixels")}
 # llm = LLM(folder, dtype="bfloat16", max_model_len=2048, mm_processor_kwargs=budget,
@@ -307,4 +312,4 @@ shutil.rmtree(scratch, ignore_errors=True)
 # * Prompt, pixel budget and tokenizer are part of a model. They stand in `parity.json`, and every use reads them first.
 # * Test a server with the model's own completions, text against text, and with requests that are wrong.
 # * Boxes come back in thousandths of the picture *as shown*: apply EXIF before you draw or cut.
-# * Long jobs are killed. Parts that are whole or absent make a second start, or a second machine, harmless.
+# * Long jobs are killed. Lines that name their picture and are whole or absent make a second start harmless.

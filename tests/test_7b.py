@@ -4,7 +4,6 @@ import json
 import math
 import re
 import sys
-import time
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 from helpers import model
 from helpers.dev import check_7b, random_7b
 from helpers.recipes import RECIPES, SCALES
+from helpers.runs import write_json
 
 HIDDEN, INTERMEDIATE, KEYS, VISION, RANK = 3584, 18944, 4 * 128, 1280, 64
 
@@ -35,7 +35,7 @@ def on_meta():
 
 
 def pipelines_nf4() -> BitsAndBytesConfig:
-    """The quantisation that pipeline.py itself writes down."""
+    """The quantization that stands in pipeline.py."""
     source = SOURCE.read_text()
     start = source.index("nf4 = BitsAndBytesConfig(")
     names = {"BitsAndBytesConfig": BitsAndBytesConfig, "torch": torch, "model": model}
@@ -45,7 +45,7 @@ def pipelines_nf4() -> BitsAndBytesConfig:
 
 def test_the_published_configuration_is_read_whole(tmp_path):
     """The flat, older config.json of the Hub: no value falls back to a default of transformers."""
-    random_7b.write_json(tmp_path / "config.json", random_7b.PUBLISHED)
+    write_json(tmp_path / "config.json", random_7b.PUBLISHED)
     config = AutoConfig.from_pretrained(tmp_path)
     text, vision = config.text_config, config.vision_config
     assert (text.hidden_size, text.num_hidden_layers, text.intermediate_size) == (HIDDEN, 28, INTERMEDIATE)
@@ -104,11 +104,15 @@ PUBLISHED_WEIGHTS = {
 }
 
 
-def test_every_weight_has_its_place_in_the_published_files():
-    """Names and shapes of the model built here, by the older names, against the literals; so do their sums."""
+def test_every_weight_has_its_place_in_the_published_files(folder):
+    """Names of the files written here, and shapes of the 7B model, against the literals; so do their sums."""
+    def layers_folded(name):
+        return re.sub(r"\.\d+\.(?!weight|bias)", ".N.", name)
+
+    assert {layers_folded(name) for name in weights_on_disk(folder)} == set(PUBLISHED_WEIGHTS)
     built = {}
     for name, weight in on_meta().state_dict().items():
-        folded = re.sub(r"\.\d+\.(?!weight|bias)", ".N.", random_7b.hub_name(name))
+        folded = layers_folded(name.replace("model.visual.", "visual.").replace("model.language_model.", "model."))
         count, shapes = built.get(folded, (0, set()))
         built[folded] = (count + 1, shapes | {tuple(weight.shape)})
     assert built == {name: (count, {shape}) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
@@ -161,21 +165,12 @@ def weights_on_disk(folder) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_older_key_names_load_to_the_same_weights(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(random_7b, "SHARD", 10**7)
-    made = random_7b.write_model(tmp_path / "sharded", random_7b.SHRUNKEN)
-    assert made["shards"] > 2
-    on_disk = weights_on_disk(tmp_path / "sharded")
-    tops = {".".join(name.split(".")[:2]) for name in on_disk}
-    assert tops == {"visual.patch_embed", "visual.blocks", "visual.merger", "model.embed_tokens", "model.layers",
-                    "model.norm", "lm_head.weight"}
-    loaded, report = Qwen2VLForConditionalGeneration.from_pretrained(
-        tmp_path / "sharded", dtype=torch.bfloat16, device_map={"": "cpu"}, output_loading_info=True)
-    assert not any(report.values()), report
-    state = loaded.state_dict()
-    assert len(state) == len(on_disk)
-    for name, weight in state.items():
-        assert torch.equal(weight, on_disk[random_7b.hub_name(name)]), name
+def test_a_folder_of_several_files_loads_whole(tmp_path):
+    assert random_7b.write_model(tmp_path, random_7b.SHRUNKEN, shard="10MB") == sum(
+        weight.numel() for weight in weights_on_disk(tmp_path).values())
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = model.load(tmp_path, dtype=torch.bfloat16, device_map={"": "cpu"})  # names what is missing or unexpected
+    assert torch.equal(loaded.lm_head.weight, weights_on_disk(tmp_path)["lm_head.weight"])
 
 
 def test_nf4_of_a_hub_folder_keeps_the_vision_tower_exact(folder):
@@ -183,9 +178,8 @@ def test_nf4_of_a_hub_folder_keeps_the_vision_tower_exact(folder):
         folder, dtype=torch.bfloat16, device_map={"": "cpu"}, quantization_config=pipelines_nf4())
     model.check_precision(vlm, "nf4")
     on_disk = weights_on_disk(folder)
-    for name, weight in vlm.state_dict().items():
-        if name.startswith("model.visual."):
-            assert torch.equal(weight, on_disk[random_7b.hub_name(name)]), name
+    for name, weight in vlm.model.visual.state_dict().items():
+        assert torch.equal(weight, on_disk[f"visual.{name}"]), name
     weight = vlm.model.language_model.layers[0].mlp.up_proj.weight
     from bitsandbytes.functional import dequantize_4bit
 
@@ -201,66 +195,71 @@ def test_the_hubs_processor_files_give_the_pixel_budget_and_the_token_ids(folder
     assert (size["shortest_edge"], size["longest_edge"]) == (256 * 784, 1280 * 784)
     ids = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|image_pad|>", "<|vision_start|>"])
     assert ids == [151645, 151655, 151652]
-    for width, height in check_7b.SIZES:
+    for width, height in random_7b.SIZES:
         patches = processor.image_processor.get_number_of_image_patches(height, width)
         assert 1270 <= patches // 4 <= 1280
 
 
-def check(monkeypatch, folder, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["check_7b", "--tiny", "--folder", str(folder), "--steps", "2", "--accumulation",
-                                      "1", "--val", "2", "--new-tokens", "64", *words])
-    return check_7b.main()
+def check(folder, *words: str) -> tuple[int, list[dict]]:
+    """The command's exit status and the rows of its report."""
+    status = check_7b.main(["--tiny", "--folder", str(folder), "--steps", "2", "--accumulation", "1", *words])
+    return status, json.loads((folder / "report" / "report.json").read_text())["rows"]
 
 
-def rows_of(folder) -> list[dict]:
-    return json.loads((folder / "report" / "report.json").read_text())["rows"]
-
-
-def test_the_check_made_small(monkeypatch, tmp_path, capsys):
-    """The command itself: train, be killed, go on, predict, merge in two ways, reload; then a call that has no time."""
-    assert check(monkeypatch, tmp_path, "--recipes", "r1-llm-only") == 0, capsys.readouterr().out
-    row, = rows_of(tmp_path)
-    assert row["codes"] == [-9, 0] and row["resumed_at"] == [1] and row["step_seconds"]["n"] == 2 and row["wrong"] == []
-    assert row["nf4_layers"] == [0, 14] and row["trainable"][0]["vision"] == 0 < row["trainable"][0]["language"]
-    assert len(row["merge_algebra"]) == 2 and max(row["merge_algebra"]) < 1e-5
-    apart, = row["against_as_trained"]
-    assert 0 < apart["dequantised"] < apart["full"] < 0.5
-    assert set(check_7b.TIMED) <= set(row["seconds"])
-    assert not list((tmp_path / "runs").glob("*r1-llm-only*/"))
-
-    model_file = next((tmp_path / "model").glob("*.safetensors"))
-    written, shown = model_file.stat().st_mtime_ns, capsys.readouterr().out
-    assert re.search(r"\| a step, s: median \(n\) \| [\d.]+ \(2\) \|", shown) and "| wrong | nothing |" in shown
-    assert check(monkeypatch, tmp_path, "--recipes", "r2-vision-only", "r4-joint", "--minutes", "0") == 1
-    assert model_file.stat().st_mtime_ns == written, "the model of the first call is used again"
-    assert [row["recipe"] for row in rows_of(tmp_path)] == ["r1-llm-only", "r2-vision-only", "r4-joint"]
-    assert rows_of(tmp_path)[0] == row and rows_of(tmp_path)[1]["codes"] == [None]
+@pytest.mark.slow
+def test_the_check_made_small(tmp_path, capsys):
+    """Train, be killed, resume, predict, merge, reload; then a call that has no time adds to the report."""
+    status, (row,) = check(tmp_path, "--recipes", "r1-llm-only")
     shown = capsys.readouterr().out
-    assert "| wrong | nothing | not seen to its end: stopped by --minutes before its first step |" in shown
+    assert status == 0 and row["wrong"] == [], shown
+    assert row["codes"] == [-9, 0] and len(check_7b.values(row, "result", "loss")) == 2
+    assert [training["step"] for training in check_7b.values(row, "result", "training")] == [0, 1]
+    assert set(check_7b.values(row, "result", "nf4 layers")) == {0, 14}
+    assert {event["call"] for event in row["events"]} == {*check_7b.TIMED, "pipeline", "nf4 layers", "trainable",
+                                                          "training", "loss"}
+    assert re.search(r"\| step \| 2 × [\d.]+ \|", shown) and "| wrong | nothing |" in shown
+    assert not list((tmp_path / "runs").iterdir())
+
+    written = next((tmp_path / "model").glob("*.safetensors")).stat().st_mtime_ns
+    status, rows = check(tmp_path, "--recipes", "r4-joint", "--minutes", "0")
+    assert status == 1 and [row["recipe"] for row in rows] == ["r1-llm-only", "r4-joint"] and rows[0] == row
+    assert next((tmp_path / "model").glob("*.safetensors")).stat().st_mtime_ns == written, "the model is made once"
+    assert "| wrong | nothing | stopped by --minutes, after the start |" in capsys.readouterr().out
 
 
-def test_the_time_that_is_left_stops_a_recipe(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["check_7b", "--folder", str(tmp_path), "--minutes", "0.02"])
-    options, start = check_7b.arguments(), time.monotonic()
+@pytest.mark.slow
+def test_two_processes_and_one_have_the_same_losses(tmp_path, capsys):
+    status, rows = check(tmp_path, "--recipes", "r4-joint", "--gpus", "2", "--ways", "processes", "one GPU")
+    assert status == 0, capsys.readouterr().out
+    assert [(row["way"], row["codes"]) for row in rows] == [("one GPU", [0]), ("processes", [1, 0])]
+    assert check_7b.values(rows[1], "result", "merge") and not check_7b.values(rows[0], "result", "merge")
+    rows[1]["events"] = [event | {"result": 1.0} if event["call"] == "loss" else event for event in rows[1]["events"]]
+    assert "on one GPU" in check_7b.other_losses(rows[1], rows)[0]
+
+
+def test_the_time_that_is_left_stops_a_recipe(tmp_path):
+    options = check_7b.arguments(["--folder", str(tmp_path), "--minutes", "0.02"])
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
-    assert check_7b.run_until(sleeping, tmp_path / "log", options, [0]) is None
-    assert time.monotonic() - start < 10
-    row = {"codes": [-9, None], "seconds": {"load": [1.0], "train": [2.0]}}
-    found = check_7b.wrong(options, "r1-llm-only", row, True)
-    assert found == ["not seen to its end: stopped by --minutes after 'train'"]
+    assert check_7b.run_until(sleeping, tmp_path / "log", options, 1) is None
 
 
 @pytest.mark.parametrize(("broken", "said"), [
     ({"codes": [-9, 1]}, r"exit codes \[-9, 1\]"),
-    ({"resumed_at": []}, r"resumed at step \[\], expected \[10\]"),
-    ({"reserved": 24.5}, "24.5 GiB reserved, over the cap of 24"),
-    ({"trainable": [{"vision": 0, "language": 161_480_703, "head": 0}]}, "161480703"),
-    ({"nf4_layers": [0, 195]}, "195.* NF4 layers, expected 196"),
+    ({"codes": [-9, None]}, "stopped by --minutes, after load"),
+    ({"kill_at": 5}, r"resumed at step \[10\], killed at step \[5\]"),
+    ({"load": {"reserved": 24.5}}, "24.5 GiB reserved, over the cap of 24"),
+    ({"trainable": {"result": {"vision": 0, "language": 161_480_703, "head": 0}}}, "161480703"),
+    ({"nf4 layers": {"result": 195}}, "195.* NF4 layers, expected 196"),
 ])
-def test_the_check_says_what_is_wrong(monkeypatch, broken, said):
-    monkeypatch.setattr(sys, "argv", ["check_7b"])
-    right = {"codes": [-9, 0], "resumed_at": [10], "reserved": 23.0, "cap_gib": 24, "nf4_layers": [0, 196],
-             "trainable": check_7b.EXPECTED["r1-llm-only"] * 2}
-    assert check_7b.wrong(check_7b.arguments(), "r1-llm-only", right, True) == []
-    fault, = check_7b.wrong(check_7b.arguments(), "r1-llm-only", right | broken)
+def test_the_check_says_what_is_wrong(broken, said):
+    events = {"training": {"result": {"step": 10}}, "nf4 layers": {"result": 196},
+              "trainable": {"result": check_7b.EXPECTED["r1-llm-only"][0]}, "load": {"reserved": 23.0}}
+    right = {"recipe": "r1-llm-only", "codes": [-9, 0], "kill_at": 10, "cap_gib": 24}
+
+    def row(changes):
+        return right | changes | {"events": [{"call": call, **(changes.get(call) or event)}
+                                             for call, event in events.items()]}
+
+    assert check_7b.wrong(row({}), tiny=False) == []
+    fault, = check_7b.wrong(row(broken), tiny=False)
     assert re.search(said, fault)

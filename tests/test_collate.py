@@ -1,4 +1,4 @@
-"""Batches and label masks: what the loss sees, as literals."""
+"""Batches and label masks: what the loss is computed on, as literals. Lengths against the processor's own."""
 
 import io
 from types import SimpleNamespace
@@ -11,8 +11,9 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 
 from helpers import collate, predict
-from helpers.grammar import Grammar
-from helpers.messages import target_text
+from helpers.boxes import CATEGORIES
+from helpers.messages import longest_unit, target_text
+from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE, ParameterError
 
 PROMPT = "Detect the bounding box of the nutrition table."
@@ -31,7 +32,7 @@ def processor():
 
 
 def kept(processor, batch, i=0):
-    """The text that the loss looks at."""
+    """The text that the loss is computed on."""
     return processor.tokenizer.decode(batch["labels"][i][batch["labels"][i] != collate.IGNORED])
 
 
@@ -78,11 +79,9 @@ def test_labels_without_the_end_token_stop_the_run(repo):
         collate.Collator(processor, PROMPT)([row()])
 
 
-def test_a_foreign_chat_template_and_a_wrong_scope_are_refused(processor):
+def test_a_foreign_chat_template_is_refused():
     with pytest.raises(ValueError, match="chat template"):
-        collate.answer_start([1, 2, 3], [9, 9])
-    with pytest.raises(ValueError, match="loss_scope='answer'.*assistant, all-text"):
-        collate.Collator(processor, PROMPT, "answer")
+        collate.completion_start([1, 2, 3], [9, 9])
 
 
 def test_a_sequence_that_is_too_long_is_named_and_never_cut(processor, monkeypatch):
@@ -117,7 +116,7 @@ def test_a_true_answer_that_does_not_fit_is_refused_with_the_number_that_it_need
     answer = target_text(row(grid(12))["objects"]) + "<|im_end|>"
     need = len(processor.tokenizer(answer)["input_ids"])
     train = table([(BOX,), grid(12), ()])
-    said = f"max_new_tokens=128 would cut answers: the true one of image_id='p1' in train needs {need}; set max_new_tok"
+    said = f"max_new_tokens=128 would cut completions: the true one of image_id='p1' in train needs {need}; set max"
     with pytest.raises(ParameterError, match=said):
         limits(processor, train)
     with pytest.raises(ParameterError, match=f"image_id='p1' in val needs {need}"):
@@ -129,8 +128,7 @@ def test_a_true_answer_that_does_not_fit_is_refused_with_the_number_that_it_need
         limits(processor, train, max_new_tokens=need, constrained=True)
     more = int(str(refused.value).split("max_new_tokens=")[-1].split()[0])
     limits(processor, train, max_new_tokens=more, constrained=True)
-    assert Grammar(processor.tokenizer, max_new_tokens=more).max_boxes == 12
-    assert Grammar(processor.tokenizer, max_new_tokens=more - 1).max_boxes == 11
+    assert more == 12 * longest_unit(processor.tokenizer, CATEGORIES) + 1  # as `predict.allowed_tokens` counts
 
 
 def test_the_longest_sequence_is_known_before_any_picture_is_opened(processor, monkeypatch):
@@ -177,6 +175,17 @@ def test_a_transparent_picture_is_trained_on_white(processor):
         picture = Image.open(io.BytesIO(finished_model.clear("RGBA", (224, 224))))
         if name == "white":
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        seen[name] = collate.Collator(processor, PROMPT)([row() | {"image": picture}])["pixel_values"]
-        assert torch.equal(seen[name], predict.prepare([row() | {"image": picture}], processor, PROMPT)["pixel_values"])
+        rows = [row() | {"image": picture}]
+        seen[name] = collate.Collator(processor, PROMPT)(rows)["pixel_values"]
+        assert torch.equal(seen[name], predict.model_inputs(rows, processor, PROMPT)["pixel_values"])
     assert torch.equal(seen["clear"], seen["white"])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_image_tokens_are_those_of_the_processor(processor, scale):
+    budget = {name: SCALES[scale][name] for name in ("min_pixels", "max_pixels")}
+    sizes = [(300, 400), (1000, 90), (60, 50), (1280, 960)]
+    grids = [processor.image_processor(Image.new("RGB", size), **budget, return_tensors="pt")["image_grid_thw"]
+             for size in sizes]
+    assert collate.image_tokens(sizes, **budget).tolist() == (torch.cat(grids).prod(1) // 4).tolist()
+    assert collate.image_tokens([], **budget).tolist() == []

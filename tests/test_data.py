@@ -11,11 +11,12 @@ import pytest
 from finished_model import clear
 from PIL import Image
 
-from helpers import data, evaluate, finished, scenes
+from helpers import data, evaluate, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.pictures import picture_facts, shown_size
 from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of
+from helpers.use.load import open_upright
 
 TABLE = "nutrition-table"
 
@@ -309,7 +310,7 @@ def test_a_transparent_picture_on_its_side_is_turned_and_has_one_size_everywhere
     exif, file = Image.Exif(), tmp_path / "a"
     exif[0x0112] = 6
     Image.new("RGBA", (80, 40)).save(file, kind, exif=exif)
-    assert shown_size(file) == (40, 80) and finished.open_upright(file).size == (40, 80)
+    assert shown_size(file) == (40, 80) and open_upright(file).size == (40, 80)
     facts = picture_facts({"bytes": None, "path": str(file)})
     assert (facts["stored"], facts["orientation"]) == ([80, 40], 6)
     raw = splits(val=[row(1, image=picture(file.read_bytes()), width=40, height=80)])

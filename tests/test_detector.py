@@ -4,10 +4,11 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_convert
 from transformers import Trainer, TrainingArguments
 
 from helpers.augment import Augment
-from helpers.boxes import CATEGORIES, cxcywh_unit_to_xyxy_unit, yxyx_unit_to_xyxy_unit
+from helpers.boxes import CATEGORIES, yxyx_unit_to_xyxy_unit
 from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import detector
 from helpers.topics.training import rows_and_processor
@@ -27,7 +28,7 @@ def test_labels_are_the_rows_boxes_and_the_picture_is_squeezed(rows):
     assert batch["pixel_values"].shape == (12, 3, 64, 64) and 0 <= batch["pixel_values"].min()
     assert batch["pixel_values"].max() <= 1
     for row, label in zip(few, batch["labels"], strict=True):
-        boxes = cxcywh_unit_to_xyxy_unit(label["boxes"].numpy().reshape(-1, 4))
+        boxes = box_convert(label["boxes"].reshape(-1, 4), "cxcywh", "xyxy")
         assert np.allclose(boxes, yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]), atol=1e-5)
         assert label["class_labels"].tolist() == [0] * len(boxes)
     assert any(not len(label["boxes"]) for label in batch["labels"])  # a picture without a table stays

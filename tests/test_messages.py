@@ -22,48 +22,19 @@ def unit(name, numbers):
 @pytest.fixture
 def row():
     """A row of the data set's schema with two tables, the lower one first."""
-    return {
-        "image_id": "0041129077641_1",
-        "image": Image.new("RGB", (40, 30), "white"),
-        "width": 40,
-        "height": 30,
-        "meta": {"barcode": "0041129077641", "off_image_id": "1", "image_url": ""},
-        "objects": {
-            "bbox": [
-                [0.82311719, 0.39508920, 0.9998784, 0.67132866],
-                [0.48716729, 0.27339744, 0.64093405, 0.73044872],
-            ],
-            "category_id": [3, 0],
-            "category_name": ["nutrition-table-text", "nutrition-table"],
-        },
-    }
+    boxes = [[0.82311719, 0.39508920, 0.9998784, 0.67132866], [0.48716729, 0.27339744, 0.64093405, 0.73044872]]
+    return {"image_id": "0041129077641_1", "image": Image.new("RGB", (40, 30), "white"), "width": 40, "height": 30,
+            "meta": {"barcode": "0041129077641", "off_image_id": "1", "image_url": ""},
+            "objects": {"bbox": boxes, "category_id": [3, 0],
+                        "category_name": ["nutrition-table-text", "nutrition-table"]}}
 
 
 def test_golden_row_before_the_chat_template(row):
+    text = ("<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(273,487),(730,641)<|box_end|>"
+            "<|object_ref_start|>nutrition-table-text<|object_ref_end|><|box_start|>(395,823),(671,1000)<|box_end|>")
     assert to_messages(row, PROMPT) == {
-        "prompt": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image"},
-                    {"type": "text", "text": "Detect the bounding box of the nutrition table."},
-                ],
-            }
-        ],
-        "completion": [
-            {
-                "role": "assistant",
-                "content": [
-                    {
-                        "type": "text",
-                        "text": "<|object_ref_start|>nutrition-table<|object_ref_end|>"
-                        "<|box_start|>(273,487),(730,641)<|box_end|>"
-                        "<|object_ref_start|>nutrition-table-text<|object_ref_end|>"
-                        "<|box_start|>(395,823),(671,1000)<|box_end|>",
-                    }
-                ],
-            }
-        ],
+        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}],
+        "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
         "images": [row["image"]],
     }
 

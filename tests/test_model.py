@@ -154,13 +154,6 @@ def test_counts_do_not_depend_on_the_packing():
     assert sum(row["total"] for row in plain.values()) == base().num_parameters() < 8e6
 
 
-def test_lora_sits_where_the_recipe_says():
-    for stage in (R1, R4):
-        table = model.check_trainable(with_lora(base("nf4"), stage.lora_targets), stage)
-        assert [tower for tower, row in table.items() if row["trainable"]] == sorted(
-            stage.towers, key=list(table).index)
-
-
 def test_lora_covers_every_linear_layer_of_both_towers():
     vlm = with_lora(base(), R4.lora_targets)
     linear = {name for name, layer in base().named_modules() if isinstance(layer, torch.nn.Linear)}
@@ -170,7 +163,7 @@ def test_lora_covers_every_linear_layer_of_both_towers():
 
 def test_what_should_not_train_or_does_not_train_is_named():
     only_language = with_lora(base(), LORA_TARGETS["language"])
-    with pytest.raises(ValueError, match="no weight of the vision tower trains"):
+    with pytest.raises(ValueError, match="no weights of the vision tower train"):
         model.check_trainable(only_language, R4)
     with pytest.raises(ValueError, match="of the vision tower train, and this stage trains language alone"):
         model.check_trainable(with_lora(base(), R4.lora_targets), R1)
@@ -188,7 +181,7 @@ def test_bf16_trainables_are_refused_and_raised_to_fp32():
     for weight in vlm.parameters():
         if weight.requires_grad:
             weight.data = weight.data.bfloat16()
-    with pytest.raises(ValueError, match="must be float32"):
+    with pytest.raises(ValueError, match="it must be float32"):
         model.check_trainable(vlm, R1)
     model.trainable_to_fp32(vlm)
     model.check_trainable(vlm, R1)

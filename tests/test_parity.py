@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_training import build, small_processor, squares
 from transformers import Qwen2VLProcessor
 
-from helpers import files, model, parity
+from helpers import model, parity, runs
 from helpers.parity import ParityError
 from helpers.settings import TINY_BASE, ParameterError
 
@@ -83,7 +83,7 @@ def test_the_longest_answer_may_grow_and_not_shrink_and_old_folders_have_none(pr
     with pytest.raises(ParityError, match="adapter was made with max_new_tokens=300 and would be used with 128"):
         parity.check(copy, here(128))
     parity.note_longest(copy, 400)
-    assert files.read_json(copy / parity.FILE)["max_new_tokens"] == 400
+    assert runs.read_json(copy / parity.FILE)["max_new_tokens"] == 400
     with pytest.raises(ParityError, match="max_new_tokens=400 and would be used with 300"):
         parity.check(copy, here(300))
 
@@ -125,7 +125,7 @@ def test_weights_that_differ_are_refused(processor, adapter, tmp_path):
 
 
 def test_a_large_file_is_told_apart_by_its_samples(tmp_path):
-    content = bytearray(files.WHOLE + 12345)
+    content = bytearray(runs.WHOLE + 12345)
     for place, same in ((None, True), (0, False), (len(content) - 1, False), (len(content) // 2, None)):
         other = bytearray(content)
         if place is not None:
@@ -133,7 +133,7 @@ def test_a_large_file_is_told_apart_by_its_samples(tmp_path):
         for name, data in (("a", content), ("b", other)):
             (tmp_path / name).write_bytes(data)
         if same is not None:
-            assert (files.file_hash(tmp_path / "a") == files.file_hash(tmp_path / "b")) == same
+            assert (runs.file_hash(tmp_path / "a") == runs.file_hash(tmp_path / "b")) == same
 
 
 def one_weight_else(folder):
@@ -142,7 +142,7 @@ def one_weight_else(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_pipeline_refuses_a_stage_2_without_its_stage_1_and_a_merged_model_that_differs():
+def test_the_pipeline_refuses_a_stage_2_on_another_stage_1_and_a_merged_model_that_differs():
     names = run("recipe=r3-two-stage")
     stage1, merged = Path(f"{PREFIX}r3-stage1/model"), Path(f"{PREFIX}r3-merged")
     assert parity.base_of(stage1) == json.loads((merged / parity.FILE).read_text())["base"]
@@ -151,14 +151,9 @@ def test_the_pipeline_refuses_a_stage_2_without_its_stage_1_and_a_merged_model_t
     one_weight_else(merged)
     with pytest.raises(ParityError, match="r3-merged are not those that were saved there"):
         names["load_base"]("bf16", merged)
-    saved = (stage1 / "model.safetensors").read_bytes()
     one_weight_else(stage1)
     with pytest.raises(ParityError, match="stage2/adapter was trained on .*r3-stage1/model .*, and this base is"):
         names["load_trained"]()
-    (stage1 / "model.safetensors").write_bytes(saved)
-    stage1.rename("away")
-    with pytest.raises(ParityError, match="r3-stage1/model is not there"):
-        run("recipe=r3-two-stage")
 
 
 def test_nothing_runs_code_from_outside_or_uploads(repo):
@@ -171,10 +166,11 @@ def test_nothing_runs_code_from_outside_or_uploads(repo):
 
 
 def test_every_model_is_loaded_in_one_place(repo):
-    """`model.load`, which checks parity and keys; `card.py` and `00` show a reader the library's own call."""
+    """`model.load`, which checks parity and keys; `card.py` and `00` show a reader the library's own call, which stock
+    training in `bench.py` takes too."""
     sources = [*repo.glob("helpers/**/*.py"), *repo.glob("notebooks/*.py"), repo / "pipeline.py"]
     loads = {path.name for path in sources if re.search(r"(?m)^[^`#\n]*Qwen2VL\w*Generation\.from_p", path.read_text())}
-    assert loads == {"model.py", "card.py", "00_tiny_base.py"}
+    assert loads == {"model.py", "card.py", "00_tiny_base.py", "bench.py"}
 
 
 def test_a_base_of_pickles_is_refused(tmp_path):

@@ -120,7 +120,7 @@ def test_constrained_decoding_and_the_best_step_by_iou():
 
 @pytest.mark.slow
 def test_r2_changes_the_vision_tower_alone_and_its_longest_answer_belongs_to_the_run(trained):
-    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut answers: .* set max_new_tokens=58 or"):
+    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* =58 or more"):
         run("recipe=r2-vision-only", "max_new_tokens=20")
     assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
     trained("r2-vision-only")

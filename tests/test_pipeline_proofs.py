@@ -18,7 +18,7 @@ def test_a_quantized_vision_tower():
 
 
 def test_a_tower_that_should_train_and_does_not():
-    stops("no weight of the vision tower trains",
+    stops("no weights of the vision tower train",
           ("target_modules=stage.lora_targets", 'target_modules=stage.lora_targets.replace("visual", "vision")'))
 
 

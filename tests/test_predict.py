@@ -1,19 +1,19 @@
-"""Generation: batches equal to one by one, lines that survive a kill, a confidence for each box."""
+"""Generation: batches equal to one by one, lines that survive a kill, a confidence a box, constrained decoding."""
 
+import itertools
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import PrefixConstrainedLogitsProcessor, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import predict
 from helpers.boxes import CATEGORIES
-from helpers.messages import to_messages
+from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, target_text, to_messages
 from helpers.scenes import render_scene
 from helpers.settings import TINY_BASE
 
@@ -36,17 +36,18 @@ def rows():
 
     pictures = [Image.open(io.BytesIO(render_scene(0, i, "val").jpeg)).convert("RGB") for i in range(6)]
     empty = {"bbox": [], "category_id": [], "category_name": []}
-    return Dataset.from_list([{"image_id": str(i), "image": p, "objects": empty} for i, p in enumerate(pictures)])
+    return Dataset.from_list([{"image_id": str(i), "image": p, "width": p.width, "height": p.height, "objects": empty}
+                              for i, p in enumerate(pictures)])
 
 
-def ask(vlm, processor, rows, path, **options):
+def run(vlm, processor, rows, path, **options):
     options = {"batch_size": 4, "key": "k", "max_new_tokens": 48, "do_sample": False} | options
     return predict.predict(vlm, processor, rows, PROMPT, path, **options)
 
 
 def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
-    together = ask(vlm, processor, rows, tmp_path / "together.jsonl", batch_size=4)
-    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", batch_size=1)
+    together = run(vlm, processor, rows, tmp_path / "together.jsonl", batch_size=4)
+    alone = run(vlm, processor, rows, tmp_path / "alone.jsonl", batch_size=1)
     assert [line["image_id"] for line in together] == rows["image_id"]
     assert [line["text"] for line in together] == [line["text"] for line in alone]
     for a, b in zip(together, alone, strict=True):
@@ -55,23 +56,9 @@ def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
     assert not (tmp_path / "together.parts").exists()
 
 
-def test_the_tower_may_look_at_a_few_pictures_at_a_time(vlm, processor, rows):
-    batch = processor.image_processor([row["image"] for row in rows], return_tensors="pt")
-    with torch.inference_mode():
-        whole, few = (predict.look(vlm, batch["pixel_values"], batch["image_grid_thw"], at_once).pooler_output
-                      for at_once in (6, 4))
-    assert [len(tokens) for tokens in few] == (batch["image_grid_thw"].prod(-1) // 4).tolist()
-    for a, b in zip(whole, few, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def test_sizes_are_those_of_the_pictures(rows):
-    assert predict._sizes(rows) == [row["image"].size for row in rows]
-
-
 def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
     path = tmp_path / "p.jsonl"
-    real, calls = predict.answer, []
+    real, calls = predict.complete, []
 
     def dies_in_the_second_batch(*arguments):
         calls.append([row["image_id"] for row in arguments[2]])
@@ -79,13 +66,13 @@ def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(predict, "answer", dies_in_the_second_batch)
+    monkeypatch.setattr(predict, "complete", dies_in_the_second_batch)
     with pytest.raises(KeyboardInterrupt):
-        ask(vlm, processor, rows, path, batch_size=2)
+        run(vlm, processor, rows, path, batch_size=2)
     assert not path.exists()
     part = next((tmp_path / "p.parts").glob("*.jsonl"))
     part.write_text(part.read_text() + '{"image_id": "cut off')
-    lines = ask(vlm, processor, rows, path, batch_size=2)
+    lines = run(vlm, processor, rows, path, batch_size=2)
     asked = [image_id for call in calls[:1] + calls[2:] for image_id in call]
     assert sorted(asked) == rows["image_id"] == [line["image_id"] for line in lines]
 
@@ -93,131 +80,93 @@ def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
 def test_lines_of_other_inputs_are_not_taken_over(vlm, processor, rows, tmp_path):
     (tmp_path / "p.parts").mkdir()
     (tmp_path / "p.parts" / "other.0.jsonl").write_text(json.dumps({"image_id": "0", "text": "old"}) + "\n")
-    assert ask(vlm, processor, rows.select([0]), tmp_path / "p.jsonl")[0]["text"] != "old"
+    assert run(vlm, processor, rows.select([0]), tmp_path / "p.jsonl")[0]["text"] != "old"
 
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")])
 def test_memory_that_runs_out_halves_the_batch(vlm, processor, rows, tmp_path, monkeypatch, capsys, error):
-    real = predict.answer
+    real = predict.complete
 
     def only_one_fits(*arguments):
         if len(arguments[2]) > 1:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(predict, "answer", only_one_fits)
-    assert len(ask(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)) == 2
+    monkeypatch.setattr(predict, "complete", only_one_fits)
+    assert len(run(vlm, processor, rows.select([0, 1]), tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)) == 2
     assert "out of memory: going on with batches of 1" in capsys.readouterr().out
 
 
-def test_what_was_looked_at_is_asked_again_and_nothing_is_done_twice(vlm, processor, rows, tmp_path, monkeypatch):
-    whole = ask(vlm, processor, rows, tmp_path / "whole.jsonl")
-    prepared, looked, real, prepare, look = [], [], predict.answer, predict.prepare, predict.look
-
-    def two_fit(*arguments):
-        if len(arguments[2]) > 2:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return real(*arguments)
-
-    monkeypatch.setattr(predict, "answer", two_fit)
-    monkeypatch.setattr(predict, "prepare", lambda few, **given: prepared.extend(row["image_id"] for row in few)
-                        or prepare(few, **given))
-    monkeypatch.setattr(predict, "look", lambda *given: looked.extend(given[2].tolist()) or look(*given))
-    assert [line["text"] for line in ask(vlm, processor, rows, tmp_path / "halved.jsonl", batch_size=6)] == [
-        line["text"] for line in whole]
-    assert sorted(prepared) == rows["image_id"] and len(looked) == len(rows)
-
-
 @pytest.mark.parametrize(("room", "expected"), [
-    (3, ["looked at 2", "answered 2", "answered 2", "looked at 2", "answered 2"]),  # never 4 at once
-    (5, ["looked at 4", "answered 3", "looked at 2", "answered 3"]),  # not 2 more while 4 wait
+    (3, ["encoded 3", "completed 3"] * 2),  # 4 are too many
+    (5, ["encoded 4", "encoded 3", "completed 3", "encoded 3", "completed 3"]),  # not 2 more beside 4
 ])
-def test_a_look_that_does_not_fit_looks_at_fewer_or_waits(vlm, processor, rows, tmp_path, monkeypatch, capsys, room,
-                                                          expected):
-    events, waiting, answer, look = [], [], predict.answer, predict.look
+def test_pictures_that_do_not_fit_are_encoded_in_smaller_batches(vlm, processor, rows, tmp_path, monkeypatch, capsys,
+                                                                 room, expected):
+    whole = run(vlm, processor, rows, tmp_path / "whole.jsonl", batch_size=6)
+    events, waiting, complete, encode = [], [], predict.complete, predict.encode_pictures
 
-    def little_room(*given):
-        few = min(given[3], len(given[2]))
-        if few + len(waiting) > room:
+    def little_room(vlm, batch):
+        if len(batch["image_id"]) + len(waiting) > room:
+            waiting.clear()
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        waiting.extend(given[2])
-        events.append(f"looked at {few}")
-        return look(*given)
+        waiting.extend(batch["image_id"])
+        events.append(f"encoded {len(batch['image_id'])}")
+        return encode(vlm, batch)
 
     def makes_room(*given):
-        events.append(f"answered {len(given[2])}")
+        events.append(f"completed {len(given[2])}")
         del waiting[: len(given[2])]
-        return answer(*given)
+        return complete(*given)
 
-    monkeypatch.setattr(predict, "look", little_room)
-    monkeypatch.setattr(predict, "answer", makes_room)
-    lines = ask(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=6, max_new_tokens=4)
-    assert [line["image_id"] for line in lines] == rows["image_id"]
+    monkeypatch.setattr(predict, "encode_pictures", little_room)
+    monkeypatch.setattr(predict, "complete", makes_room)
+    lines = run(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=6)
+    assert [line["text"] for line in lines] == [line["text"] for line in whole]
+    assert capsys.readouterr().out.count("out of memory: going on with batches of 3") == 1
     assert events == expected
-    assert capsys.readouterr().out.count("out of memory") == 1
 
 
 def test_a_process_that_opens_pictures_and_dies_is_named(vlm, processor, rows, tmp_path, monkeypatch):
     """On a GPU they are processes; here the DataLoader's words are raised where its pieces come in."""
-    see, seen = predict.see, []
+    encode, calls = predict.encode_pictures, []
 
     def dies(*given):
-        if seen:
+        if calls:
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.\nIt is possible that ...")
-        seen.append(given)
-        return see(*given)
+        calls.append(given)
+        return encode(*given)
 
-    monkeypatch.setattr(predict, "see", dies)
-    with pytest.raises(RuntimeError, match=r"pictures died \(DataLoader worker .pid 7.*/dev/shm.* after the 4 pic"):
-        ask(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
+    monkeypatch.setattr(predict, "encode_pictures", dies)
+    with pytest.raises(RuntimeError, match=r"pictures died \(DataLoader worker .pid 7.*/dev/shm.* goes on where"):
+        run(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
     monkeypatch.undo()
-    lines = ask(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
+    lines = run(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
     assert [line["image_id"] for line in lines] == rows["image_id"]
 
 
-def test_one_picture_that_does_not_fit_is_an_error(vlm, processor, rows, tmp_path, monkeypatch):
-    def fails(*arguments):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(predict, "look", fails)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        ask(vlm, processor, rows, tmp_path / "p.jsonl")
-
-
-def test_pictures_that_other_processes_opened_are_the_same(vlm, processor, rows, tmp_path, monkeypatch):
+def test_a_batch_is_the_processors_own(vlm, processor, rows, monkeypatch):
     sizes = [(700, 500), (500, 700), (90, 300), (700, 500), (1000, 80), (333, 333)]
-    rows = rows.map(lambda row, i: {"image": row["image"].resize(sizes[i])}, with_indices=True)
+    rows = [row | {"image": row["image"].resize(size)} for row, size in zip(rows, sizes, strict=True)]
     chats = [to_messages(row, PROMPT)["prompt"] for row in rows]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
-    whole = processor(images=list(rows["image"]), text=texts, padding=True, padding_side="left", return_tensors="pt")
-    loader = DataLoader(rows, predict.AT_ONCE, num_workers=2,
-                        collate_fn=partial(predict.prepare, processor=processor, prompt=PROMPT))
-    pieces = list(loader)
-    assert [image_id for piece in pieces for image_id in piece["image_id"]] == rows["image_id"]
-    assert torch.equal(torch.cat([piece["pixel_values"] for piece in pieces]), whole.pop("pixel_values"))
-
+    pictures = [row["image"] for row in rows]
+    whole = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
     given, generate = {}, vlm.generate
     monkeypatch.setattr(vlm, "generate", lambda **batch: given.update(batch) or generate(**batch))
-    predict.answer(vlm, processor, [one for piece in pieces for one in predict.see(vlm, piece)],
-                   {"max_new_tokens": 1}, None)
+    predict.generate_lines(vlm, processor, rows, PROMPT, {"max_new_tokens": 1})
+    features = vlm.get_image_features(whole.pop("pixel_values"), whole["image_grid_thw"]).pooler_output
+    for mine, own in zip(given["mm_encoder_outputs"]["image"].pooler_output, features, strict=True):  # four at a time
+        torch.testing.assert_close(mine, own, atol=1e-4, rtol=1e-4)
     for name, tensor in whole.items():
         assert torch.equal(given[name], tensor) and given[name].dtype == tensor.dtype
 
 
-def test_answers_are_the_same_with_other_processes(vlm, processor, rows, tmp_path, monkeypatch):
-    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl")
+def test_predictions_are_the_same_with_other_processes(vlm, processor, rows, tmp_path, monkeypatch):
+    alone = run(vlm, processor, rows, tmp_path / "alone.jsonl")
     monkeypatch.setattr(predict, "DataLoader", lambda *given, **named: DataLoader(*given, **named | {"num_workers": 2}))
-    assert ask(vlm, processor, rows, tmp_path / "helped.jsonl") == alone
-
-
-def test_an_error_of_another_kind_is_not_taken_for_memory(vlm, processor, rows, tmp_path, monkeypatch):
-    def fails(*arguments):
-        raise RuntimeError("shapes cannot be multiplied")
-
-    monkeypatch.setattr(predict, "answer", fails)
-    with pytest.raises(RuntimeError, match="shapes"):
-        ask(vlm, processor, rows, tmp_path / "p.jsonl")
+    assert run(vlm, processor, rows, tmp_path / "helped.jsonl") == alone
 
 
 def test_one_answer_as_a_line(processor):
@@ -232,16 +181,14 @@ def test_one_answer_as_a_line(processor):
 
 
 def test_confidence_counts_the_digits_of_its_own_box_alone(processor):
-    one = "<|box_start|>(100,200),(500,600)<|box_end|>"
-    pieces = processor.tokenizer.encode(one, add_special_tokens=False)
+    pieces = processor.tokenizer.encode("<|box_start|>(100,200),(500,600)<|box_end|>", add_special_tokens=False)
     sure, unsure = [0.0] * len(pieces), [math.log(0.25)] * len(pieces)
-    line = predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)
-    assert line["confidences"] == [1.0, 0.25]
+    assert predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)["confidences"] == [1.0, 0.25]
 
 
 def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):
-    together = ask(vlm, processor, rows, tmp_path / "together.jsonl", names=CATEGORIES, max_new_tokens=80)
-    alone = ask(vlm, processor, rows, tmp_path / "alone.jsonl", names=CATEGORIES, max_new_tokens=80, batch_size=1)
+    together = run(vlm, processor, rows, tmp_path / "together.jsonl", names=CATEGORIES, max_new_tokens=80)
+    alone = run(vlm, processor, rows, tmp_path / "alone.jsonl", names=CATEGORIES, max_new_tokens=80, batch_size=1)
     assert all(line["stopped"] and not line["rejected"] for line in together)
     assert [line["text"] for line in together] == [line["text"] for line in alone]
 
@@ -256,3 +203,78 @@ def test_answers_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows,
     (line,) = predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 4, "do_sample": False})
     vlm.set_attn_implementation("sdpa")
     assert line["new_tokens"] and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.fixture(scope="module")
+def tokenizer(processor):
+    return processor.tokenizer
+
+
+def ids(tokenizer, text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def walk(allowed, tokens):
+    """Whether these tokens may be generated, one after the other, behind a prompt of one token."""
+    return all(token in allowed(0, torch.tensor([7, *tokens[:place]])) for place, token in enumerate(tokens))
+
+
+def decode_greedily(wishes, allowed, prompt_length):
+    """What greedy decoding makes of `wishes` [steps, N, vocabulary], scores that do not depend on the completion."""
+    constraint = PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
+    sequences = torch.zeros(wishes.shape[1], prompt_length, dtype=torch.long)
+    for scores in wishes:
+        sequences = torch.cat([sequences, constraint(sequences, scores).argmax(-1, keepdim=True)], dim=1)
+    return sequences[:, prompt_length:].tolist()
+
+
+def test_any_model_completes_in_the_format(tokenizer):
+    end, limit = tokenizer.convert_tokens_to_ids(END_OF_TURN), 128
+    wishes = torch.randn(limit, 64, len(tokenizer), generator=torch.Generator().manual_seed(0))
+    wishes[:, :32, end] -= 10  # half of the rows never want to stop
+    answers = decode_greedily(wishes, predict.allowed_tokens(tokenizer, CATEGORIES, limit, 5), prompt_length=5)
+    counts = []
+    for answer in answers:
+        text = tokenizer.decode(answer[: answer.index(end)])
+        parsed = parse_text(text)
+        assert not parsed.rejected and set(parsed.labels) <= set(CATEGORIES), text
+        assert parsed.empty_answer == (text == NO_TABLE)
+        counts.append(len(parsed.labels))
+    assert 0 in counts and max(counts) == (limit - 1) // longest_unit(tokenizer, CATEGORIES) > 1
+
+
+def test_every_pair_of_edges_can_be_written(tokenizer):
+    allowed = predict.allowed_tokens(tokenizer, CATEGORIES, 64, prompt_length=1)
+    head = ids(tokenizer, "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(")
+    edges = (0, 1, 9, 10, 99, 100, 101, 499, 998, 999, 1000)
+    for x0, x1 in itertools.product(edges, edges):
+        answer = head + ids(tokenizer, f"{x0},7),({x1},8)<|box_end|><|im_end|>")
+        assert walk(allowed, answer) == (x0 < x1), (x0, x1)
+    for number in ("00", "01", "007", "1001", "", "-1", " 1"):
+        assert not walk(allowed, head + ids(tokenizer, f"{number},7),(")), number
+
+
+@pytest.mark.parametrize("objects", [
+    {"bbox": [], "category_name": []},
+    {"bbox": [[0.1, 0.2, 0.3, 0.4]], "category_name": ["nutrition-table-small-energy"]},
+    {"bbox": [[0, 0, 1, 1], [0.5, 0.25, 1, 0.999]], "category_name": ["nutrition-table", "nutrition-table-text"]},
+])
+def test_a_well_formed_completion_is_not_changed(tokenizer, objects):
+    answer = ids(tokenizer, target_text(objects) + "<|im_end|>")
+    wishes = torch.nn.functional.one_hot(torch.tensor(answer), len(tokenizer)).float()[:, None]
+    allowed = predict.allowed_tokens(tokenizer, CATEGORIES, 128, prompt_length=3)
+    assert decode_greedily(wishes, allowed, prompt_length=3) == [answer]
+
+
+def test_names_are_a_choice_and_may_begin_alike(tokenizer):
+    allowed = predict.allowed_tokens(tokenizer, ("table", "table 2", "barcode"), 64, prompt_length=1)
+    for name in ("table", "table 2", "barcode"):
+        assert walk(allowed, ids(tokenizer, f"<|object_ref_start|>{name}<|object_ref_end|><|box_start|>(1"))
+    assert not walk(allowed, ids(tokenizer, "<|object_ref_start|>nutrition-table<|object_ref_end|>"))
+
+
+def test_what_cannot_work_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="max_new_tokens=20 leaves no room for a box"):
+        predict.allowed_tokens(tokenizer, CATEGORIES, 20, 1)
+    with pytest.raises(ValueError, match="at least one"):
+        predict.allowed_tokens(tokenizer, (), 64, 1)

@@ -13,7 +13,7 @@ from transformers import Trainer, set_seed
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_cu_seqlens
 
-from helpers import budget, collate, model, speed, trainer
+from helpers import collate, model, speed, trainer
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -191,11 +191,11 @@ def test_features_are_cached_only_where_that_is_right(monkeypatch):
 def test_the_longest_batch(rows):
     sized = rows.remove_columns("image_id").add_column("width", [100 * i for i in range(1, 17)])
     sized = sized.add_column("height", [300] * 16)
-    three = budget.longest(sized, 3, 784, 99 * 784)
-    tokens = budget.image_tokens(zip(sized["width"], sized["height"], strict=True), 784, 99 * 784)
-    found = budget.image_tokens(zip(three["width"], three["height"], strict=True), 784, 99 * 784)
+    three = collate.longest(sized, 3, 784, 99 * 784)
+    tokens = collate.image_tokens(zip(sized["width"], sized["height"], strict=True), 784, 99 * 784)
+    found = collate.image_tokens(zip(three["width"], three["height"], strict=True), 784, 99 * 784)
     assert found.tolist() == sorted(tokens, reverse=True)[:3] and found[2] > tokens.mean()
-    assert len(budget.longest(sized, 99, 784, 64 * 784)) == 16
+    assert len(collate.longest(sized, 99, 784, 64 * 784)) == 16
 
 
 def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):

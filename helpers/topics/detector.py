@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.ops import box_convert
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -16,7 +17,7 @@ from transformers import (
 
 from helpers import evaluate
 from helpers.augment import Augment
-from helpers.boxes import area, clip_unit, xyxy_px_to_xywh_px, xyxy_unit_to_xyxy_px, yxyx_unit_to_xyxy_unit
+from helpers.boxes import area, xyxy_unit_to_xyxy_px, yxyx_unit_to_xyxy_unit
 from helpers.settings import ParameterError
 
 LONGER = Path(__file__).parents[2] / "notebooks" / "09_detector"  # the small one after a longer training
@@ -82,7 +83,8 @@ class Collator:
 
     def annotation(self, objects: Mapping, size: tuple[int, int]) -> dict:
         """A row's `objects` in COCO's form, for a picture of `size` (width, height)."""
-        boxes = xyxy_px_to_xywh_px(xyxy_unit_to_xyxy_px(yxyx_unit_to_xyxy_unit(objects["bbox"]), *size))
+        corners = xyxy_unit_to_xyxy_px(yxyx_unit_to_xyxy_unit(objects["bbox"]), *size)
+        boxes = box_convert(torch.from_numpy(corners), "xyxy", "xywh")
         kinds = [self.names.index(name) if len(self.names) > 1 else 0 for name in objects["category_name"]]
         return {"image_id": 0, "annotations": [
             {"bbox": box, "category_id": kind, "area": box[2] * box[3], "iscrowd": 0}
@@ -104,7 +106,7 @@ def predict(model, image_processor, rows, batch_size: int = 32, least: float = 0
 
 def line(image_id: str, found: Mapping, names: Mapping[int, str]) -> dict:
     """One picture's `{"scores", "labels", "boxes"}` (tensors; boxes x first, 0-1) as a line of predictions.jsonl."""
-    boxes = clip_unit(found["boxes"].cpu().double().numpy())
+    boxes = found["boxes"].cpu().double().clamp(0, 1).numpy()
     kept = np.flatnonzero(area(boxes) > 0)
     return {"image_id": image_id, "text": "", "labels": [names[int(found["labels"][i])] for i in kept],
             "boxes": boxes[kept].round(4).tolist(), "confidences": [round(float(found["scores"][i]), 4) for i in kept],

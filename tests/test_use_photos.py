@@ -12,12 +12,15 @@ from pathlib import Path
 
 import finished_model
 import pytest
+from filelock import FileLock
 from PIL import Image
 
-from helpers import finished, many, predict
+from helpers import predict
 from helpers.data import pictures
 from helpers.runs import read_json, write_json
 from helpers.settings import ParameterError
+from helpers.use import load
+from helpers.use.photos import find_pictures, main, predict_photos, summary
 
 
 @pytest.fixture(scope="module")
@@ -41,23 +44,27 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(many, "PART", 2)
+@pytest.fixture
+def generated(monkeypatch) -> list[str]:
+    """The image ids of all that the model is run on, in turn."""
+    names = []
+    monkeypatch.setattr(predict, "generate_lines", lambda *a, real=predict.generate_lines: names.extend(
+        row["image_id"] for row in a[2]) or real(*a))
+    return names
 
 
 @pytest.fixture(scope="module")
 def answers(model, photos):
     """What predict says of each good picture, alone in its batch."""
-    loaded, processor, prompt = finished.load(model)
-    greedy = {"max_new_tokens": finished.MAX_NEW_TOKENS, "do_sample": False}
+    loaded, processor, prompt = load.load_model(model)
+    greedy = {"max_new_tokens": load.MAX_NEW_TOKENS, "do_sample": False}
     good = ["1.jpg", "2.jpg", "4.JPG", "5.jpg", "b/1.jpg"]
-    rows = [finished.as_row(name, finished.open_upright(photos / name)) for name in good]
+    rows = [load.as_row(name, load.open_upright(photos / name)) for name in good]
     return {row["image_id"]: predict.generate_lines(loaded, processor, [row], prompt, greedy)[0] for row in rows}
 
 
 def run(photos, output, model, **options):
-    return many.predict_many(str(photos), output, model, **{"batch_size": 1} | options)
+    return predict_photos(str(photos), output, model, **{"batch_size": 1} | options)
 
 
 def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, answers, tmp_path, capsys):
@@ -70,14 +77,14 @@ def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, a
     assert counts["never stopped"] == sum(not answer["stopped"] for answer in answers.values())
     for line in lines[:5]:
         assert {name: line[name] for name in answers[line["image_id"]]} == answers[line["image_id"]]
-        assert (line["width"], line["height"]) == finished.open_upright(photos / line["image_id"]).size
+        assert (line["width"], line["height"]) == load.open_upright(photos / line["image_id"]).size
     for line in lines[5:]:
         assert set(answers["1.jpg"]) < set(line) and line["boxes"] == [] and line["error"]
     boxes = sum(len(line["boxes"]) for line in lines)
     crops = sorted((tmp_path / "out").rglob("crops/**/*.jpg"))
     assert len(crops) == boxes >= 1
     line = next(line for line in lines if line["boxes"])
-    x0, y0, x1, y1 = finished.to_pixels(line["boxes"][0], (line["width"], line["height"]))
+    x0, y0, x1, y1 = load.to_pixels(line["boxes"][0], (line["width"], line["height"]))
     assert Image.open(tmp_path / "out" / line["crops"][0]).size == (x1 - x0, y1 - y0)
 
 
@@ -85,13 +92,11 @@ def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
     from pycocotools.coco import COCO
 
     line = {"image_id": "a.jpg", "labels": ["nutrition-table", "barcode"], "boxes": [[0.1, 0.2, 0.3, 0.6]] * 2,
-            "confidences": [0.7, 0.9], "width": 200, "height": 100, "stopped": False}
-    part = tmp_path / "0.jsonl"
-    part.write_text(json.dumps(line | {"image_id": "no box.jpg", "boxes": [], "labels": [], "confidences": [],
-                                       "stopped": True}) + "\n"
-                    + json.dumps(line) + "\n")
-    assert many.join(tmp_path, [part], coco=True) == {"pictures": 2, "with a box": 1, "without": 1, "unreadable": 0,
-                                                    "never stopped": 1}
+            "confidences": [0.7, 0.9], "width": 200, "height": 100, "stopped": False, "stamp": ""}
+    none = line | {"image_id": "no box.jpg", "boxes": [], "labels": [], "confidences": [], "stopped": True}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(none) + "\n" + json.dumps(line) + "\n")
+    assert summary(tmp_path, coco=True) == {"pictures": 2, "with a box": 1, "without": 1, "unreadable": 0,
+                                            "never stopped": 1}
     truth = COCO(str(tmp_path / "coco_images.json"))
     (found,) = truth.loadRes(str(tmp_path / "coco_results.json")).dataset["annotations"]
     assert found["bbox"] == [20, 20, 40, 40] and found["score"] == 0.7
@@ -99,27 +104,28 @@ def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
     assert truth.loadCats(found["category_id"])[0]["name"] == "nutrition-table"
 
 
-def test_the_same_command_does_nothing_twice_and_goes_on_where_a_part_is_missing(model, photos, tmp_path, monkeypatch):
+def test_the_same_command_does_nothing_twice_and_goes_on_after_the_last_whole_line(
+        model, photos, tmp_path, monkeypatch, generated):
     run(photos, tmp_path / "out", model)
-    whole = (tmp_path / "out" / "predictions.jsonl").read_text()
-    next((tmp_path / "out" / "parts").glob("0000001-*.jsonl")).unlink()
-    (tmp_path / "out" / "predictions.jsonl").unlink()
-    asked = []
-    monkeypatch.setattr(many, "answer", lambda *a, real=many.answer: asked.append(a[2]) or real(*a))
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole, unfinished = path.read_text(), path.with_name("unfinished-1.jsonl")
+    lines = whole.splitlines(keepends=True)
+    path.unlink()
+    unfinished.write_text("".join(lines[:2]) + lines[2][:50])  # as a kill leaves it, of another number of processes
+    generated.clear()
     run(photos, tmp_path / "out", model)
-    assert [row["image_id"] for rows in asked for row in rows] == ["4.JPG", "5.jpg"]
-    assert (tmp_path / "out" / "predictions.jsonl").read_text() == whole
-    monkeypatch.setattr(finished, "load", None)  # all is there: no model is loaded
+    assert generated == ["4.JPG", "5.jpg", "b/1.jpg"]
+    assert path.read_text() == whole and not list((tmp_path / "out").glob("*unfinished*"))
+    monkeypatch.setattr(load, "load_model", None)  # all is there: no model is loaded
     assert run(photos, tmp_path / "out", model)["pictures"] == 9
 
 
-def test_shards_give_the_whole_in_any_order_and_run_twice(model, photos, tmp_path):
-    run(photos, tmp_path / "whole", model)
-    assert run(photos, tmp_path / "out", model, shard=(1, 2)) is None
-    assert run(photos, tmp_path / "out", model, shard=(1, 2)) is None
-    assert run(photos, tmp_path / "out", model, shard=(0, 2))["pictures"] == 9
-    assert run(photos, tmp_path / "out", model, shard=(0, 2))["pictures"] == 9
-    assert (tmp_path / "out/predictions.jsonl").read_text() == (tmp_path / "whole/predictions.jsonl").read_text()
+def test_two_commands_never_write_into_one_folder(model, photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".0.lock"):
+        command = [sys.executable, "-m", "helpers.use.photos", str(photos), str(tmp_path / "out"), "--model", model]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "another command is writing to OUTPUT=" in done.stderr
 
 
 def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
@@ -139,13 +145,14 @@ def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
     os.mkfifo(folder / "pipe.jpg")  # whoever opened it would wait for ever
     (folder / "11").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (folder / "12.svg").write_text("<svg/>")
-    ids, stamps, opened = many.find_pictures(str(folder), "val", tmp_path / "out")
+    keys, opened = find_pictures(str(folder), "val", tmp_path / "out")
+    ids = [image_id for image_id, _ in keys]
     assert ids == ["11", "12.svg", "2.jpeg.bak", "3.dat", "IMG_1", "gone.jpg", "linked/10.jpg", "loop.jpg", "sub/4.GIF"]
     assert opened(ids.index("3.dat")).size == opened(ids.index("linked/10.jpg")).size
     for name, said in {"gone.jpg": "FileNotFoundError", "loop.jpg": "OSError", "12.svg": "is no picture"}.items():
         with pytest.raises(ValueError, match=said):
             opened(ids.index(name))
-    assert many.find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0] == ["3.dat"]
+    assert find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0][0][0] == "3.dat"
 
 
 @pytest.mark.parametrize("place", ["photos/out", "photos", "."])
@@ -157,25 +164,26 @@ def test_what_it_wrote_itself_is_no_photo_wherever_it_writes(model, tmp_path, pl
     assert [*(tmp_path / place).rglob("crops/**/*.jpg")]
 
 
-def test_a_replaced_photo_is_predicted_again_and_the_others_are_not(model, tmp_path, monkeypatch):
-    folder = tmp_path / "photos"
+def test_a_replaced_or_new_photo_is_predicted_and_the_others_are_not(model, tmp_path, generated):
+    folder, path = tmp_path / "photos", tmp_path / "out" / "predictions.jsonl"
     folder.mkdir()
-    for number in range(4):
+    for number in range(3):
         (folder / f"{number}.jpg").write_bytes(finished_model.scene(number))
     run(folder, tmp_path / "out", model)
-    before = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
-    stat = (folder / "3.jpg").stat()
-    asked = []
-    monkeypatch.setattr(many, "answer", lambda *a, real=many.answer: asked.extend(a[2]) or real(*a))
-    Image.new("RGB", (90, 120), "teal").save(folder / "3.jpg")
-    os.utime(folder / "3.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` does it: the size tells
+    before = predict.read_jsonl(path)
+    stat = (folder / "2.jpg").stat()
+    Image.new("RGB", (90, 120), "teal").save(folder / "2.jpg")
+    os.utime(folder / "2.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as `cp -p` does it: the size tells
+    (folder / "3.jpg").write_bytes(finished_model.scene(3))
+    generated.clear()
     run(folder, tmp_path / "out", model)
-    after = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
-    assert [row["image_id"] for row in asked] == ["2.jpg", "3.jpg"]  # its part
-    assert after[:3] == before[:3] and (after[3]["width"], after[3]["height"]) == (90, 120)
+    after = predict.read_jsonl(path)
+    assert generated == ["2.jpg", "3.jpg"] and len(after) == 4
+    assert after[:2] == before[:2] and (after[2]["width"], after[2]["height"]) == (90, 120)
     os.utime(folder / "0.jpg", (1, 1))
+    (folder / "1.jpg").unlink()
     run(folder, tmp_path / "out", model)
-    assert [row["image_id"] for row in asked[2:]] == ["0.jpg", "1.jpg"]
+    assert generated[2:] == ["0.jpg"] and len(predict.read_jsonl(path)) == 3
 
 
 def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
@@ -185,7 +193,8 @@ def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
     for number, name in enumerate(names):
         (folder / os.fsdecode(name)).write_bytes(finished_model.scene(number))
     (folder / os.fsdecode(b"n\xf6tes.txt")).touch()
-    command = [sys.executable, "-m", "helpers.many", str(folder), str(output), "--crops", "--coco", "--model", model]
+    command = [sys.executable, "-m", "helpers.use.photos", str(folder), str(output), "--crops", "--coco", "--model",
+               model]
     done = subprocess.run(command, capture_output=True, timeout=200)
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr[-2000:]
     text = (output / "predictions.jsonl").read_bytes()
@@ -201,7 +210,7 @@ def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
 def test_the_runs_own_longest_answer_is_used_and_cut_answers_are_counted(tmp_path, photos, capsys):
     model = finished_model.make(tmp_path / "x-merged")
     write_json(model / "parity.json", read_json(model / "parity.json") | {"max_new_tokens": 5})
-    many.main([str(photos / "b"), str(tmp_path / "out"), "--model", str(model)])
+    main([str(photos / "b"), str(tmp_path / "out"), "--model", str(model)])
     assert "1 never stopped" in capsys.readouterr().out
     (line,) = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
     assert line["new_tokens"] == 5 and not line["stopped"]
@@ -211,10 +220,10 @@ def test_the_runs_own_longest_answer_is_used_and_cut_answers_are_counted(tmp_pat
 
 def test_a_data_set_is_asked_too_and_its_split_is_named(model, tmp_path):
     with pytest.raises(ParameterError, match="no pictures in the split 'test'; there is train, selection, val"):
-        many.find_pictures(str(embedded(tmp_path)), "test", tmp_path)
-    ids, stamps, opened = many.find_pictures(str(embedded(tmp_path)), "val", tmp_path)
-    assert len(ids) == 2 and opened(1).mode == "RGB"
-    assert many.find_pictures(str(embedded(tmp_path)), "val", tmp_path)[1] == stamps and len(stamps) == 2
+        find_pictures(str(embedded(tmp_path)), "test", tmp_path)
+    keys, opened = find_pictures(str(embedded(tmp_path)), "val", tmp_path)
+    assert len({image_id for image_id, _ in keys}) == 2 and opened(1).mode == "RGB"
+    assert find_pictures(str(embedded(tmp_path)), "val", tmp_path)[0] == keys
 
 
 def embedded(folder: Path) -> Path:
@@ -229,25 +238,23 @@ def embedded(folder: Path) -> Path:
     return place
 
 
-def test_a_batch_that_is_too_large_is_halved(monkeypatch):
+def test_a_batch_that_is_too_large_is_made_smaller(model, photos, tmp_path, monkeypatch):
     sizes = []
 
-    def small_memory(model, processor, rows, prompt, generation):
-        sizes.append(len(rows))
-        if len(rows) > 1:
+    def small_memory(*arguments, real=predict.generate_lines):
+        sizes.append(len(arguments[2]))
+        if len(arguments[2]) > 2:
             raise RuntimeError("CUDA out of memory.")
-        return rows
+        return real(*arguments)
 
     monkeypatch.setattr(predict, "generate_lines", small_memory)
-    assert many.answer(None, None, [1, 2, 3], "") == [1, 2, 3] and sizes == [3, 1, 2, 1, 1]
-    monkeypatch.setattr(predict, "generate_lines", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        many.answer(None, None, [1, 2, 3], "")
+    assert run(photos, tmp_path / "out", model, batch_size=4)["pictures"] == 9
+    assert sizes[:3] == [4, 3, 2] and max(sizes[2:]) == 2
 
 
 def refusal(*arguments) -> str:
     with pytest.raises(SystemExit) as refused:
-        many.main([str(argument) for argument in arguments])
+        main([str(argument) for argument in arguments])
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -256,7 +263,6 @@ def test_what_cannot_be_done_is_said_in_one_sentence(model, photos, tmp_path, mo
     out = tmp_path / "out"
     assert "is not there" in refusal("./nowhere", out, "--model", model)
     assert "is no file or folder" in refusal("nowhere", out, "--model", model)
-    assert "from 1/16 to 16/16" in refusal(photos, out, "--model", model, "--shard", "3/2")
     (tmp_path / "none").mkdir()
     assert "is a folder without files" in refusal(tmp_path / "none", out, "--model", model)
     (tmp_path / "none" / ".hidden.jpg").write_bytes(finished_model.scene(0))
@@ -272,8 +278,8 @@ def test_what_cannot_be_done_is_said_in_one_sentence(model, photos, tmp_path, mo
     assert "no picture that can be opened: 1 files, such as a.jpg: its content is no picture" in said
     (tmp_path / "file").touch()
     assert "cannot be written" in refusal(photos, tmp_path / "file", "--model", model)
-    many.open_job(out, {"model": "1", "pictures": 9})
-    assert "holds the answers of another job (model was '1', now" in refusal(photos, out, "--model", model)
+    write_json(out / "job.json", {"model": "1"})
+    assert "holds the predictions of another job (model was '1', now" in refusal(photos, out, "--model", model)
 
     def denied(path, real=Path.iterdir):
         if path.name == "b":
@@ -285,20 +291,18 @@ def test_what_cannot_be_done_is_said_in_one_sentence(model, photos, tmp_path, mo
     assert f"{photos / 'b'} cannot be read (Permission denied); check its rights" in said
 
 
-def test_a_full_disk_is_said_before_the_work_and_when_it_happens(model, photos, tmp_path, monkeypatch):
+def test_a_full_disk_is_said(model, photos, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(many, "write_text", full)
+    monkeypatch.setattr("helpers.use.photos.write_json", full)
     assert "is on a disk that is full: what is done is kept" in refusal(photos, tmp_path / "o", "--model", model)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 100))
-    assert "MiB free" in refusal(photos, tmp_path / "p", "--model", model)
 
 
 def test_two_processes_under_a_launcher_do_it_together(model, photos, tmp_path):
     run(photos, tmp_path / "alone", model, batch_size=16)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
-               "-m", "helpers.many", str(photos), str(tmp_path / "out"), "--model", str(model)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "helpers.use.photos", str(photos), str(tmp_path / "out"), "--model", str(model)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
@@ -306,21 +310,23 @@ def test_two_processes_under_a_launcher_do_it_together(model, photos, tmp_path):
 
 
 def test_a_killed_command_goes_on(model, photos, tmp_path):
-    """Copies of one picture in parts of 64: killed when the first part is there, then run to its end."""
-    many_photos = tmp_path / "many"
-    many_photos.mkdir()
-    for number in range(66):
-        shutil.copy(photos / "1.jpg", many_photos / f"{number}.jpg")
-    command = [sys.executable, "-m", "helpers.many", str(many_photos), str(tmp_path / "out"), "--model", str(model)]
+    """Copies of one picture: killed when the first lines are there, then run to its end."""
+    copies, output = tmp_path / "many", tmp_path / "out"
+    copies.mkdir()
+    for number in range(40):
+        shutil.copy(photos / "1.jpg", copies / f"{number}.jpg")
+    command = [sys.executable, "-m", "helpers.use.photos", str(copies), str(output), "--model", str(model),
+               "--batch-size", "4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not (first := [*tmp_path.glob("out/parts/0000000-*.jsonl")]):
+    own = output / "unfinished-0.jsonl"
+    while not own.exists() or not own.stat().st_size:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path / "out" / "predictions.jsonl").exists()
-    stamp = first[0].stat().st_mtime_ns
+    assert not (output / "predictions.jsonl").exists()
+    first = own.read_text().splitlines()[0]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "66 pictures" in done.stdout
-    assert first[0].stat().st_mtime_ns == stamp and not list((tmp_path / "out").rglob("*.part*-*"))
-    assert len(predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")) == 66
+    assert done.returncode == 0 and "40 pictures" in done.stdout
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 40 and lines[0] == first and not list(output.glob("*unfinished*"))

@@ -1,37 +1,52 @@
-"""A finished model, to use: found in runs/, checked against what it was made with, opened; a picture read as shown."""
+"""A finished model: found in runs/, checked against what it was made with, loaded; a picture read as it is shown."""
 
 import argparse
+import contextlib
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from transformers import Qwen2VLProcessor
 
-from helpers import parity
+from helpers import parity, runs
 from helpers.data.pictures import as_rgb, open_picture
+from helpers.data.schema import DataError
 from helpers.runs import read_json
 from helpers.settings import ParameterError, check_architecture
 
-RUNS = Path(__file__).parents[1] / "runs"
-MAX_NEW_TOKENS = 128  # the pipeline's default, room for five boxes: of models whose parity.json holds none
+RUNS = Path(__file__).parents[2] / "runs"
+MAX_NEW_TOKENS = 128  # the pipeline's default, room for five boxes: of models whose parity.json has none
 MAX_RATIO = 200  # the processor takes no picture whose long side is more times its short one
 
 
-def newest(runs: Path = RUNS) -> Path:
-    """The merged model that was made last, in `runs` or `runs/demo`. Raises ParameterError where there is none."""
-    found = [*runs.glob(f"*-merged/{parity.FILE}"), *runs.glob(f"demo/*-merged/{parity.FILE}")]
+def newest(folder: Path = RUNS) -> Path:
+    """The merged model that was made last, in `folder` or `folder/demo`. Raises ParameterError where there is none."""
+    found = [*folder.glob(f"*-merged/{parity.FILE}"), *folder.glob(f"demo/*-merged/{parity.FILE}")]
     if not found:
-        raise ParameterError(f"{runs} holds no merged model yet: run `make demo` first, or name one with MODEL=folder.")
+        raise ParameterError(f"{folder} holds no merged model yet: run `make demo` first, or name one with "
+                             "MODEL=folder.")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def parse(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
-    """`model` (None: the newest is meant), `host` and `port` of a program that opens a finished model at a port.
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """The surroundings of a command: quiet libraries, and a fault in what was given ends it with its sentence."""
+    runs.quiet_libraries()
+    try:
+        yield
+    except (ParameterError, DataError) as error:
+        sys.exit(str(error))
+
+
+def parse_port(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
+    """`model` (None: the newest), `host` and `port` of a program that opens a finished model at a port.
 
     A port that cannot be opened ends the program with a sentence: before a model is loaded, which takes minutes at 7B.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m helpers.{program}", description=description)
+    parser = argparse.ArgumentParser(prog=f"python -m helpers.use.{program}", description=description)
     parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
     parser.add_argument("--port", type=int, default=port)
@@ -46,32 +61,33 @@ def parse(program: str, description: str, port: int, given: list[str] | None) ->
     return chosen
 
 
-def check(model: str | Path) -> dict[str, Any]:
+def check(model: str | Path, bf16: bool = False) -> dict[str, Any]:
     """What is in the folder's parity.json, after a look at everything that can be wrong without loading weights.
 
     Raises ParameterError, one sentence: no folder, an adapter, no weights, unreadable, made with another pixel budget,
-    tokenizer or format than its own processor has now, or weights that are not those that were saved.
+    tokenizer or format than its own processor has now, or weights that are not those that were saved; with `bf16` also
+    where it is stored otherwise than a merge writes it.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ParameterError(f"MODEL={model} is no folder; name a merged model, such as runs/…-r4-joint-merged, or run "
                              "`make demo` and name none.")
-    if (folder / "adapter_config.json").exists():
-        raise ParameterError(f"MODEL={model} holds an adapter, which needs its base beside it; name the merged model "
-                             f"of that run, {_merged_of(folder.resolve().parent)}.")
-    if (folder / "manifest.json").exists():
-        raise ParameterError(f"MODEL={model} is the folder of a run, and no model; name its merged model, "
-                             f"{_merged_of(folder)}.")
-    for name, there in {"config.json": (folder / "config.json").exists(), parity.FILE: (folder / parity.FILE).exists(),
-                        "*.safetensors": any(folder.glob("*.safetensors"))}.items():
-        if not there:
-            raise ParameterError(f"MODEL={model} has no {name}: it is no whole model of this project's; name a merged "
+    for file, kind, run in (("adapter_config.json", "an adapter, which needs its base", folder.resolve().parent),
+                            ("manifest.json", "a run, and no model", folder.resolve())):
+        if (folder / file).exists():
+            merged = run.with_name(f"{run.name.removesuffix('-stage2')}-merged")
+            raise ParameterError(f"MODEL={model} holds {kind}; name the merged model of that run, "
+                                 f"{merged if merged.is_dir() else 'runs/…-merged'}.")
+    for file in ("config.json", parity.FILE, "*.safetensors"):
+        if not any(folder.glob(file)):
+            raise ParameterError(f"MODEL={model} has no {file}: it is no whole model of this project's; name a merged "
                                  "one, such as runs/…-r4-joint-merged.")
     try:
-        from transformers import Qwen2VLProcessor
-
-        made_with = read_json(folder / parity.FILE)
-        check_architecture(f"MODEL={model}", read_json(folder / "config.json"))
+        made_with, config = read_json(folder / parity.FILE), read_json(folder / "config.json")
+        check_architecture(f"MODEL={model}", config)
+        if bf16 and ("quantization_config" in config or config["dtype"] != "bfloat16"):
+            raise ParameterError(f"MODEL={model} is quantized or no bf16; name the merged model in bf16 that it was "
+                                 "made from.")
         parity.check(folder, parity.record(Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]))
     except ParameterError:
         raise
@@ -84,39 +100,32 @@ def check(model: str | Path) -> dict[str, Any]:
     return made_with
 
 
-def _merged_of(run: Path) -> str:
-    """Where the merged model of a run's folder is, or is to be expected."""
-    merged = run.with_name(f"{run.name.replace('-stage2', '')}-merged")
-    return str(merged) if merged.is_dir() else "runs/…-merged"
-
-
-def load(model: str | Path) -> tuple[Any, Any, str]:
+def load_model(model: str | Path) -> tuple[Any, Any, str]:
     """(model, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
 
-    In `compute_dtype`, bf16 on a GPU. A 4-bit export loads the same way: its config.json says how it is held. Its
+    In `compute_dtype`, bf16 on a GPU; a 4-bit export is loaded as its config.json says. Its
     `generation_config.max_new_tokens` is that of the run that made it.
     """
-    made_with = check(model)
-    from transformers import Qwen2VLProcessor
+    from helpers import model as models  # imports bitsandbytes, which warns where it is not quiet yet
 
-    from helpers import model as models
-
+    made_with, folder = check(model), Path(model).expanduser()
     models.patches_as_product()
-    folder = Path(model).expanduser()
     loaded = models.load(folder, inference=True, dtype=models.compute_dtype(),
                          attn_implementation=models.attention(training=False), device_map=models.device_map())
     loaded.generation_config.max_new_tokens = made_with.get("max_new_tokens", MAX_NEW_TOKENS)
     return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
 
 
-def open_upright(source: str | Path | bytes) -> Image.Image:
+def open_upright(source: str | Path | bytes, most: int | None = None) -> Image.Image:
     """A picture, from a path or its file's bytes, as its EXIF tag shows it, in RGB (`as_rgb`).
 
-    Raises ValueError that says why it cannot be used.
+    Raises ValueError that says why it cannot be used: also one of more than `most` pixels, before it is decoded.
     """
     try:
         in_memory = isinstance(source, bytes)
         with open_picture({"bytes": source if in_memory else None, "path": source}) as picture:
+            if most and picture.width * picture.height > most:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, and {most:,} at most are taken")
             upright = as_rgb(ImageOps.exif_transpose(picture))
     except Exception as error:  # Pillow's readers raise many kinds
         said = isinstance(error, ValueError | Image.UnidentifiedImageError)
