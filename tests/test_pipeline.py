@@ -106,7 +106,7 @@ def test_low_memory_merges_without_a_forward_pass_and_predicts_with_the_merged_m
 @pytest.mark.slow
 def test_constrained_decoding_and_the_best_step_by_iou():
     names = run("recipe=r1-llm-only", "constrained=True", "batch_size=8", "eval_steps=2", "eval_pictures=4",
-                "keep=best", "report_to=tensorboard")
+                "keep=best", "report_to=tensorboard", "max_new_tokens=80")
     folder = Path(f"{PREFIX}r1-llm-only")
     assert not [line["rejected"] for line in names["predictions"] + names["baseline"] if line["rejected"]]
     log = [line for line in trainer.read_log(folder / "log.jsonl") if "eval_iou" in line]

@@ -25,11 +25,15 @@ Splits = dict[str, datasets.Dataset]
 # --- tables that already have columns ---------------------------------------------------------------------------------
 
 
+def _check_columns(columns: list[str], where: str | Path) -> None:
+    missing = [name for name in FEATURES if name not in columns and name != "meta"]
+    if missing:
+        raise DataError(f"{where} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
+
+
 def _to_schema(split: datasets.Dataset, where: str, root: Path | None) -> datasets.Dataset:
     """`split` with the schema's columns alone; `DataError` names the columns it lacks or that have another type."""
-    missing = [name for name in FEATURES if name not in split.column_names and name != "meta"]
-    if missing:
-        raise DataError(f"{where} has the columns {split.column_names}; it lacks {missing}, expected {list(FEATURES)}")
+    _check_columns(split.column_names, where)
     if "meta" not in split.column_names:
         split = split.map(lambda image_id: {"meta": meta_of(image_id)}, input_columns="image_id")
     split = split.select_columns(list(FEATURES))
@@ -86,9 +90,10 @@ def _load_parquet(root: Path, files: list[Path], cache_dir: str | None) -> Split
     by_split: dict[str, list[str]] = {}
     for file in files:
         try:
-            pyarrow.parquet.ParquetFile(file).close()
+            columns = pyarrow.parquet.read_schema(file).names
         except Exception as error:
             raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
+        _check_columns(columns, file)  # what one shard of several lacks, `datasets` fills with None
         by_split.setdefault(split_of(file, root), []).append(str(file))
     splits = {}
     for name, own in by_split.items():
