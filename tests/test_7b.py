@@ -217,7 +217,7 @@ def test_the_check_made_small(tmp_path, capsys):
     assert set(check_7b.values(row, "result", "nf4 layers")) == {0, 14}
     assert {event["call"] for event in row["events"]} == {*check_7b.TIMED, "pipeline", "nf4 layers", "trainable",
                                                           "training", "loss"}
-    assert re.search(r"\| step \| 2 × [\d.]+ \|", shown) and "| wrong | nothing |" in shown
+    assert re.search(r"\| step, s \| 2 × [\d.]+ \|", shown) and "| wrong | nothing |" in shown
     assert not list((tmp_path / "runs").iterdir())
 
     written = next((tmp_path / "model").glob("*.safetensors")).stat().st_mtime_ns

@@ -172,20 +172,20 @@ def other_losses(row: dict, rows: list[dict]) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    """The report in Markdown, a column a recipe and way: memory in GiB, times as how often × the median's seconds."""
+    """The report in Markdown, a column a recipe and way; times as how often × the median."""
     lines: dict[str, list[str]] = {"": [], "---": []}
     for row in rows:
-        shown = {"": f"{row['recipe']}, {row['way']}", "---": "---", "cap": f"{row['cap_gib'] or 'none'}"}
+        shown = {"": f"{row['recipe']}, {row['way']}", "---": "---", "cap, GiB": f"{row['cap_gib'] or 'none'}"}
         for name in ("allocated", "reserved"):
-            shown[f"most {name}"] = f"{max(values(row, name), default=0):.1f}"
+            shown[f"most {name}, GiB"] = f"{max(values(row, name), default=0):.1f}"
         for call in ("train", "predict", "merge"):
-            shown[f"allocated in {call}"] = f"{max(values(row, 'allocated', call), default=0):.1f}"
+            shown[f"allocated in {call}, GiB"] = f"{max(values(row, 'allocated', call), default=0):.1f}"
         for call in TIMED:
             seconds = values(row, "seconds", call)
-            shown[call] = f"{len(seconds)} × {statistics.median(seconds):.2f}" if seconds else "–"
+            shown[f"{call}, s"] = f"{len(seconds)} × {statistics.median(seconds):.2f}" if seconds else "–"
         shown["losses"] = " ".join(f"{loss:.3f}" for loss in values(row, "result", "loss"))
         shown["applied against merged"] = " ".join(f"{off:.1e}" for off in values(row, "result", "merge") if off)
-        shown |= {"disk": f"{row['disk_gib']:.1f}", "all of it, s": f"{row['total_seconds']}",
+        shown |= {"disk, GiB": f"{row['disk_gib']:.1f}", "all of it, s": f"{row['total_seconds']}",
                   "wrong": "; ".join(row["wrong"]) or "nothing"}
         for name, cell in shown.items():
             lines.setdefault(name, []).append(cell)
