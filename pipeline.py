@@ -218,7 +218,7 @@ plots.label_mask(processor.tokenizer, batch["input_ids"][0], batch["labels"][0])
 # %%
 weights = torch.tensor([[0.9, 0.45, 0.02, -0.3]])
 packed, state = quantize_4bit(weights, quant_type="nf4")
-print(f"{weights.tolist()} as {packed.numel()} bytes and a scale of {state.absmax.item():.2f}:",
+print(f"two in a byte, {packed.flatten().tolist()}, with a scale of {state.absmax.item():.2f}:",
       dequantize_4bit(packed, state))
 
 # %% [markdown]
@@ -317,7 +317,7 @@ for stage_run in run.stages:
     print(stage_run.name, stage_run.stage, sep=": ")
 
 # %% [markdown]
-# **LoRA** leaves a weight matrix $W$ as it is and learns a small product beside it: $W + \\frac{\\alpha}{r} B A$, where
+# **LoRA** leaves a weight matrix $W$ as it is and learns a small product beside it: $W + \frac{\alpha}{r} B A$, where
 # $A$ has $r$ rows and $B$ has $r$ columns. With rank 64 that is 2 % of the weights of 7B. $B$ starts at zero, so the
 # model starts as it was. The smallest example, one layer of 4 inputs and 3 outputs at rank 1:
 
