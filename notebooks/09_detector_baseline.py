@@ -50,6 +50,7 @@ from transformers import PrinterCallback, Qwen2VLProcessor, Trainer, TrainingArg
 
 from helpers import data, evaluate, model, plots, predict, runs
 from helpers.augment import Augment
+from helpers.evaluate import reports
 from helpers.recipes import SCALES
 from helpers.topics import detector
 from helpers.topics.training import PROMPT, load
@@ -143,11 +144,11 @@ def scored(vlm, image_processor):
 # %%
 found, score, ap = scored(rtdetr, processor)
 constant = evaluate.constant_predictions(evaluate.best_constant_box(truth["train"]), truth["val"])
-metrics = evaluate.write_metrics(scratch, {"fine-tuned": found, "constant box": constant}, truth["val"])
+metrics = reports.write_metrics(scratch, {"fine-tuned": found, "constant box": constant}, truth["val"])
 if keep:
     rtdetr.save_pretrained(scratch / "model")
     processor.save_pretrained(scratch / "model")
-evaluate.metrics_table(metrics).rename(index={"fine-tuned": "detector"})
+reports.metrics_table(metrics).rename(index={"fine-tuned": "detector"})
 
 # %% [markdown]
 # ## 4 · After a longer training
