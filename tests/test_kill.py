@@ -99,6 +99,7 @@ def results(recipe: str, root: Path) -> Iterator[tuple[str, object]]:
         yield str(path.relative_to(root)), file_hash(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name, stages in RECIPES.items() if stages] if SEED else ["r4-joint"])
 def test_sigkill_at_random_moments_loses_nothing(recipe, tmp_path):
     draw, kills = random.Random(f"{SEED} {recipe}"), 0

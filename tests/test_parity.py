@@ -142,6 +142,7 @@ def one_weight_else(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_the_pipeline_refuses_a_stage_2_on_another_stage_1_and_a_merged_model_that_differs():
     names = run("recipe=r3-two-stage")
     stage1, merged = Path(f"{PREFIX}r3-stage1/model"), Path(f"{PREFIX}r3-merged")

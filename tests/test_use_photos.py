@@ -299,6 +299,7 @@ def test_a_full_disk_is_said(model, photos, tmp_path, monkeypatch):
     assert "is on a disk that is full: what is done is kept" in refusal(photos, tmp_path / "o", "--model", model)
 
 
+@pytest.mark.slow
 def test_two_processes_under_a_launcher_do_it_together(model, photos, tmp_path):
     run(photos, tmp_path / "alone", model, batch_size=16)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
