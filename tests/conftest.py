@@ -57,6 +57,11 @@ def chosen_cpu(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def pytest_collection_finish() -> None:
+    """What a fixture of a whole module writes by a relative path never lands in the repository."""
+    os.chdir(os.environ[SCRATCH])
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Remove the caches that the workers shared."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
