@@ -19,7 +19,7 @@ from helpers.runs import read_json, write_json
 BEGIN, END = "<!-- results: make table ARGS=--write -->", "<!-- end of results -->"
 ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")
 SHOWN = (*METRICS.values(), "ap50", "ap75")
-HEADS = {head: METRICS[head] for head in ("median", "detection", "IoU > .5", "IoU > .7", "F1", "AP")}  # of the README's table
+HEADS = {head: METRICS[head] for head in ("median", "detection", "IoU > .5", "IoU > .7", "F1", "AP")}  # of README
 # Mean IoU at 7B on the first 50 pictures of the real val, two RTX 6000 Ada.
 PUBLISHED = {"base": 0.098, "r1-llm-only": 0.835, "r2-vision-only": 0.833, "r3-two-stage": 0.837, "r4-joint": 0.864}
 
