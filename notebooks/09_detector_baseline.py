@@ -68,8 +68,7 @@ limit = {"train": train_limit, "val": val_limit, "selection": val_limit}
 raw = data.load_raw(dataset_id, limit={name: n for name, n in limit.items() if n})
 rows = data.prepare(data.clean(raw, data.audit(raw)), **budget)
 truth = {name: data.truth_rows(rows[name]) for name in ("train", "selection", "val")}
-names = sorted({name for row in truth["train"] for name in row["objects"]["category_name"]})
-names = ["nutrition-table"] if one_class else names
+names = sorted({"nutrition-table"} if one_class else {n for r in truth["train"] for n in r["objects"]["category_name"]})
 
 # %%
 set_seed(seed)
