@@ -77,18 +77,18 @@ def test_two_processes_make_the_updates_of_one(repo):
     folder = Path(f"{PREFIX}r4-joint")
     np.testing.assert_allclose(losses(str(folder)), alone, rtol=0.02)
     assert len(alone) == 9
-
-    for later in ("steps.json", "adapter", "checkpoint-9"):
-        shutil.rmtree(folder / later) if (folder / later).is_dir() else (folder / later).unlink()
-    ended = command(sys.executable, *words)
-    assert ended.returncode == 0 and "goes on from checkpoint-8" in ended.stdout, ended.stderr[-3000:]
-    np.testing.assert_allclose(losses(str(folder)), alone, rtol=0.02)
     lines = predict.read_jsonl(folder / "predictions.jsonl")
     assert len(lines) == len({line["image_id"] for line in lines}) == 8
     assert not list(folder.glob("*.parts"))
     assert ended.stdout.count("merged minus as trained") == 1  # one of two speaks
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["processes"] == 2
+
+    for later in ("steps.json", "adapter", "checkpoint-9"):
+        shutil.rmtree(folder / later) if (folder / later).is_dir() else (folder / later).unlink()
+    ended = command(sys.executable, *words)
+    assert ended.returncode == 0 and "goes on from checkpoint-8" in ended.stdout, ended.stderr[-3000:]
+    np.testing.assert_allclose(losses(str(folder)), alone, rtol=0.02)
 
 
 @pytest.mark.slow
