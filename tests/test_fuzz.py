@@ -1,6 +1,6 @@
 """Broken input for the parser, the data's readers and the parameters: only the documented errors come.
 
-`make fuzz` tries a hundred times as much. A counter-example is printed, and belongs at the end of this file.
+`make test-all` tries a hundred times as much. A counter-example is printed, and belongs at the end of this file.
 """
 
 import ast

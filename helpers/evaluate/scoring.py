@@ -125,5 +125,5 @@ def unstopped(scored: dict) -> str:
 
 
 def unstopped_note(scored: dict) -> str:
-    """"; 8 of 123 answers never stopped", or nothing where all did."""
-    return f"; {unstopped(scored)} answers never stopped" if scored["summary"]["unstopped_rate"]["value"] else ""
+    """"; 8 of 123 completions never stopped", or nothing where all did."""
+    return f"; {unstopped(scored)} completions never stopped" if scored["summary"]["unstopped_rate"]["value"] else ""
