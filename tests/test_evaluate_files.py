@@ -107,7 +107,8 @@ def test_answers_that_never_stopped_are_counted_in_every_summary(tmp_path):
     metrics = rescore(folder)
     assert list(metrics_table(metrics)["never stopped"]) == ["8 of 30", "0 of 30", "0 of 30"]
     assert "r4-joint; 8 of 30 completions never stopped." in results_table(tmp_path).splitlines()
-    assert "; 8 of 30 completions never stopped\n- r4-joint:base: mean" in compare("r4-joint", "r4-joint:base", tmp_path)
+    compared = compare("r4-joint", "r4-joint:base", tmp_path)
+    assert "; 8 of 30 completions never stopped\n- r4-joint:base: mean" in compared
     unknown = score([{"image_id": "a", "objects": {"bbox": [], "category_name": []}}],
                     [{"image_id": "a", "text": "no nutrition table"}], resamples=0)
     assert metrics_table({"scores": {"base": unknown}})["never stopped"]["base"] == "–"
