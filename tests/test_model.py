@@ -306,21 +306,23 @@ def test_more_processes_than_gpus_are_refused(monkeypatch, rank):
 
 
 @pytest.mark.parametrize(("gpus", "capability", "installed", "chosen"), [
-    (0, (9, 0), True, "eager"), (1, (9, 0), True, "flash_attention_2"), (1, (9, 0), False, "sdpa"),
-    (1, (7, 5), True, "sdpa"),
+    (0, {"amx_bf16": True}, True, "eager"), (0, {"avx2": True}, True, "sdpa"),
+    (1, (9, 0), True, "flash_attention_2"), (1, (9, 0), False, "sdpa"), (1, (7, 5), True, "sdpa"),
 ])  # fmt: skip
 def test_attention_is_flash_where_it_is_installed_and_the_gpu_has_it(monkeypatch, gpus, capability, installed, chosen):
     show_gpus(monkeypatch, gpus, capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {} if gpus else capability)
     monkeypatch.setattr(model, "is_flash_attn_2_available", lambda: installed)
     assert model.attention() == chosen
 
 
 @pytest.mark.parametrize(("gpus", "has", "chosen"), [
     (0, {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32), (0, {"avx2": True}, torch.float32),
-    (0, {"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16), (0, {"bf16": True}, torch.bfloat16),
+    (0, {"avx512_bf16": True, "amx_bf16": False}, torch.float32), (0, {"amx_bf16": True}, torch.bfloat16),
+    (0, {"bf16": True}, torch.bfloat16),
     (1, {"avx2": True}, torch.bfloat16),
 ])  # fmt: skip
-def test_bf16_is_computed_in_where_the_machine_has_it(monkeypatch, gpus, has, chosen):
+def test_bf16_is_computed_in_where_the_machine_multiplies_matrices_in_it(monkeypatch, gpus, has, chosen):
     show_gpus(monkeypatch, gpus)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert model.compute_dtype() == chosen
