@@ -68,9 +68,16 @@ def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
     return clean(raw, result)
 
 
-def names_in(split: datasets.Dataset) -> list[str]:
-    """What a completion may name: the classes of `split`'s data set, sorted."""
-    return sorted(categories_of(name for objects in split["objects"] for name in objects["category_name"]))
+def source_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_raw` in a run's parameters; those of an older manifest may lack some."""
+    names = {"dataset_id": "dataset_id", "dataset_revision": "revision", "classes": "classes", "val_share": "val_share"}
+    return {argument: values[name] for name, argument in names.items() if name in values}
+
+
+def names_in(*splits: datasets.Dataset) -> list[str]:
+    """What a completion may name: the classes of the data set whose `splits` these are, sorted."""
+    objects = [entry or {} for split in splits for entry in split["objects"]]
+    return sorted(categories_of(name for entry in objects for name in entry.get("category_name") or []))
 
 
 def truth_rows(split: datasets.Dataset) -> list[dict[str, Any]]:
