@@ -117,6 +117,8 @@ PARAMETERS: dict[str, Parameter] = {
     "dataset_id": Parameter(text("a Hub id, a local folder or file, or embedded"), trains=True,
                             scales={"7b": "openfoodfacts/nutrition-table-detection", "tiny": "embedded"}),
     "dataset_revision": Parameter(REVISION, optional=True, trains=True),
+    "classes": Parameter(text("names of classes with commas between them, old=new to rename one"), optional=True),
+    "val_share": Parameter(number(0, 1)),
     "prompt": Parameter(PROMPT, trains=True),
     "loss_scope": Parameter(one_of("assistant", "all-text"), trains=True),
     "precision": Parameter(one_of("nf4", "bf16"), optional=True, trains=True),

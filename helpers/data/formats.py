@@ -17,8 +17,9 @@ from xml.etree import ElementTree
 import yaml
 
 from helpers.boxes import CATEGORIES
-from helpers.data.pictures import NAN_BOX, Pictures, Rows, files_below, row, split_of
-from helpers.data.schema import DataError, objects_of, read_text, safe_path, split_name
+from helpers.data.pictures import NAN_BOX, Pictures, files_below, row
+from helpers.data.schema import DataError, objects_of, read_text, safe_path
+from helpers.data.splits import Rows, split_of
 
 KINDS = {
     "yxyx unit": "[y_min, x_min, y_max, x_max] in 0-1",
@@ -154,6 +155,7 @@ def read_coco(root: Path, file: Path | None = None) -> Iterator[Found]:
     pictures, others, read = Pictures(root), [], False
     for path in [file] if file else coco_files(root, sure=False):
         found = _parse_json(read_text(path), str(path))
+        found.setdefault("categories", [])  # the classes are then named by their ids
         missing = [key for key in ("images", "annotations", "categories") if not isinstance(found.get(key), list)]
         if missing:
             others.append(f"{path} (has {sorted(found)[:8]}, lacks the lists {', '.join(missing)})")
@@ -213,16 +215,15 @@ def read_yolo(root: Path) -> Iterator[Found]:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or classes.txt.
 
     A picture without a label file has no box; a label file in labels/ without a picture is a row whose picture is
-    missing. Class names index the lines; the split is that of data.yaml's `train`, `val`, `test` folders, else of the
-    folder's own name.
+    missing. Class names index the lines.
     """
     file = yolo_files(root)[0]
     config = _parse_yaml(file) if file.suffix != ".txt" else {"names": read_text(file).split("\n")}
     names = config["names"]
+    names = names.split(",") if isinstance(names, str) else names
     names = dict(enumerate(names)) if isinstance(names, list) else names
     if not isinstance(names, dict):
         raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name")
-    folders = _yolo_folders(file, config)
     labels = {path: _label_file(path, root) for path in Pictures(root).files}
     for label in files_below(root, "*.txt"):
         parts = label.relative_to(root).parts
@@ -231,31 +232,9 @@ def read_yolo(root: Path) -> Iterator[Found]:
             labels[root.joinpath(*parts).with_suffix(".jpg")] = label
     for path, label in labels.items():
         within = path.relative_to(root)
-        of_folder = (name for folder, name in folders.items() if within.is_relative_to(folder))
         boxes, classes = _yolo_boxes(label)
-        yield Found(row(safe_path(root, str(within), str(file))), next(of_folder, split_of(path.parent, root)), boxes,
-                    "cxcywh unit", [str(names.get(kind, f"class {kind}")).strip() for kind in classes])
-
-
-def _yolo_folders(file: Path, config: dict[str, Any]) -> dict[Path, str]:
-    """The folders, or pictures of .txt lists, that a data.yaml names for its splits: path below the root -> split."""
-    folders = {}
-    for name in ("train", "val", "valid", "test"):
-        entries = config.get(name) or []
-        for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
-            if not isinstance(entry, str):
-                raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
-            listed = safe_path(file.parent, str(_below(entry, file.parent)), str(file))
-            lines = read_text(listed).split("\n") if listed.suffix == ".txt" else [entry]
-            folders |= {_below(line.strip(), file.parent): split_name(name) for line in lines if line.strip()}
-    return folders
-
-
-def _below(entry: str, root: Path) -> Path:
-    """A path of a data.yaml as one below `root`: "../train/images" is often written for "train/images"."""
-    path = Path(entry)
-    path = path.relative_to(root) if path.is_relative_to(root) else path
-    return Path(*(part for part in path.parts if part not in (".", "..", "/")))
+        yield Found(row(safe_path(root, str(within), str(file))), split_of(path.parent, root), boxes, "cxcywh unit", [
+                    str(names.get(kind, f"class {kind}")).strip() for kind in classes])
 
 
 def _label_file(picture: Path, root: Path) -> Path:
@@ -282,12 +261,7 @@ def _yolo_boxes(file: Path) -> tuple[list[list[float]], list[int]]:
 
 
 def read_voc(root: Path) -> Iterator[Found]:
-    """Pascal VOC: an XML a picture; splits by folder or by ImageSets/Main/{train,val}.txt. Corners in pixels."""
-    listed = {}
-    for file in files_below(root, "ImageSets/Main/*.txt"):
-        if split_name(file.stem) in ("train", "val", "test"):  # not trainval.txt and lists by class
-            lines = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
-            listed |= dict.fromkeys(lines, split_name(file.stem))
+    """Pascal VOC: an XML a picture. Corners in pixels."""
     pictures = Pictures(root)
     for file in files_below(root, "*.xml"):
         try:
@@ -297,7 +271,7 @@ def read_voc(root: Path) -> Iterator[Found]:
         name = found.findtext("filename")
         if found.tag != "annotation" or not name:
             raise DataError(f"{file}: found <{found.tag}> without a filename; expected <annotation><filename>")
-        split = listed.get(file.stem, split_of(file, root))
+        split = split_of(file.parent, root)
         size = found.findtext("size/width"), found.findtext("size/height")
         things = list(found.iter("object"))
         yield Found(row(pictures.find(name, file.parent, split, str(file)), None, None, size), split,

@@ -15,7 +15,8 @@ from datasets import List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from helpers.data.schema import DataError, meta_of, objects_of, safe_path, split_name
+from helpers.data.schema import DataError, meta_of, objects_of, safe_path
+from helpers.data.splits import split_of
 
 KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]  # EPS starts programs
 try:
@@ -29,9 +30,7 @@ HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1") 
 LEFTOVERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # folders of systems and their programs
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
-Rows = dict[str, list[dict[str, Any]]]  # split, or "" where none is named -> rows of the schema
 NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the audit names it
-_SPLITS = ("train", "selection", "val", "test")
 
 
 def files_below(root: Path, pattern: str = "*", *, links: bool = False, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -76,16 +75,6 @@ def shown_size(path: Path) -> tuple[int, int]:
 def escaped(name: str) -> str:
     """A file's name as text that can be printed and stored: bytes that are not UTF-8 as \\udc80 to \\udcff."""
     return name.encode(errors="backslashreplace").decode()
-
-
-def split_of(path: Path, root: Path) -> str:
-    """The split named by a file or the nearest folder of it below `root` ("instances_val2017.json": val), or ""."""
-    for part in reversed(path.relative_to(root).parts):
-        words = part.replace("-", "_").replace(".", "_").split("_")
-        for name in (split_name(word.rstrip("0123456789")) for word in words):
-            if name in _SPLITS:
-                return name
-    return ""
 
 
 class Pictures:
@@ -135,7 +124,7 @@ def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[
         "image": image,
         "width": width,
         "height": height,
-        "meta": meta_of(image_id, meta),
+        "meta": meta_of(meta),
         "objects": objects_of([], []),
     }
 

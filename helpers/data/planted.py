@@ -62,7 +62,7 @@ def _faults_in_a_row(picture: Image.Image) -> list[tuple[str, str, dict[str, Any
         ("out-of-range-box", "right edge at 1.3", _boxed([0.1, 0.2, 0.5, 1.3])),
         ("empty-box", "top and bottom both at .1", _boxed([0.1, 0.2, 0.1, 0.6])),
         ("repeated-box", "the same box twice", _boxed(BOX, BOX)),
-        ("unknown-category", "a box named logo", _boxed(BOX, name="logo")),
+        ("unknown-category", "a box without a name", _boxed(BOX, name="")),
         ("category-mismatch", "the id of another name", {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),
         ("repeated-id", "the id of the first that can be read", {"image_id": "planted-2"}),
         ("no-table", "no box", _boxed()),

@@ -214,8 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.compare:
             run = run_of(Path(chosen.model).expanduser(), chosen.run)
             values = read_json(run / "manifest.json")["parameters"]
-            splits = data.load_splits(values["dataset_id"], revision=values["dataset_revision"],
-                                      limit={"train": 1, "selection": 1})
+            splits = data.load_splits(**data.source_of(values), limit={"train": 1, "selection": 1})
             result = compare(output, data.prepare(splits, values["min_pixels"], values["max_pixels"])["val"])
             for copy in COPIES:
                 found = result[copy]

@@ -75,7 +75,7 @@ def _check_that_one_opens(source: str, files: list[Path]) -> None:
 
 def _of_data_set(source: str, split: str) -> tuple[list[Key], Opener]:
     try:
-        rows = load_raw(source)
+        rows = load_raw(source, val_share=1)
     except DataError as error:
         here = Path(source).expanduser().exists()
         raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
