@@ -20,24 +20,17 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL.Image import Image
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -57,16 +50,6 @@ GONE = "the client has gone."
 SAMPLING = ("temperature", "top_p", "top_k", "seed")
 OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", *SAMPLING)
 NO_CHANGE = [("n", 1), ("skip_special_tokens", False)]  # what is done anyway; the second is what vLLM has to be told
-
-
-@dataclass(eq=False)
-class Waiting:
-    """A request that is ready for the model."""
-
-    request: Request
-    inputs: dict  # of `predict.model_inputs`, one row
-    limit: int  # tokens
-    line: asyncio.Future  # of `predict`
 
 
 def bad(sentence: str, status: int = 400) -> HTTPException:
@@ -94,15 +77,6 @@ async def read_body(request: Request) -> bytearray:
     except ClientDisconnect:
         raise bad(GONE, 499) from None
     return content
-
-
-def read_json(content: bytearray) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        raise bad("the request's body is not JSON.") from None
-    except RecursionError:
-        raise bad("the request's JSON is nested too deeply.") from None
 
 
 def check_request(body: Any, name: str, prompt: str, tokens: int) -> tuple[Image, int, bool]:
@@ -173,96 +147,116 @@ def completion(line: dict, name: str, stream: bool) -> Response:
     return Response(f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
 
 
-def build_app(model: str | Path) -> FastAPI:
-    """The server of one merged model: /v1/chat/completions, /v1/models, /health, /metrics. Loads the model."""
-    name = Path(model).expanduser().resolve().name
-    loaded, processor, prompt = load.load_model(model)
-    tokens, key = loaded.generation_config.max_new_tokens, os.environ.get(KEY)
-    readers, generator, lock = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1), threading.Lock()
-    places, arrived, waiting = asyncio.Semaphore(IN_WORK), asyncio.Event(), list[Waiting]()
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    in_work = Gauge("serve_requests_in_work", "Requests that have come and have no reply yet", registry=registry)
-    seconds = Histogram("serve_request_seconds", "From a request to its reply", ["status"], registry=registry)
-    sizes = Histogram("serve_batch_size", "Pictures generated together", buckets=(1, 2, 4, 8, 16), registry=registry)
+@dataclass(eq=False)
+class Waiting:
+    """A request that is ready for the model."""
 
-    def read(content: bytearray) -> tuple[dict, int, bool]:
-        picture, limit, stream = check_request(read_json(content), name, prompt, tokens)
-        with lock:  # a tokenizer pads for one thread at a time
-            return predict.model_inputs([load.as_row("", picture)], processor, prompt), limit, stream
+    request: Request
+    inputs: dict  # of `predict.model_inputs`, one row
+    limit: int  # tokens
+    line: asyncio.Future  # of `predict`
 
-    def generate(batch: list[Waiting]) -> list[dict | Exception]:
+
+class Batches:
+    """Requests that wait for the model. What has come while one batch was generated is the next; `sizes` counts."""
+
+    def __init__(self, model: Any, processor: Any, sizes: prometheus_client.Histogram):
+        self.model, self.processor, self.sizes = model, processor, sizes
+        self.waiting: list[Waiting] = []
+        self.arrived, self.thread = asyncio.Event(), ThreadPoolExecutor(1)  # the event loop stays free
+
+    async def complete(self, request: Request, inputs: dict, limit: int) -> dict:
+        """The line of `predict` for one request."""
+        own = Waiting(request, inputs, limit, asyncio.get_running_loop().create_future())
+        self.waiting.append(own)
+        self.arrived.set()
+        return await own.line
+
+    async def work(self) -> None:
+        """For ever: one batch after the other, of requests with the same limit, the oldest first."""
+        while await self.arrived.wait():
+            if len(self.waiting) < BATCH:
+                await asyncio.sleep(WINDOW)
+            batch = [one for one in self.waiting if one.limit == self.waiting[0].limit][:BATCH]
+            self.waiting = [one for one in self.waiting if one not in batch]
+            if not self.waiting:
+                self.arrived.clear()
+            for one in batch:
+                if await one.request.is_disconnected():
+                    one.line.set_exception(bad(GONE, 499))
+            batch = [one for one in batch if not one.line.done()]
+            if batch:
+                self.sizes.observe(len(batch))
+                lines = await asyncio.get_running_loop().run_in_executor(self.thread, self.generate, batch)
+                for one, line in zip(batch, lines, strict=True):
+                    if isinstance(line, Exception):
+                        one.line.set_exception(line)
+                    else:
+                        one.line.set_result(line)
+
+    def generate(self, batch: list[Waiting]) -> list[dict | Exception]:
         """Each request's line, or why there is none."""
         try:
-            encoded = [one for waiter in batch for one in predict.encode_pictures(loaded, waiter.inputs)]
-            return predict.complete(loaded, processor, encoded,
+            encoded = [one for waiting in batch for one in predict.encode_pictures(self.model, waiting.inputs)]
+            return predict.complete(self.model, self.processor, encoded,
                                     {"do_sample": False, "max_new_tokens": batch[0].limit}, None)
         except Exception as error:
             if len(batch) == 1:
                 return [error]
         half = len(batch) // 2  # memory has run out, or one of them is to blame
-        return generate(batch[:half]) + generate(batch[half:])
+        return self.generate(batch[:half]) + self.generate(batch[half:])
 
-    async def make_batches() -> None:
-        """For ever: one batch after the other, of requests with the same limit, the oldest first."""
-        while await arrived.wait():
-            if len(waiting) < BATCH:
-                await asyncio.sleep(WINDOW)
-            batch = [one for one in waiting if one.limit == waiting[0].limit][:BATCH]
-            waiting[:] = [one for one in waiting if one not in batch]
-            if not waiting:
-                arrived.clear()
-            for one in batch:
-                if await one.request.is_disconnected():
-                    one.line.set_exception(bad(GONE, 499))
-            if not (batch := [one for one in batch if not one.line.done()]):
-                continue
-            sizes.observe(len(batch))
-            lines = await asyncio.get_running_loop().run_in_executor(generator, generate, batch)
-            for one, line in zip(batch, lines, strict=True):
-                if isinstance(line, Exception):
-                    one.line.set_exception(line)
-                else:
-                    one.line.set_result(line)
 
-    @contextlib.contextmanager
-    def measured() -> Iterator[None]:
-        start, status = time.perf_counter(), 500
+def build_app(model: str | Path) -> FastAPI:
+    """The server of one merged model: /v1/chat/completions, /v1/models, /health, /metrics. Loads the model."""
+    name = Path(model).expanduser().resolve().name
+    loaded, processor, prompt = load.load_model(model)
+    tokens, key = loaded.generation_config.max_new_tokens, os.environ.get(KEY)
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
+    in_work = prometheus_client.Gauge("serve_requests_in_work", "Requests without a reply yet", registry=registry)
+    seconds = prometheus_client.Histogram("serve_completion_seconds", "From a request to its completion",
+                                          registry=registry)
+    refusals = prometheus_client.Counter("serve_refusals", "Requests without a completion", ["status"],
+                                         registry=registry)
+    batches = Batches(loaded, processor, prometheus_client.Histogram(
+        "serve_batch_size", "Pictures generated together", buckets=(1, 2, 4, 8, 16), registry=registry))
+    places = asyncio.Semaphore(IN_WORK)
+    readers, lock = ThreadPoolExecutor(READERS), threading.Lock()
+
+    def read(content: bytearray) -> tuple[dict, int, bool]:
         try:
-            with in_work.track_inprogress():
-                yield
-            status = 200
-        except HTTPException as error:
-            status = error.status_code
-            raise
-        finally:
-            seconds.labels(status).observe(time.perf_counter() - start)
-
-    @contextlib.asynccontextmanager
-    async def working(app: FastAPI) -> AsyncIterator[None]:
-        app.state.work = asyncio.create_task(make_batches())
-        yield
-        app.state.work.cancel()
+            picture, limit, stream = check_request(json.loads(content), name, prompt, tokens)
+        except (ValueError, RecursionError):
+            raise bad("the request's body is not JSON, or is nested too deeply.") from None
+        with lock:  # a tokenizer pads for one thread at a time
+            return predict.model_inputs([load.as_row("", picture)], processor, prompt), limit, stream
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not secrets.compare_digest(given.encode(), key.encode()):
             raise bad("the API key is missing or wrong; send it as Authorization: Bearer KEY.", 401)
 
+    @contextlib.asynccontextmanager
+    async def working(app: FastAPI) -> AsyncIterator[None]:
+        app.state.work = asyncio.create_task(batches.work())
+        yield
+        app.state.work.cancel()
+
     app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None, lifespan=working)
 
     @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
     async def complete(request: Request) -> Response:
-        with measured():
-            if places.locked():
-                raise bad(f"{IN_WORK} requests are in work; try again in a moment.", 429)
-            async with places:
-                loop, content = asyncio.get_running_loop(), await read_body(request)
-                inputs, limit, stream = await loop.run_in_executor(readers, read, content)
-                content.clear()
-                waiting.append(own := Waiting(request, inputs, limit, loop.create_future()))
-                arrived.set()
-                return completion(await own.line, name, stream)
+        start = time.perf_counter()
+        if places.locked():
+            raise bad(f"{IN_WORK} requests are in work; try again in a moment.", 429)
+        async with places:
+            with in_work.track_inprogress():
+                content = await read_body(request)
+                inputs, limit, stream = await asyncio.get_running_loop().run_in_executor(readers, read, content)
+                line = await batches.complete(request, inputs, limit)
+        seconds.observe(time.perf_counter() - start)
+        return completion(line, name, stream)
 
     @app.get("/v1/models", dependencies=[Depends(check_key)])
     def models() -> dict:
@@ -276,16 +270,19 @@ def build_app(model: str | Path) -> FastAPI:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        text = prometheus_client.generate_latest(registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         paths = "" if error.detail.endswith(".") else ("; there is POST /v1/chat/completions, GET /v1/models, GET "
                                                        "/health and GET /metrics.")
+        refusals.labels(error.status_code).inc()
         return error_body(error.status_code, error.detail + paths)
 
     @app.exception_handler(Exception)  # uvicorn logs it, and goes on
     async def failed(_: Request, error: Exception) -> JSONResponse:
+        refusals.labels(500).inc()
         return error_body(500, "the server failed on this request, and its log says why; others go on.")
 
     return app
