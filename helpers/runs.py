@@ -1,6 +1,7 @@
 """A run's folder: its manifest, its steps, files that are whole or not there; and several processes as one."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -28,6 +30,8 @@ from helpers.settings import ParameterError, Run, is_main, read_value
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 WHOLE = 2**24  # bytes: a larger file is hashed by samples of it
 SAMPLES, SAMPLE = 64, 2**16  # how many, and the bytes of each
+SILENCE = 30  # seconds without a sign of life after which a process of a run counts as lost
+_left = threading.Event()  # by `leave`
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,11 +126,55 @@ def _processes() -> Any:
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
+    if state.num_processes > 1:
+        _end_together(state.process_index, state.num_processes)
+    return state
+
+
+@functools.cache
+def _end_together(rank: int, world: int) -> None:
+    """Until `leave`, the end of one of `world` processes ends them all, each with a sentence.
+
+    One that dies closes its connections, and whatever the others wait for fails. A machine that hangs or is off the
+    network closes nothing. So each process counts in the launcher's store, and ends where another is SILENCE seconds
+    behind, or the store itself does not reply.
+    """
+    from torch.distributed import DistError
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    again = "start the same command again on every machine: it goes on from the last checkpoint.\n"
+    heard, store = dict.fromkeys(range(world), (0, time.monotonic())), _get_default_store().clone()
+
+    def say_so(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        sys.__excepthook__(kind, error, trace)
+        if issubclass(kind, DistError) or "by peer" in str(error):  # NCCL and the store, gloo
+            sys.stderr.write(f"process {rank} of {world} ends, because another one has: its log says why; {again}")
+
+    def count() -> None:
+        with contextlib.suppress(RuntimeError):  # the store is gone: `watch` sees that nothing is heard any more
+            while not _left.wait(SILENCE / 6):
+                for other, (before, _) in heard.items():
+                    if (now := store.add(f"alive {other}", int(other == rank))) > before:
+                        heard[other] = now, time.monotonic()
+
+    def watch() -> None:
+        while not _left.wait(1):
+            silent = [str(other) for other, (_, last) in heard.items() if last < time.monotonic() - SILENCE]
+            if silent:
+                os.write(2, f"process {rank} of {world} ends, because process {', '.join(silent)} has been silent for "
+                            f"{SILENCE} s; {again}".encode())
+                os._exit(1)
+
+    sys.excepthook = say_so
+    for work in (count, watch):
+        threading.Thread(target=work, daemon=True).start()
 
 
 def leave() -> None:
     """Leave the group of processes, at the end: PyTorch warns of one that is still open when a process ends."""
+    _processes().wait_for_everyone()
+    _left.set()
     _processes().destroy_process_group()
 
 

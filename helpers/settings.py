@@ -219,6 +219,16 @@ def choose_gpus(wanted: str | None) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = wanted
 
 
+def _refuse_sharding() -> None:
+    """Raise ParameterError under a launcher that would shard the weights (`accelerate launch --use_fsdp`)."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+            raise ParameterError(f"accelerate's {kind} shards weights over processes, and checkpoints, inference in "
+                                 "training and saving need them whole in one process here; start without a launcher "
+                                 "(one process spreads a model over all GPUs of the machine), or with --multi_gpu, "
+                                 "where each GPU has room for all of the recipe.")
+
+
 def choose_cache(hf_home: str | None) -> None:
     """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
 
@@ -247,6 +257,7 @@ def settle(namespace: dict) -> Run:
         end_with_a_word()
     values = {name: namespace[name] for name in PARAMETERS}
     check(values)
+    _refuse_sharding()
     choose_gpus(values["gpus"])
     choose_cache(values["hf_home"])
     _check_cache(values["hf_home"])
@@ -318,6 +329,8 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     world = int(os.environ.get("WORLD_SIZE", 1))
     room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
+    if room < need <= sum(sizes):
+        seen += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
     if scale == "7b" and room < need:
         raise ParameterError(f"scale=7b with recipe={recipe} needs {needs}, and this machine shows "
                              f"{seen}; take a larger GPU, or scale=tiny.")

@@ -267,6 +267,8 @@ def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
         monkeypatch.setenv("WORLD_SIZE", str(processes))  # one card a process: their memory does not add up
         assert settings._choose_scale("auto", recipe, None) == scale
+    with pytest.raises(ParameterError, match=r"2 GPU\(s\) with 24 GiB for each process \(one .* uses all 48\)"):
+        settings._choose_scale("7b", "r2-vision-only", None)
     card.total_memory = 15.7 * 2**30  # what a card of 16 GiB shows
     assert [settings._choose_scale("auto", "r4-joint", memory) for memory in (None, "low")] == ["tiny", "7b"]
     with pytest.raises(ParameterError, match=r"needs 22 GiB of GPU memory \(14 with memory=low\), and this machine sh"):

@@ -56,3 +56,9 @@ def test_processes_that_cannot_share_an_update_are_refused_with_the_nearest_that
         settings._share({"batch_size": 8, "accumulation": 2})
     assert settings._share({"batch_size": 8, "accumulation": 3}) == (8, 1)
     assert "3 processes share each update (batch_size=8 x accumulation=3): 8 x 1 each." in capsys.readouterr().out
+
+
+def test_a_launcher_that_shards_weights_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(settings.ParameterError, match="FSDP shards weights .* without a launcher .* --multi_gpu"):
+        settings._refuse_sharding()

@@ -1,17 +1,27 @@
 """The server: real requests of OpenAI's client over the loopback; bad ones get one sentence, and it lives on."""
 
+import asyncio
 import base64
 import io
+import itertools
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import finished_model
 import httpx
+import numpy as np
 import openai
+import psutil
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from helpers import predict
 from helpers.messages import NO_TABLE, parse_text, target_text
@@ -148,16 +158,67 @@ def test_a_body_that_makes_no_sense_is_the_clients_fault(address, body):
     assert json.loads(refused.value.read())["error"]["type"] == "invalid_request_error"
 
 
-def test_a_failure_inside_ends_one_request_alone(model, monkeypatch):
-    from starlette.testclient import TestClient
-    def fails(*_):
-        raise RuntimeError("CUDA error")
+def test_a_batch_that_fails_is_divided_and_a_failure_inside_ends_one_request_alone(model, monkeypatch):
+    real = predict.complete
 
-    monkeypatch.setattr(predict, "generate_lines", fails)
-    with TestClient(serve.build_app(model), raise_server_exceptions=False) as client:
-        answer = client.post("/v1/chat/completions", json={"messages": question(GOOD)})
-        assert answer.status_code == 500 and "this request" in answer.json()["error"]["message"]
+    def fails_with_more_than(most, given):
+        if len(given[2]) > most:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*given)
+
+    def post(_):
+        return client.post("/v1/chat/completions", json={"messages": question(GOOD)})
+
+    with TestClient(serve.build_app(model), raise_server_exceptions=False) as client, ThreadPoolExecutor(8) as pool:
+        monkeypatch.setattr(predict, "complete", lambda *given: fails_with_more_than(2, given))
+        assert [reply.status_code for reply in pool.map(post, range(8))] == [200] * 8
+        monkeypatch.setattr(predict, "complete", lambda *given: fails_with_more_than(0, given))
+        reply = post(0)
+        assert reply.status_code == 500 and "this request" in reply.json()["error"]["message"]
         assert client.get("/health").status_code == 200
+        monkeypatch.setattr(predict, "complete", real)
+        assert post(0).status_code == 200
+        client.app.state.work.cancel()
+        assert client.get("/health").status_code == 503
+
+
+def test_the_key_the_places_and_the_patience_are_bounds(model, monkeypatch):
+    monkeypatch.setenv(serve.KEY, "secret")
+    monkeypatch.setattr(serve, "IN_WORK", 0)
+    monkeypatch.setattr(serve, "MAX_SECONDS", 0.01)
+    app = serve.build_app(model)
+    with TestClient(app) as client:
+        for given in ({}, {"authorization": "Bearer other"}, {"authorization": "Bearer s\u00e9cret".encode()}):
+            refused = client.post("/v1/chat/completions", headers=given)
+            assert refused.status_code == 401 and "Bearer KEY" in refused.json()["error"]["message"]
+            assert client.get("/v1/models", headers=given).status_code == 401
+        key = {"authorization": "Bearer secret"}
+        assert client.get("/v1/models", headers=key).status_code == client.get("/health").status_code == 200
+        assert client.post("/v1/chat/completions", headers=key).status_code == 429
+        assert 'serve_refusals_total{status="429"} 1.0' in client.get("/metrics").text
+
+    async def slow():
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def send():
+        monkeypatch.setattr(serve, "IN_WORK", 1)
+        app = serve.build_app(model)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", headers=key) as client:
+            return await client.post("/v1/chat/completions", content=slow())
+
+    assert asyncio.run(send()).status_code == 408
+
+
+def test_a_caller_that_has_gone_costs_nothing(address):
+    body, before = body_of(question(GOOD)), metric(address, "serve_batch_size_sum")
+    with socket.create_connection(address.removeprefix("http://").split(":")) as leaves:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        leaves.sendall(head.encode() + body)
+    deadline = time.monotonic() + 60
+    while not metric(address, 'serve_refusals_total{status="499"}'):
+        assert time.monotonic() < deadline
+    assert metric(address, "serve_batch_size_sum") == before
 
 
 def test_a_model_that_cannot_be_served_ends_the_command_with_a_sentence(tmp_path):
@@ -179,3 +240,77 @@ def test_an_answer_without_its_special_tokens_is_read_the_same():
     assert parse_text(bare).boxes_xyxy_unit.tolist() == parse_text(whole).boxes_xyxy_unit.tolist()
     assert parse_text(bare).labels == parse_text(whole).labels and len(parse_text(bare).labels) == 3
     assert parse_text(NO_TABLE).empty_answer
+
+
+# --- many callers
+
+
+def body_of(messages, **options) -> bytes:
+    return json.dumps({"model": "x-merged", "messages": messages} | options).encode()
+
+
+def metric(address, name) -> float:
+    """The sum of a metric over all labels, or over those in the name."""
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.split()[0].startswith(name) and line[0] != "#")
+
+
+async def call(address, bodies, callers, until) -> list[tuple[int, int, str, float]]:
+    """(number in `bodies`, status, what it says, seconds) of all requests that `callers` at the same time send."""
+    replies, numbers = [], itertools.count()
+
+    async def one_caller() -> None:
+        while until(number := next(numbers)):
+            start = time.perf_counter()
+            reply = await client.post(f"{address}/v1/chat/completions", content=bodies[number % len(bodies)])
+            said = reply.json()
+            text = said["choices"][0]["message"]["content"] if reply.is_success else said["error"]["message"]
+            replies.append((number % len(bodies), reply.status_code, text, time.perf_counter() - start))
+
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as client:
+        await asyncio.gather(*(one_caller() for _ in range(callers)))
+    return replies
+
+
+@pytest.mark.slow
+def test_64_callers_lose_nothing_and_memory_stays(address):
+    """LOAD seconds long (10); prints what a person wants to know of it."""
+    seconds = float(os.environ.get("LOAD", 10))
+    good = [body_of(question(data_url(finished_model.scene(number)))) for number in range(16)]
+    alone = {number: text for number, _, text, _ in asyncio.run(call(address, good, 1, lambda n: n < 16))}
+    bad = {16: (400, "no picture"), 17: (400, "not JSON"), 18: (404, "alone is"), 19: (400, "from 1 to")}
+    bodies = [*good, body_of(question(data_url(b"hello"))), b"no json", body_of(question(GOOD), model="gpt-4o"),
+              body_of(question(GOOD), max_tokens=0)]
+    asyncio.run(call(address, bodies, 64, lambda n: n < 256))  # warm
+    names = ("process_resident_memory_bytes", "serve_completion_seconds_count", "serve_refusals_total",
+             "serve_batch_size_sum", "serve_batch_size_count")
+    before, start = np.array([metric(address, name) for name in names]), time.monotonic()
+    replies = asyncio.run(call(address, bodies, 64, lambda _: time.monotonic() < start + seconds))
+    took, after = time.monotonic() - start, np.array([metric(address, name) for name in names])
+    _, completed, refused, pictures, batches = after - before
+    resident, grown, size = before[0] / 2**20, after[0] / before[0], pictures / batches
+    for number, status, text, _ in replies:
+        expected, said = bad.get(number, (200, "<|box_start|>"))
+        assert status == expected and said in text
+    waits = [wait for _, status, _, wait in replies if status == 200]
+    assert (completed, completed + refused) == (len(waits), len(replies))
+    same = np.mean([text == alone[number] for number, status, text, _ in replies if status == 200])
+    print(f"\n{len(replies)} requests, {len(waits)} good: {len(waits) / took:.1f} pictures/s, wait p50 "
+          f"{np.percentile(waits, 50):.2f} s, p95 {np.percentile(waits, 95):.2f} s; {size:.1f} pictures a batch, text "
+          f"as alone {same:.1%}; resident {resident:.0f} MiB, x {grown:.3f}")
+    assert size > 8 and same > 0.9 and grown < 1.1
+
+
+def test_sigterm_completes_what_is_in_work_and_takes_nothing_new(address):
+    """The last test here: it ends the server of the others."""
+    (server,) = (child for child in psutil.Process().children() if address.rpartition(":")[2] in child.cmdline())
+    with ThreadPoolExecutor(1) as pool:
+        bodies = [body_of(question(GOOD))]
+        replies = pool.submit(lambda: asyncio.run(call(address, bodies, 24, lambda number: number < 24)))
+        while metric(address, "serve_requests_in_work") < 24:
+            time.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+        assert [status for _, status, _, _ in replies.result()] == [200] * 24
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/health")

@@ -48,7 +48,7 @@ def parse_port(program: str, description: str, port: int, given: list[str] | Non
     """
     parser = argparse.ArgumentParser(prog=f"python -m helpers.use.{program}", description=description)
     parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in: there is no password")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, to all that it offers")
     parser.add_argument("--port", type=int, default=port)
     chosen = parser.parse_args(given)
     try:

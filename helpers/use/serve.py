@@ -4,31 +4,49 @@
 
 A request is one picture as a data URL, with the model's own prompt or none; the completion is the text that `predict`
 generates for it, greedy whatever the request says about sampling (`SAMPLING`). Anything else gets a 4xx with one
-sentence, and the server goes on. Files and addresses that a request names are not opened.
+sentence, and the server goes on. Files and addresses that a request names are not opened. What has come while a batch
+was generated is the next batch. After a SIGTERM no new request is taken, and those in work are completed.
 """
 
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
+import os
+import secrets
+import signal
+import sys
+import threading
 import time
 import uuid
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from PIL.Image import Image
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from helpers import predict
 from helpers.use import load
 
+KEY = "SERVE_API_KEY"  # the environment's: where it is set, requests need it
 MAX_BYTES = 20 * 2**20  # of a request
+MAX_SECONDS = 60  # that its body may take to come
 MAX_PIXELS = 50_000_000  # of a picture
 MAX_TOKENS = 1024
+IN_WORK = 128  # requests at the same time; one more gets a 429
+BATCH = 16  # pictures generated together, at most
+WINDOW = 0.005  # seconds that a batch which is not full waits for more
+READERS = 4  # pictures opened at the same time
+GONE = "the client has gone."
 SAMPLING = ("temperature", "top_p", "top_k", "seed")
 OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", *SAMPLING)
 NO_CHANGE = [("n", 1), ("skip_special_tokens", False)]  # what is done anyway; the second is what vLLM has to be told
@@ -45,17 +63,20 @@ def error_body(status: int, sentence: str) -> JSONResponse:
     return JSONResponse({"error": {"message": sentence, "type": kind, "code": status}}, status)
 
 
-async def read_body(request: Request) -> Any:
-    """The request's JSON; what is longer than MAX_BYTES is refused before it is all in memory."""
+async def read_body(request: Request) -> bytearray:
+    """The request's body; what is longer than MAX_BYTES is refused before it is all in memory."""
     content = bytearray()
-    async for piece in request.stream():
-        content += piece
-        if len(content) > MAX_BYTES:
-            raise bad(f"the request is larger than {MAX_BYTES // 2**20} MiB; send a smaller picture.", 413)
     try:
-        return json.loads(content)
-    except ValueError:
-        raise bad("the request's body is not JSON.") from None
+        async with asyncio.timeout(MAX_SECONDS):
+            async for piece in request.stream():
+                content += piece
+                if len(content) > MAX_BYTES:
+                    raise bad(f"the request is larger than {MAX_BYTES // 2**20} MiB; send a smaller picture.", 413)
+    except TimeoutError:
+        raise bad(f"the request's body was not there after {MAX_SECONDS} s.", 408) from None
+    except ClientDisconnect:
+        raise bad(GONE, 499) from None
+    return content
 
 
 def check_request(body: Any, name: str, prompt: str, tokens: int) -> tuple[Image, int, bool]:
@@ -126,42 +147,142 @@ def completion(line: dict, name: str, stream: bool) -> Response:
     return Response(f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
 
 
+@dataclass(eq=False)
+class Waiting:
+    """A request that is ready for the model."""
+
+    request: Request
+    inputs: dict  # of `predict.model_inputs`, one row
+    limit: int  # tokens
+    line: asyncio.Future  # of `predict`
+
+
+class Batches:
+    """Requests that wait for the model. What has come while one batch was generated is the next; `sizes` counts."""
+
+    def __init__(self, model: Any, processor: Any, sizes: prometheus_client.Histogram):
+        self.model, self.processor, self.sizes = model, processor, sizes
+        self.waiting: list[Waiting] = []
+        self.arrived, self.thread = asyncio.Event(), ThreadPoolExecutor(1)  # the event loop stays free
+
+    async def complete(self, request: Request, inputs: dict, limit: int) -> dict:
+        """The line of `predict` for one request."""
+        own = Waiting(request, inputs, limit, asyncio.get_running_loop().create_future())
+        self.waiting.append(own)
+        self.arrived.set()
+        return await own.line
+
+    async def work(self) -> None:
+        """For ever: one batch after the other, of requests with the same limit, the oldest first."""
+        while await self.arrived.wait():
+            if len(self.waiting) < BATCH:
+                await asyncio.sleep(WINDOW)
+            batch = [one for one in self.waiting if one.limit == self.waiting[0].limit][:BATCH]
+            self.waiting = [one for one in self.waiting if one not in batch]
+            if not self.waiting:
+                self.arrived.clear()
+            for one in batch:
+                if await one.request.is_disconnected():
+                    one.line.set_exception(bad(GONE, 499))
+            batch = [one for one in batch if not one.line.done()]
+            if batch:
+                self.sizes.observe(len(batch))
+                lines = await asyncio.get_running_loop().run_in_executor(self.thread, self.generate, batch)
+                for one, line in zip(batch, lines, strict=True):
+                    if isinstance(line, Exception):
+                        one.line.set_exception(line)
+                    else:
+                        one.line.set_result(line)
+
+    def generate(self, batch: list[Waiting]) -> list[dict | Exception]:
+        """Each request's line, or why there is none."""
+        try:
+            encoded = [one for waiting in batch for one in predict.encode_pictures(self.model, waiting.inputs)]
+            return predict.complete(self.model, self.processor, encoded,
+                                    {"do_sample": False, "max_new_tokens": batch[0].limit}, None)
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+        half = len(batch) // 2  # memory has run out, or one of them is to blame
+        return self.generate(batch[:half]) + self.generate(batch[half:])
+
+
 def build_app(model: str | Path) -> FastAPI:
-    """The server of one merged model: /v1/chat/completions, /v1/models and /health. Loads the model."""
+    """The server of one merged model: /v1/chat/completions, /v1/models, /health, /metrics. Loads the model."""
     name = Path(model).expanduser().resolve().name
     loaded, processor, prompt = load.load_model(model)
-    tokens = loaded.generation_config.max_new_tokens
-    one = ThreadPoolExecutor(1)  # one request after the other, and the event loop stays free
-    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None)
+    tokens, key = loaded.generation_config.max_new_tokens, os.environ.get(KEY)
+    registry = prometheus_client.CollectorRegistry()
+    prometheus_client.ProcessCollector(registry=registry)
+    in_work = prometheus_client.Gauge("serve_requests_in_work", "Requests without a reply yet", registry=registry)
+    seconds = prometheus_client.Histogram("serve_completion_seconds", "From a request to its completion",
+                                          registry=registry)
+    refusals = prometheus_client.Counter("serve_refusals", "Requests without a completion", ["status"],
+                                         registry=registry)
+    batches = Batches(loaded, processor, prometheus_client.Histogram(
+        "serve_batch_size", "Pictures generated together", buckets=(1, 2, 4, 8, 16), registry=registry))
+    places = asyncio.Semaphore(IN_WORK)
+    readers, lock = ThreadPoolExecutor(READERS), threading.Lock()
 
-    @app.post("/v1/chat/completions")
-    async def complete(request: Request) -> Response:
+    def read(content: bytearray) -> tuple[dict, int, bool]:
         try:
-            body = await read_body(request)
-            picture, limit, stream = await asyncio.to_thread(check_request, body, name, prompt, tokens)
-        except RecursionError:
-            raise bad("the request's JSON is nested too deeply.") from None
-        (line,) = await asyncio.get_running_loop().run_in_executor(
-            one, predict.generate_lines, loaded, processor, [load.as_row("", picture)], prompt,
-            {"do_sample": False, "max_new_tokens": limit})
+            picture, limit, stream = check_request(json.loads(content), name, prompt, tokens)
+        except (ValueError, RecursionError):
+            raise bad("the request's body is not JSON, or is nested too deeply.") from None
+        with lock:  # a tokenizer pads for one thread at a time
+            return predict.model_inputs([load.as_row("", picture)], processor, prompt), limit, stream
+
+    def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if key and not secrets.compare_digest(given.encode(), key.encode()):
+            raise bad("the API key is missing or wrong; send it as Authorization: Bearer KEY.", 401)
+
+    @contextlib.asynccontextmanager
+    async def working(app: FastAPI) -> AsyncIterator[None]:
+        app.state.work = asyncio.create_task(batches.work())
+        yield
+        app.state.work.cancel()
+
+    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None, lifespan=working)
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
+    async def complete(request: Request) -> Response:
+        start = time.perf_counter()
+        if places.locked():
+            raise bad(f"{IN_WORK} requests are in work; try again in a moment.", 429)
+        async with places:
+            with in_work.track_inprogress():
+                content = await read_body(request)
+                inputs, limit, stream = await asyncio.get_running_loop().run_in_executor(readers, read, content)
+                line = await batches.complete(request, inputs, limit)
+        seconds.observe(time.perf_counter() - start)
         return completion(line, name, stream)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=[Depends(check_key)])
     def models() -> dict:
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}]}
 
     @app.get("/health")
     def health() -> dict:
+        if app.state.work.done():
+            raise bad("the server generates nothing any more, and its log says why; start it again.", 503)
         return {"status": "ok"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        text = prometheus_client.generate_latest(registry)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        paths = "" if error.detail.endswith(".") else ("; there is POST /v1/chat/completions, GET /v1/models and GET "
-                                                       "/health.")
+        paths = "" if error.detail.endswith(".") else ("; there is POST /v1/chat/completions, GET /v1/models, GET "
+                                                       "/health and GET /metrics.")
+        refusals.labels(error.status_code).inc()
         return error_body(error.status_code, error.detail + paths)
 
     @app.exception_handler(Exception)  # uvicorn logs it, and goes on
     async def failed(_: Request, error: Exception) -> JSONResponse:
+        refusals.labels(500).inc()
         return error_body(500, "the server failed on this request, and its log says why; others go on.")
 
     return app
@@ -172,8 +293,12 @@ def main(arguments: list[str] | None = None) -> None:
     with load.one_sentence():
         model = chosen.model or load.newest()
         app = build_app(model)
-    print(f"{model} is served at http://{chosen.host}:{chosen.port}/v1 as {Path(model).resolve().name}", flush=True)
-    uvicorn.run(app, host=chosen.host, port=chosen.port, log_level="warning")
+    open_to_all = "" if os.environ.get(KEY) else f", to everybody who reaches the port ({KEY} is not set)"
+    print(f"{model} is served at http://{chosen.host}:{chosen.port}/v1 as {Path(model).resolve().name}{open_to_all}",
+          flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands it on when the last request is completed
+    # a connection stays open longer than clients keep one, so that none is closed under a new request
+    uvicorn.run(app, host=chosen.host, port=chosen.port, log_level="warning", timeout_keep_alive=75)
 
 
 if __name__ == "__main__":
