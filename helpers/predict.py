@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from helpers.collate import image_tokens
 from helpers.data.pictures import as_rgb
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to_messages
-from helpers.runs import progress_bar, write_text
+from helpers.runs import progress_bar
 
 AT_ONCE = 4  # pictures that the vision tower encodes together: more gain nothing, and leave a CPU's cache
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
@@ -43,29 +43,12 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     together. All return all lines: `{"image_id", "text", "labels", "boxes" [[x0, y0, x1, y1]] in 0-1, "confidences"
     (0-1), "rejected", "stopped", "new_tokens"}`.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parts = path.with_suffix(".parts")
-    parts.mkdir(parents=True, exist_ok=True)
     size = processor.image_processor.size
     tokens = image_tokens(zip(rows["width"], rows["height"], strict=True), size["shortest_edge"], size["longest_edge"])
-    mine = sorted(range(len(rows)), key=lambda i: -tokens[i])[rank::world]  # the longest first
-    ids, done = list(rows["image_id"]), _read_parts(parts, key)
-    todo = [i for i in mine if ids[i] not in done]
+    longest_first = sorted(range(len(rows)), key=lambda i: -tokens[i])
     model.eval()
-    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
-    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
-        file.write("\n")  # ends a line that a kill has cut
-        for lines in _batches(model, processor, rows, todo, prompt, generation, names, batch_size):
-            file.write(_as_text(lines))
-            file.flush()
-            bar.update(len(lines))
-    bar.close()
-    _wait_for_all(world)
-    if rank == 0:
-        done = _read_parts(parts, key)
-        write_text(path, _as_text(done[image_id] for image_id in ids))
-        shutil.rmtree(parts)
-    _wait_for_all(world)
+    write_lines(path, list(rows["image_id"]), lambda todo: generate_batches(model, processor, rows, todo, prompt,
+                generation, names, batch_size), order=longest_first, key=key)
     lines = read_jsonl(path)
     unstopped = sum(not line["stopped"] for line in lines)
     if unstopped:
@@ -74,14 +57,70 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     return lines
 
 
-def _batches(model, processor, rows, todo: Sequence[int], prompt: str, generation: dict,
-             names: Sequence[str] | None, batch_size: int) -> Iterator[list[dict]]:
+def write_lines(path: Path, ids: Sequence[str], work: Callable[[list[int]], Iterator[list[dict]]], *,
+                order: Iterable[int] | None = None, key: str = "lines", name: str = "image_id",
+                before: Sequence[Path] = ()) -> None:
+    """Write one JSON line for each of `ids` to `path`, in their order; what a killed call has written is kept.
+
+    Args:
+        ids: what stands under `name` in each line; no two are equal.
+        work: called once with the numbers of those that are missing, yields some of their lines at a time, in any
+            order; each is appended to a file in the folder `path` with the suffix .parts at once.
+        order: of the work, all numbers; None: that of `ids`. Under a launcher each process takes every world-size-th.
+        key: a hash over all that the lines depend on besides their id. Lines of another key are not kept.
+        before: files whose lines are kept too.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parts = path.with_suffix(".parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    mine = [*(range(len(ids)) if order is None else order)][rank::world]
+    done = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
+    todo = [i for i in mine if ids[i] not in done]
+    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
+    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+        file.write("\n")  # ends a line that a kill has cut
+        for lines in work(todo) if todo else ():
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            bar.update(len(lines))
+    bar.close()
+    _wait_for_all(world)
+    if rank == 0:
+        places = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
+        whole = path.with_name(path.name + ".part")
+        with ExitStack() as opened, whole.open("wb") as file:
+            sources = {source: opened.enter_context(source.open("rb")) for source in {source for source, _ in
+                                                                                      places.values()}}
+            for one in ids:
+                source, at = places[one]
+                sources[source].seek(at)
+                file.write(sources[source].readline().rstrip() + b"\n")
+        whole.replace(path)
+        shutil.rmtree(parts)
+    _wait_for_all(world)
+
+
+def _places(files: Iterable[Path], name: str) -> dict[str, tuple[Path, int]]:
+    """`{line[name]: (file, offset)}` of all lines that are whole; there are too many to hold them in memory."""
+    found = {}
+    for path in files:
+        at = 0
+        with path.open("rb") as file:
+            for text in file:
+                with suppress(json.JSONDecodeError):  # empty, or cut by a kill
+                    found[json.loads(text)[name]] = path, at
+                at += len(text)
+    return found
+
+
+def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, generation: dict,
+                     names: Sequence[str] | None, batch_size: int) -> Iterator[list[dict]]:
     """The lines of each batch of the rows `todo`. Where memory runs out, it goes on with batches of half the size.
 
-    On a GPU other processes open the coming pictures.
+    On a GPU other processes open the coming pictures, where `rows` is a data set and no list of pictures.
     """
     done, batch_size = 0, min(batch_size, len(todo))
-    workers = 0 if model.device.type == "cpu" else 4
+    workers = 0 if model.device.type == "cpu" or isinstance(rows, list) else 4
     while done < len(todo):
         encoded: list[dict] = []
         try:
@@ -250,20 +289,6 @@ def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: lis
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(text) for text in path.read_text().split("\n") if text]
-
-
-def _as_text(lines: Iterable[dict]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
-
-
-def _read_parts(parts: Path, key: str) -> dict[str, dict]:
-    """`{image_id: line}` of all whole lines with this key."""
-    found = {}
-    for text in (text for path in parts.glob(f"{key}.*.jsonl") for text in path.read_text().split("\n")):
-        with suppress(json.JSONDecodeError):  # empty, or cut by a kill
-            whole = json.loads(text)
-            found[whole["image_id"]] = whole
-    return found
 
 
 def _wait_for_all(world: int) -> None:

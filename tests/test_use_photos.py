@@ -20,6 +20,7 @@ from helpers.data import pictures
 from helpers.runs import read_json, write_json
 from helpers.settings import ParameterError
 from helpers.use import load
+from helpers.use import photos as many
 from helpers.use.photos import find_pictures, main, predict_photos, summary
 
 
@@ -48,8 +49,12 @@ def photos(tmp_path_factory):
 def generated(monkeypatch) -> list[str]:
     """The image ids of all that the model is run on, in turn."""
     names = []
-    monkeypatch.setattr(predict, "generate_lines", lambda *a, real=predict.generate_lines: names.extend(
-        row["image_id"] for row in a[2]) or real(*a))
+
+    def generate(self, pictures, opened, real=many.Predictor.generate):
+        names.extend(one.image_id for one, image in zip(pictures, opened, strict=True) if hasattr(image, "width"))
+        return real(self, pictures, opened)
+
+    monkeypatch.setattr(many.Predictor, "generate", generate)
     return names
 
 
@@ -108,21 +113,22 @@ def test_the_same_command_does_nothing_twice_and_goes_on_after_the_last_whole_li
         model, photos, tmp_path, monkeypatch, generated):
     run(photos, tmp_path / "out", model)
     path = tmp_path / "out" / "predictions.jsonl"
-    whole, unfinished = path.read_text(), path.with_name("unfinished-1.jsonl")
+    whole, parts = path.read_text(), tmp_path / "out" / "predictions.parts"
     lines = whole.splitlines(keepends=True)
     path.unlink()
-    unfinished.write_text("".join(lines[:2]) + lines[2][:50])  # as a kill leaves it, of another number of processes
+    parts.mkdir()
+    (parts / "lines.0.jsonl").write_text("".join(lines[:2]) + lines[2][:50])  # as a kill leaves it
     generated.clear()
     run(photos, tmp_path / "out", model)
     assert generated == ["4.JPG", "5.jpg", "b/1.jpg"]
-    assert path.read_text() == whole and not list((tmp_path / "out").glob("*unfinished*"))
+    assert path.read_text() == whole and not parts.exists()
     monkeypatch.setattr(load, "load_model", None)  # all is there: no model is loaded
     assert run(photos, tmp_path / "out", model)["pictures"] == 9
 
 
 def test_two_commands_never_write_into_one_folder(model, photos, tmp_path):
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".0.lock"):
+    with FileLock(tmp_path / "out" / ".lock"):
         command = [sys.executable, "-m", "helpers.use.photos", str(photos), str(tmp_path / "out"), "--model", model]
         done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "another command is writing to OUTPUT=" in done.stderr
@@ -145,14 +151,18 @@ def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
     os.mkfifo(folder / "pipe.jpg")  # whoever opened it would wait for ever
     (folder / "11").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (folder / "12.svg").write_text("<svg/>")
-    keys, opened = find_pictures(str(folder), "val", tmp_path / "out")
-    ids = [image_id for image_id, _ in keys]
+    keys, read = find_pictures(str(folder), "val", tmp_path / "out")
+    ids = [key.image_id for key in keys]
     assert ids == ["11", "12.svg", "2.jpeg.bak", "3.dat", "IMG_1", "gone.jpg", "linked/10.jpg", "loop.jpg", "sub/4.GIF"]
-    assert opened(ids.index("3.dat")).size == opened(ids.index("linked/10.jpg")).size
+
+    def opened(name):
+        return load.open_upright(read(keys[ids.index(name)].place))
+
+    assert opened("3.dat").size == opened("linked/10.jpg").size
     for name, said in {"gone.jpg": "FileNotFoundError", "loop.jpg": "OSError", "12.svg": "is no picture"}.items():
         with pytest.raises(ValueError, match=said):
-            opened(ids.index(name))
-    assert find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0][0][0] == "3.dat"
+            opened(name)
+    assert find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0][0].image_id == "3.dat"
 
 
 @pytest.mark.parametrize("place", ["photos/out", "photos", "."])
@@ -221,8 +231,8 @@ def test_the_runs_own_longest_answer_is_used_and_cut_answers_are_counted(tmp_pat
 def test_a_data_set_is_asked_too_and_its_split_is_named(model, tmp_path):
     with pytest.raises(ParameterError, match="no pictures in the split 'test'; there is train, selection, val"):
         find_pictures(str(embedded(tmp_path)), "test", tmp_path)
-    keys, opened = find_pictures(str(embedded(tmp_path)), "val", tmp_path)
-    assert len({image_id for image_id, _ in keys}) == 2 and opened(1).mode == "RGB"
+    keys, read = find_pictures(str(embedded(tmp_path)), "val", tmp_path)
+    assert len({key.image_id for key in keys}) == 2 and load.open_upright(read(keys[1].place)).mode == "RGB"
     assert find_pictures(str(embedded(tmp_path)), "val", tmp_path)[0] == keys
 
 
@@ -241,15 +251,15 @@ def embedded(folder: Path) -> Path:
 def test_a_batch_that_is_too_large_is_made_smaller(model, photos, tmp_path, monkeypatch):
     sizes = []
 
-    def small_memory(*arguments, real=predict.generate_lines):
+    def small_memory(*arguments, real=predict.complete):
         sizes.append(len(arguments[2]))
         if len(arguments[2]) > 2:
             raise RuntimeError("CUDA out of memory.")
         return real(*arguments)
 
-    monkeypatch.setattr(predict, "generate_lines", small_memory)
+    monkeypatch.setattr(predict, "complete", small_memory)
     assert run(photos, tmp_path / "out", model, batch_size=4)["pictures"] == 9
-    assert sizes[:3] == [4, 3, 2] and max(sizes[2:]) == 2
+    assert sizes[0] == 4 and max(sizes[1:]) == 2
 
 
 def refusal(*arguments) -> str:
@@ -299,17 +309,6 @@ def test_a_full_disk_is_said(model, photos, tmp_path, monkeypatch):
     assert "is on a disk that is full: what is done is kept" in refusal(photos, tmp_path / "o", "--model", model)
 
 
-@pytest.mark.slow
-def test_two_processes_under_a_launcher_do_it_together(model, photos, tmp_path):
-    run(photos, tmp_path / "alone", model, batch_size=16)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "helpers.use.photos", str(photos), str(tmp_path / "out"), "--model", str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
-    assert len(lines) == 9 and sum("error" in line for line in lines) == 4
-
-
 def test_a_killed_command_goes_on(model, photos, tmp_path):
     """Copies of one picture: killed when the first lines are there, then run to its end."""
     copies, output = tmp_path / "many", tmp_path / "out"
@@ -319,15 +318,15 @@ def test_a_killed_command_goes_on(model, photos, tmp_path):
     command = [sys.executable, "-m", "helpers.use.photos", str(copies), str(output), "--model", str(model),
                "--batch-size", "4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    own = output / "unfinished-0.jsonl"
-    while not own.exists() or not own.stat().st_size:
+    own = output / "predictions.parts" / "lines.0.jsonl"
+    while not own.exists() or own.stat().st_size < 2:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (output / "predictions.jsonl").exists()
-    first = own.read_text().splitlines()[0]
+    first = own.read_text().splitlines()[1]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "40 pictures" in done.stdout
     lines = (output / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 40 and lines[0] == first and not list(output.glob("*unfinished*"))
+    assert len(lines) == 40 and lines[0] == first and not own.parent.exists()
