@@ -15,12 +15,14 @@ STAND_INS = {"drug facts": 7, "cooking table": 4, "price table": 4, "dosage tabl
              "directions": 1}
 
 
-def compose_scene(key: str, index: int, product_index: int, digits: str, *, stored_turned: bool, needs_panel: bool,
-                  stand_ins: bool) -> tuple[bytes, tuple[int, int], list, list, int]:
+def compose_scene(key: str, index: int, product_index: int, digits: str, *, stored_turned: bool = False,
+                  needs_panel: bool = False, stand_ins: bool = False, panels: list[str] | None = None,
+                  ) -> tuple[bytes, tuple[int, int], list, list, int]:
     """Draw one scene; `key` names seed and split, `product_index` the design, `index` the photo.
 
-    `stand_ins`: in most pictures a thing of STAND_INS takes the place and the style of the nutrition panel. Returns
-    the JPEG, its (width, height) as shown, tables and things with boxes xyxy in 0-1 of it, and the rotation.
+    `stand_ins`: in most pictures a thing of STAND_INS takes the place and the style of the nutrition panel. `panels`:
+    names of what is printed as panels, in place of a draw; the first where the camera looks ("": nothing). Returns the
+    JPEG, its (width, height) as shown, tables and things with boxes xyxy in 0-1 of it, and the rotation.
     """
     product = Product(random.Random(f"{key}/product/{product_index}"))
     rng = random.Random(f"{key}/photo/{index}")
@@ -29,6 +31,7 @@ def compose_scene(key: str, index: int, product_index: int, digits: str, *, stor
     category = category or ("nutrition-table" if needs_panel else "")
     if stand_ins and rng.random() < 0.65:
         category = rng.choices(list(STAND_INS), list(STAND_INS.values()))[0]
+    category = panels[0] if panels else category
     turn = rng.choice([90, 180, 270]) if rng.random() < 0.1 else 0
     shown = (layout.LONG, round(layout.LONG / aspect)) if aspect > 1 else (round(layout.LONG * aspect), layout.LONG)
     size = shown[::-1] if turn in (90, 270) else shown
@@ -36,7 +39,8 @@ def compose_scene(key: str, index: int, product_index: int, digits: str, *, stor
     target = (box[0] * size[0], box[1] * size[1], box[2] * size[0], box[3] * size[1])
     face = layout.face_of(rng, target, size)
     warp, kind = layout.camera(rng, size, face, target)
-    label = print_label(rng, product, digits, warp, kind, face, target if category else None, category)
+    label = print_label(rng, product, digits, warp, kind, face, target if category else None, category,
+                        panels[1:] if panels else None)
     tables = layout.shown_boxes(label.tables, warp, turn, 0.1)
     things = layout.shown_boxes(label.things, warp, turn, 0.35)
     image = photograph(rng, label, warp, kind, face)
@@ -46,8 +50,8 @@ def compose_scene(key: str, index: int, product_index: int, digits: str, *, stor
 
 
 def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, kind: str, face: Rect,
-                target: Rect | None, category: str) -> Label:
-    """The flat label: the panel where the camera will show it at `target`, things around it."""
+                target: Rect | None, category: str, more: list[str] | None = None) -> Label:
+    """The flat label: the panel where the camera will show it at `target`, things and `more` panels around it."""
     w, h = warp.size
     seen = warp.inverse(outline((0, 0, w, h), 24))
     seen = (*(seen.min(0) - 12), *(seen.max(0) + 12))
@@ -61,6 +65,7 @@ def print_label(rng: random.Random, product: Product, digits: str, warp: Warp, k
     flat = label.decorate(kind, panel)
     draw = rng.random()
     extra = [] if not category or category in STAND_INS or draw > 0.055 else [category] * (2 if draw < 0.009 else 1)
+    extra = extra if more is None else more
     inner = (max(flat[0], seen[0] - 40) + 4, max(flat[1], seen[1] - 40) + 4,
              min(flat[2], seen[2] + 40) - 4, min(flat[3], seen[3] + 40) - 4)
     label.fill(layout.around(rng, inner, panel), extra)
