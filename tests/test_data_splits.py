@@ -94,7 +94,7 @@ def test_lists_of_voc_with_spaces_in_the_names_and_what_they_leave_out(tmp_path,
 @pytest.mark.parametrize(("folders", "yaml", "expected", "said"), [
     ({"a": "abc", "b": "d"}, "path: ../other/nutri\ntrain: images/a\nval: images/b\n", ("abc", "d"), ""),
     ({"a": "abc", "b": "d"}, "train: D:\\nutri\\images\\a\nval: D:\\nutri\\images\\b\n", ("abc", "d"), ""),
-    ({".": "ab", "b": "cd"}, "train: images\nval: images/b\n", ("ab", "cd"), "2 pictures are in the lists of train and"),
+    ({".": "ab", "b": "cd"}, "train: images\nval: images/b\n", ("ab", "cd"), "2 pictures are in the lists of"),
     ({"Training": "abc", "eval": "d"}, "", ("abc", "d"), "the class is nutrition-table (4 boxes)"),
     ({"train": "abc", "Testing": "d"}, "", ("abc", "d"), "its test (1 pictures) is used as val"),
 ])  # fmt: skip
@@ -208,7 +208,7 @@ def test_one_class_is_taken_whatever_it_is_called(names, classes, expected, said
     ("Table=nutrition-table, LOGO", {"Logo": 0, "nutrition-table": 1}, 0, "2 classes are trained on: nutrition-table"),
     ("table=thing,Logo=thing,price_tag=thing", {"thing": 0}, 0, "the class is thing (5 boxes)"),
 ])
-def test_several_classes_are_taken_as_named_or_as_the_parameter_says(classes, expected, without, said, tmp_path, capsys):
+def test_several_classes_are_taken_as_named_or_as_chosen(classes, expected, without, said, tmp_path, capsys):
     yolo(tmp_path, {"train": "abc", "val": "d"}, names="[table, Logo, price tag]")
     write(tmp_path / "labels/train/a.txt", LABEL + "2 0.2 0.2 0.1 0.1\n")
     write(tmp_path / "labels/train/b.txt", LABEL.replace("0 ", "1 ", 1))

@@ -98,10 +98,11 @@ def _captioned(
     pictures = []
     for row in rows:
         record = records[row["image_id"]]
-        caption = ""
+        caption = ", ".join(record["box_categories"]) if record["by_class"] else ""
         if record["iou"] is None:
             caption = "no table" + (", false alarm" if record["predicted"] else "")
         elif predictions is not None:
-            caption = f"IoU {record['iou']:.2f}" if record["predicted"] else "no box"
+            found = ", ".join(record["predicted_categories"]) + " " if record["by_class"] else ""
+            caption = f"{found}IoU {record['iou']:.2f}" if record["predicted"] else "no box"
         pictures.append((caption, row["image"], record["true"], record["predicted"]))
     return pictures
