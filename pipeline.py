@@ -490,8 +490,8 @@ print(f"IoU of {a} and {b}: {shared_area} / {together} = {shared_area / together
 
 # %% [markdown]
 # Each number stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
-# rows: the constant box, the model before training and after. The second table has the boxes of each class. Kinds of one
-# thing, as here, are matched whatever they are called; with classes of your own a box counts for its own class alone.
+# rows: the constant box, the model before training and after. The second table is that of the classes. Here they are
+# kinds of one thing, and a box may have any of their names; of several classes of your own it counts for its own alone.
 
 # %%
 lines = {"fine-tuned": predictions, "base": baseline, "constant box": constant}

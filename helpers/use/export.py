@@ -123,11 +123,12 @@ def model_card(copy: str, run: Path, made_with: dict[str, Any], size: int, compa
     name = manifest["run"].removesuffix("-stage2") + ("-nf4" if copy == "nf4" else "")
     shipped = next(scores[which] for which in ("merged", "fine-tuned", "base") if which in scores)
     own = [] if {*shipped["by_category"]} <= {*CATEGORIES} else [*shipped["by_category"]]  # classes of one's own
+    topics = [] if own else ["nutrition-table", "open-food-facts"]
     scored_in = "nf4" if values.get("memory") == "low" and "merged" in scores else "bf16"
     results = [
-        EvalResult(task_type="object-detection", task_name=f"{', '.join(own) or 'Nutrition table'} detection", dataset_split="val",
-                   dataset_type=photos or "embedded", dataset_name=words, metric_type=kind, metric_name=metric,
-                   metric_value=round(shipped["summary"][key]["value"], 4))
+        EvalResult(task_type="object-detection", task_name=f"{', '.join(own) or 'Nutrition table'} detection",
+                   dataset_split="val", dataset_type=photos or "embedded", dataset_name=words, metric_type=kind,
+                   metric_name=metric, metric_value=round(shipped["summary"][key]["value"], 4))
         for kind, metric, key in (("iou", "mean IoU", "mean_iou"), ("f1", "F1 at IoU .5", "f1"),
                                   ("map", "AP (IoU .50 to .95)", "ap"))
         if copy == scored_in and shipped["summary"][key]["value"] is not None  # measured with this copy's weights
@@ -135,7 +136,7 @@ def model_card(copy: str, run: Path, made_with: dict[str, Any], size: int, compa
     head = ModelCardData(
         model_name=name, base_model=base, license="apache-2.0", datasets=[photos] if photos else None,
         library_name="transformers", pipeline_tag="image-text-to-text", eval_results=results or None,
-        tags=["qwen2_vl", "object-detection", *([] if own else ["nutrition-table", "open-food-facts"]), manifest["recipe"]]
+        tags=["qwen2_vl", "object-detection", *topics, manifest["recipe"]]
              + (["bitsandbytes", "4-bit"] if copy == "nf4" else []))  # fmt: skip
     return ModelCard.from_template(
         head, template_path=str(Path(__file__).with_name("card.md")), copy=copy, name=name, made_with=made_with,
