@@ -46,7 +46,7 @@ demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU,
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo $(ARGS)
 
 data: $(STAMP) ## look at a data set before a training: DATASET=path/to/export ARGS='classes=table' -> audit.html
-	$(BIN)/python -m helpers.data dataset_id=$(call needs,DATASET,make data DATASET=path/to/export) $(ARGS)
+	$(BIN)/python -m helpers.plots.sheet dataset_id=$(call needs,DATASET,make data DATASET=path/to/export) $(ARGS)
 
 lab: sync ## open the pipeline in JupyterLab
 	$(BIN)/jupyter lab pipeline.ipynb

@@ -123,8 +123,8 @@ limit = {"train": run.train_limit, "val": run.val_limit}
 with runs.main_first():
     raw = data.load_raw(**data.source_of(run.values), limit={split: n for split, n in limit.items() if n})
 if run.stages and not len(raw["train"]):
-    raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone; name their folder train, and val is "
-                         "taken from it. Only recipe=base can do without.")
+    raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone, and only recipe=base trains "
+                         "nothing; name their folder train, and val is taken from it.")
 run.values["prompt"] = run.prompt.replace("{classes}", ", ".join(data.names_in(*raw.values())))
 raw["val"][0]
 
@@ -490,12 +490,13 @@ print(f"IoU of {a} and {b}: {shared_area} / {together} = {shared_area / together
 
 # %% [markdown]
 # Each number stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
-# rows: the constant box, the model before training and after.
+# rows: the constant box, the model before training and after. The second table is that of the classes. Here they are
+# kinds of one thing, and a box may have any of their names; of several classes of your own it counts for its own alone.
 
 # %%
 lines = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
 metrics = reports.write_metrics(run.folder, lines, truth)
-reports.metrics_table(metrics)
+display(reports.metrics_table(metrics), reports.class_table(next(iter(metrics["scores"].values()))))
 
 # %% [markdown]
 # That is against the cleaned truth. Against the truth as its source has it, an empty box counts as a miss, and a
