@@ -75,7 +75,7 @@ app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newe
 serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/...-merged PORT=8000
 	$(BIN)/python -m helpers.use.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
 
-predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
+predict: $(STAMP) ## boxes for many photos: INPUT=folder, zip, list, s3://... or data set, OUTPUT=folder ARGS='--coco --ray'
 	$(BIN)/python -m helpers.use.photos $(call needs,INPUT,make predict INPUT=photos OUTPUT=boxes) \
 		$(call needs,OUTPUT,make predict INPUT=photos OUTPUT=boxes) $(if $(MODEL),--model "$$MODEL") $(ARGS)
 
