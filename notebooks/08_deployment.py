@@ -170,7 +170,8 @@ replies
 #
 # ## 5 · How long callers wait
 #
-# One model, one queue: the server generates for one request after the other.
+# One model, one queue: the server generates in batches. What has come while one batch was generated, up to 16 pictures,
+# is the next one.
 
 # %%
 def timed(content):
@@ -190,9 +191,10 @@ for count in callers:
 pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 
 # %% [markdown]
-# More callers wait longer, and the server does not get faster. That is fine for a few users and for tests. For many
-# users, take a server that works on many requests at once. For 7B on a GPU of 24 GiB or more that is
-# [vLLM](https://docs.vllm.ai). The command is written from its documentation and **was not run here**:
+# With more callers each waits longer, and the server gets more done, because the pictures of a batch share every step.
+# A batch ends with its longest completion; only then does the next one begin. A server with *continuous batching* fills
+# each place as soon as it is free. transformers has that for text alone. For 7B and many users on a GPU of 24 GiB or
+# more take [vLLM](https://docs.vllm.ai). The command is written from its documentation and **was not run here**:
 #
 # ```sh
 # vllm serve runs/qwen2vl-nutrition-detection-r4-joint-merged \
@@ -206,7 +208,14 @@ pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 # * In the request: `temperature=0` (vLLM samples by default), `max_tokens=128`, and
 #   `extra_body={"skip_special_tokens": False}` for the text as the model wrote it.
 # * Serve the merged model, not the adapter: vLLM drops LoRA on the vision tower.
-# * Keep it away from strangers, or read about `--allowed-local-media-path` and `--allowed-media-domains` first.
+# * Keep it away from strangers, or read about `--api-key`, `--allowed-local-media-path` and `--allowed-media-domains`
+#   first.
+#
+# What an operator needs of `make serve`: at most 128 requests are in work, and one more gets a 429; a body has at most
+# 20 MiB and a minute, a picture 50 million pixels. With `SERVE_API_KEY` in the environment a request needs that key.
+# `GET /health` is for a load balancer, `GET /metrics` for Prometheus (waits, refusals by status, sizes of batches,
+# memory). At a SIGTERM nothing new is taken, what is in work is completed, and the exit status is 0. `compose.yaml`
+# starts server and page in containers.
 #
 # Compare such a server with the model, text against text, as section 3 does. The client takes any address.
 #
