@@ -1,7 +1,7 @@
 # Every target makes the environment first where it is missing or older than pyproject.toml; nothing needs activating.
 
 RECIPE ?= r4-joint
-RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint
+RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint r5-reward
 SCALE ?= auto
 PORT ?=
 ARGS ?=
@@ -59,7 +59,7 @@ run: sync ## run one recipe: RECIPE=r4-joint GPUS=0,1 SCALE=auto ARGS='-p epochs
 	$(PAPERMILL) pipeline.ipynb "runs/$(RECIPE).ipynb" -p recipe "$(RECIPE)" -p scale "$(SCALE)" \
 		$(if $(GPUS),-p gpus "$(GPUS)") $(ARGS)
 
-recipes: ## run all four recipes, one after the other: GPUS=0,1 RECIPES='r1-llm-only r4-joint'
+recipes: ## run all five recipes, one after the other: GPUS=0,1 RECIPES='r1-llm-only r4-joint'
 	@for recipe in $(RECIPES); do $(MAKE) --no-print-directory run RECIPE=$$recipe || exit 1; done
 
 table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
