@@ -42,20 +42,20 @@ def find_pictures(source: str, split: str, output: Path, private: bool = False) 
     pictures or none can be opened; `DataError` without the right to read, and that of `load_raw`.
     """
     place = Path(source).expanduser()
+    whole = str(place.resolve()) if place.exists() else source  # Ray's workers stand in another folder
     read: Reader = functools.partial(read_place, private=private)
     if place.suffix.lower() == ".txt" and place.is_file():
         named = _listed(place.read_text(errors="surrogateescape").splitlines(), place.parent, private)
     elif re.match("https?://", source):
         named = _listed([source], Path(), private)
     elif "://" in source or (place.suffix.lower() == ".zip" and place.is_file()):
-        within = source if "://" in source else str(place.resolve())
-        named, read = _stored(within), functools.partial(_read_stored, within)
+        named, read = _stored(whole), functools.partial(_read_stored, whole)
     else:
         named = _in_folder(place, source, output)
         if not named:
-            rows = _rows_of(source, split)
+            rows = _rows_of(whole, split)
             named = [(name, rows._fingerprint, str(i)) for i, name in enumerate(rows["image_id"])]
-            read = functools.partial(_read_row, source, split)
+            read = functools.partial(_read_row, whole, split)
     if not named:
         raise ParameterError(f"INPUT={source} names no pictures (.jpg, .png, .webp, …).")
     _check_that_one_opens(source, named, read)
