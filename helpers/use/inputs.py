@@ -53,7 +53,7 @@ def find_pictures(source: str, split: str, output: Path, private: bool = False) 
     else:
         named = _in_folder(place, source, output)
         if not named:
-            rows = _rows_of(whole, split)
+            rows = _rows(whole, split)
             named = [(name, rows._fingerprint, str(i)) for i, name in enumerate(rows["image_id"])]
             read = functools.partial(_read_row, whole, split)
     if not named:
@@ -127,21 +127,17 @@ def _is_photo(name: str) -> bool:
     return not hidden and (mimetypes.guess_type(name, strict=False)[0] or "").startswith("image/")
 
 
-def _rows_of(source: str, split: str) -> datasets.Dataset:
-    try:
-        return _rows(source, split)
-    except DataError as error:
-        here = Path(source).expanduser().exists()
-        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
-            from None
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
 def _rows(source: str, split: str) -> datasets.Dataset:
-    rows = load_raw(source)
+    try:
+        rows = load_raw(source)
+    except DataError as error:
+        here = Path(source).exists()
+        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
+            from None
     if split not in rows or not len(rows[split]):
         there = ", ".join(name for name in rows if len(rows[name]))
         raise ParameterError(f"INPUT={source} has no pictures in the split {split!r}; there is {there or 'none'}.")

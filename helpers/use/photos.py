@@ -113,7 +113,7 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
                    folder: Path) -> Iterator[list[dict]]:
     """The lines of all pictures, when Ray has written them into `folder`, which all nodes share.
 
-    Ray starts an actor a GPU (without GPUs, a CPU), gives the work of a lost one to others, and keeps
+    Ray starts an actor a GPU (without GPUs, two CPUs), gives the work of a lost one to others, and keeps
     in `folder` whose lines are written: another call makes only those that are missing.
     """
     try:
@@ -142,8 +142,8 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
     pool = ray.data.ActorPoolStrategy(min_size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
     lines = (ray.data.read_parquet(str(folder / "pictures.parquet"))
              .repartition(target_num_rows_per_block=size)
-             .map_batches(Predictor, fn_constructor_kwargs=options, batch_size=size, compute=pool, num_cpus=1,
-                          num_gpus=min(1, gpus)))
+             .map_batches(Predictor, fn_constructor_kwargs=options, batch_size=size, compute=pool,
+                          num_cpus=1 if gpus else 2, num_gpus=min(1, gpus)))
     try:
         lines.write_parquet(str(folder / "lines"), min_rows_per_file=min(1000, 1 + len(pictures) // 100))
     except ray.exceptions.RayError as error:
