@@ -126,7 +126,6 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
                "stamp": [picture.stamp for picture in pictures],
                "place": [os.fsencode(picture.place) for picture in pictures]}
     pyarrow.parquet.write_table(pa.table(columns), folder / "pictures.parquet")
-    # with one or two CPUs the actors would leave none for reading and writing, and all would wait for ever
     where = {"num_cpus": max(4, os.cpu_count() or 1)} if address == "here" else {"address": address}
     try:
         if ":" in address:  # Ray itself tries for minutes
@@ -138,7 +137,9 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
                              "`ray start --head`, or leave the address out.") from None
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = CheckpointConfig("stamp", str(folder / "done"), delete_checkpoint_on_success=False)
-    gpus = ray.cluster_resources().get("GPU", 0)
+    gpus, cpus = (ray.cluster_resources().get(kind, 0) for kind in ("GPU", "CPU"))
+    if cpus < 4:  # an actor would leave none for reading and writing, and all would wait for ever
+        raise ParameterError(f"the Ray cluster at --ray {address} has {cpus:g} CPUs, and 4 at least are needed.")
     pool = ray.data.ActorPoolStrategy(min_size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
     lines = (ray.data.read_parquet(str(folder / "pictures.parquet"))
              .repartition(target_num_rows_per_block=size)
