@@ -42,20 +42,20 @@ def find_pictures(source: str, split: str, output: Path, private: bool = False) 
     pictures or none can be opened; `DataError` without the right to read, and that of `load_raw`.
     """
     place = Path(source).expanduser()
+    whole = str(place.resolve()) if place.exists() else source  # Ray's workers stand in another folder
     read: Reader = functools.partial(read_place, private=private)
     if place.suffix.lower() == ".txt" and place.is_file():
         named = _listed(place.read_text(errors="surrogateescape").splitlines(), place.parent, private)
     elif re.match("https?://", source):
         named = _listed([source], Path(), private)
     elif "://" in source or (place.suffix.lower() == ".zip" and place.is_file()):
-        within = source if "://" in source else str(place.resolve())
-        named, read = _stored(within), functools.partial(_read_stored, within)
+        named, read = _stored(whole), functools.partial(_read_stored, whole)
     else:
         named = _in_folder(place, source, output)
         if not named:
-            rows = _rows_of(source, split)
+            rows = _rows(whole, split)
             named = [(name, rows._fingerprint, str(i)) for i, name in enumerate(rows["image_id"])]
-            read = functools.partial(_read_row, source, split)
+            read = functools.partial(_read_row, whole, split)
     if not named:
         raise ParameterError(f"INPUT={source} names no pictures (.jpg, .png, .webp, …).")
     _check_that_one_opens(source, named, read)
@@ -127,21 +127,17 @@ def _is_photo(name: str) -> bool:
     return not hidden and (mimetypes.guess_type(name, strict=False)[0] or "").startswith("image/")
 
 
-def _rows_of(source: str, split: str) -> datasets.Dataset:
-    try:
-        return _rows(source, split)
-    except DataError as error:
-        here = Path(source).expanduser().exists()
-        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
-            from None
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
 def _rows(source: str, split: str) -> datasets.Dataset:
-    rows = load_raw(source, val_share=1)  # all of a set that has no val
+    try:
+        rows = load_raw(source, val_share=1)  # all of a set that has no val
+    except DataError as error:
+        here = Path(source).exists()
+        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
+            from None
     if split not in rows or not len(rows[split]):
         there = ", ".join(name for name in rows if len(rows[name]))
         raise ParameterError(f"INPUT={source} has no pictures in the split {split!r}; there is {there or 'none'}.")

@@ -41,13 +41,15 @@ from helpers.use.inputs import Picture, Reader, find_pictures, first_line
 class Predictor:
     """Opens pictures and runs the merged model in folder `model` on them; Ray makes one of it a GPU.
 
-    `crops`: where each box is cut out to, or None.
+    `crops`: whether each box is cut out, into a folder in `output`.
     """
 
-    def __init__(self, model: str, read: Reader, crops: Path | None, batch_size: int) -> None:
+    def __init__(self, model: Path, output: Path, read: Reader, crops: bool, batch_size: int) -> None:
+        if not (output / "job.json").exists():
+            raise ParameterError(f"OUTPUT={output} is not there on {socket.gethostname()}: all machines must share it.")
         runs.quiet_libraries()  # Ray starts each in a process of its own
         self.vlm, self.processor, self.prompt = load.load_model(model)
-        self.read, self.crops, self.batch_size = read, crops, batch_size
+        self.output, self.read, self.crops, self.batch_size = output, read, crops, batch_size
         self.one_at_a_time = threading.Lock()
 
     def open(self, pictures: list[Picture]) -> list[Image | ValueError]:
@@ -84,7 +86,7 @@ class Predictor:
                         "stopped": False, "new_tokens": 0, "width": 0, "height": 0, "error": str(image)}
             line |= {"image_id": picture.image_id, "stamp": picture.stamp}
             if self.crops and isinstance(image, Image):
-                line["crops"] = save_crops(line, image, self.crops)
+                line["crops"] = save_crops(line, image, self.output)
             lines.append(line)
         return lines
 
@@ -111,18 +113,19 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
                    folder: Path) -> Iterator[list[dict]]:
     """The lines of all pictures, when Ray has written them into `folder`, which all nodes share.
 
-    Ray starts an actor a GPU (without GPUs, a CPU), gives the work of a lost one to others, and keeps
+    Ray starts an actor a GPU (without GPUs, two CPUs), gives the work of a lost one to others, and keeps
     in `folder` whose lines are written: another call makes only those that are missing.
     """
-    import ray
-    from ray.data.checkpoint import CheckpointConfig
-
+    try:
+        import ray
+        from ray.data.checkpoint import CheckpointConfig
+    except ImportError:
+        raise ParameterError("--ray needs Ray: pip install '.[scale]'.") from None
     folder.mkdir(parents=True, exist_ok=True)
     columns = {"image_id": [os.fsencode(picture.image_id) for picture in pictures],
                "stamp": [picture.stamp for picture in pictures],
                "place": [os.fsencode(picture.place) for picture in pictures]}
     pyarrow.parquet.write_table(pa.table(columns), folder / "pictures.parquet")
-    # with one or two CPUs the actors would leave none for reading and writing, and all would wait for ever
     where = {"num_cpus": max(4, os.cpu_count() or 1)} if address == "here" else {"address": address}
     try:
         if ":" in address:  # Ray itself tries for minutes
@@ -134,13 +137,19 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
                              "`ray start --head`, or leave the address out.") from None
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = CheckpointConfig("stamp", str(folder / "done"), delete_checkpoint_on_success=False)
-    gpus = ray.cluster_resources().get("GPU", 0)
-    (ray.data.read_parquet(str(folder / "pictures.parquet"))
-     .repartition(target_num_rows_per_block=size)
-     .map_batches(Predictor, fn_constructor_kwargs=options, batch_size=size, num_gpus=min(1, gpus), num_cpus=1,
-                  compute=ray.data.ActorPoolStrategy(min_size=1, max_concurrent_calls_per_actor=2,
-                                                     enable_true_multi_threading=True))
-     .write_parquet(str(folder / "lines"), min_rows_per_file=min(1000, 1 + len(pictures) // 100)))
+    gpus, cpus = (ray.cluster_resources().get(kind, 0) for kind in ("GPU", "CPU"))
+    if cpus < 4:  # an actor would leave none for reading and writing, and all would wait for ever
+        raise ParameterError(f"the Ray cluster at --ray {address} has {cpus:g} CPUs, and 4 at least are needed.")
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+    lines = (ray.data.read_parquet(str(folder / "pictures.parquet"))
+             .repartition(target_num_rows_per_block=size)
+             .map_batches(Predictor, fn_constructor_kwargs=options, batch_size=size, compute=pool,
+                          num_cpus=1 if gpus else 2, num_gpus=min(1, gpus)))
+    try:
+        lines.write_parquet(str(folder / "lines"), min_rows_per_file=min(1000, 1 + len(pictures) // 100))
+    except ray.exceptions.RayError as error:
+        raise ParameterError(f"Ray could not finish ({str(error).strip().splitlines()[-1]}); what is done is kept, and "
+                             "the same command goes on.") from error
     for file in sorted((folder / "lines").glob("*.parquet")):
         yield [json.loads(line) for line in pyarrow.parquet.read_table(file)["line"].to_pylist()]
 
@@ -172,8 +181,8 @@ def predict_photos(source: str, output: Path, model: str | Path, *, split: str =
     if before and changed:
         raise ParameterError(f"OUTPUT={output} holds the predictions of another job ({'; '.join(changed)}); name "
                              "another folder, or delete that one.")
-    options = {"model": str(Path(model).expanduser().absolute()), "read": read, "batch_size": batch_size,
-               "crops": output.absolute() if crops else None}
+    options = {"model": Path(model).expanduser().absolute(), "output": output.absolute(), "read": read, "crops": crops,
+               "batch_size": batch_size}
     path, size = output / "predictions.jsonl", 2 * batch_size
 
     def work(todo: list[int]) -> Iterator[list[dict]]:
