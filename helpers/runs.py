@@ -1,5 +1,6 @@
 """A run's folder: its manifest, its steps, files that are whole or not there; and several processes as one."""
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -161,13 +162,15 @@ def _end_together(rank: int, world: int) -> None:
 
     def watch() -> None:
         while not _left.wait(1):
-            silent = [str(other) for other, (_, last) in heard.items() if last < time.monotonic() - SILENCE]
+            since = time.monotonic() - SILENCE
+            silent = [str(other) for other, (_, last) in heard.items() if last < since and other != rank]
             if silent:
                 os.write(2, f"process {rank} of {world} ends, because process {', '.join(silent)} has been silent for "
                             f"{SILENCE} s; {again}".encode())
                 os._exit(1)
 
     sys.excepthook = say_so
+    atexit.register(_left.set)  # no thread is in the store when Python ends
     for work in (count, watch):
         threading.Thread(target=work, daemon=True).start()
 
