@@ -25,11 +25,15 @@ def load_raw(
     cache_dir: str | None = None,
     seed: int = 0,
     limit: dict[str, int] | None = None,
+    box_format: str | None = None,
+    unlabelled: str | None = None,
 ) -> datasets.DatasetDict:
     """train / selection / val of the one schema as their source has them, faults included; then `audit` and `clean`.
 
     `dataset_id`: "embedded" (the rendered scenes), a local file or folder (`FORMATS`), or a Hub id, at `revision`.
     `seed`: which scenes are rendered, which rows become `selection` (and `val`, where there is none).
+    `box_format`: what the numbers of a box are (`frames`), where the files do not say it or say it wrongly.
+    `unlabelled`: "negative" or "skip", for pictures that are listed and neither labelled nor said to have no table.
     `limit`: at most so many pictures of a split. `cache_dir`: the usual cache of `datasets` where None.
     Raises `DataError`: one sentence with the file or field, what was found, what was expected.
     """
@@ -38,9 +42,9 @@ def load_raw(
         return datasets.DatasetDict(load_embedded(seed, limit, cache_dir))
     path = Path(dataset_id).expanduser()
     if path.exists():
-        found = load_local(path, cache_dir)
+        found = load_local(path, cache_dir, box_format=box_format, unlabelled=unlabelled)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset_id):
-        found = load_hub(dataset_id, revision, cache_dir)
+        found = load_hub(dataset_id, revision, cache_dir, box_format=box_format, unlabelled=unlabelled)
     else:
         raise DataError(
             f"dataset_id is {dataset_id!r}, which is no file or folder; expected embedded, an existing path, "
