@@ -17,12 +17,12 @@ STAMP := $(VENV)/.installed
 PAPERMILL := $(BIN)/papermill --no-progress-bar --log-level WARNING --stdout-file - --stderr-file -
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 15
 # Paths reach the shell in its environment and as they were typed, so that spaces, quotes and dollars stay what they are.
-$(foreach name,A B MODEL INPUT OUTPUT RUN,$(eval override export $(name) := $$(value $(name))))
+$(foreach name,A B MODEL INPUT OUTPUT RUN DATASET,$(eval override export $(name) := $$(value $(name))))
 # $(call needs,NAME,an example): the value of NAME for the shell, or one sentence where it is missing
 needs = $(if $($(1)),"$$$(1)",$(error $(1)= is missing; $(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lab sync run recipes table compare app serve predict export test test-all bench notebooks clean
+.PHONY: help setup demo data lab sync run recipes table compare app serve predict export test test-all bench notebooks clean
 
 help: ## show the targets and what they take
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ $(STAMP): pyproject.toml requirements.lock
 demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU, offline
 	@mkdir -p runs/demo
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo $(ARGS)
+
+data: $(STAMP) ## look at a data set before a training: DATASET=path/to/export ARGS='classes=table' -> audit.html
+	$(BIN)/python -m helpers.plots.sheet dataset_id=$(call needs,DATASET,make data DATASET=path/to/export) $(ARGS)
 
 lab: sync ## open the pipeline in JupyterLab
 	$(BIN)/jupyter lab pipeline.ipynb

@@ -28,9 +28,13 @@ model_id = None  # Hub id or local folder
 model_revision = None  # commit, branch or tag on the Hub; None: the commit this was written for
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
+classes = None  # which to train on, such as "Nutrition Facts=nutrition-table, Logo"; None: all, as they are named
+box_format = None  # what the files' boxes are, such as xyxy-pixels or cxcywh-unit; None: what they say, or what fits
+unlabelled = None  # pictures listed without a box: negative (no table in them) or skip; None: refused if many
+val_share = 0.1  # where the data set names no val: the share of its pictures that become val
 
 # the prompt, and what the loss is computed on
-prompt = "Detect the bounding box of the nutrition table."
+prompt = "Detect the bounding box of the nutrition table."  # {classes} in it stands for the names of the classes
 loss_scope = "assistant"  # assistant: the completion alone; all-text: system and user text too
 min_pixels = None  # pixel budget of a picture; 28 x 28 pixels make one image token
 max_pixels = None
@@ -119,10 +123,11 @@ plots.overview([stage_run.stage for stage_run in run.stages], run.loss_scope)
 # %%
 limit = {"train": run.train_limit, "val": run.val_limit}
 with runs.main_first():
-    raw = data.load_raw(run.dataset_id, revision=run.dataset_revision,
-                        limit={split: n for split, n in limit.items() if n})
+    raw = data.load_raw(**data.source_of(run.values), limit={split: n for split, n in limit.items() if n})
 if run.stages and not len(raw["train"]):
-    raise data.DataError(f"dataset_id={run.dataset_id!r} has no train split; only recipe=base can do without.")
+    raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone, and only recipe=base trains "
+                         "nothing; name their folder train, and val is taken from it.")
+run.values["prompt"] = run.prompt.replace("{classes}", ", ".join(data.names_in(*raw.values())))
 raw["val"][0]
 
 # %% [markdown]
@@ -139,12 +144,13 @@ display(audit.table(), audit.statistics)
 plots.audit_sheet(raw, audit)
 
 # %% [markdown]
-# These are the boxes as they will be trained on. If they lie beside the tables here, stop and mend the data: no
-# training can.
+# These are the boxes as they will be trained on, the first of train and of val. If they lie beside the tables here,
+# stop and mend the data: no training can. `make data DATASET=folder` shows more of them without a training.
 
 # %%
 truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
-plots.gallery(six, truth, title="Six pictures of val and their true boxes")
+first = rows["train"].select(range(min(6, len(rows["train"]))))
+plots.gallery([*first, *six], [*data.truth_rows(first), *truth], title="The first of train, then of val, as trained on")
 
 # %% [markdown]
 # Before any model, a number to beat. Which *one* box, given for every picture, fits the training pictures best? Tables
@@ -274,7 +280,7 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # all of them, and a run that was killed goes on at the line where it stopped.
 
 # %%
-names = data.names_in(rows["train"]) if run.constrained else None
+names = data.names_in(*rows.values()) if run.constrained else None
 val = {"val": runs.rows_hash(rows["val"]), "pixels": [run.min_pixels, run.max_pixels], "prompt": run.prompt,
        "max_new_tokens": run.max_new_tokens, "names": names}
 
@@ -486,12 +492,13 @@ print(f"IoU of {a} and {b}: {shared_area} / {together} = {shared_area / together
 
 # %% [markdown]
 # Each number stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
-# rows: the constant box, the model before training and after.
+# rows: the constant box, the model before training and after. The second table is that of the classes. Here they are
+# kinds of one thing, and a box may have any of their names; of several classes of your own it counts for its own alone.
 
 # %%
 lines = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
 metrics = reports.write_metrics(run.folder, lines, truth)
-reports.metrics_table(metrics)
+display(reports.metrics_table(metrics), reports.class_table(next(iter(metrics["scores"].values()))))
 
 # %% [markdown]
 # That is against the cleaned truth. Against the truth as its source has it, an empty box counts as a miss, and a

@@ -15,7 +15,8 @@ from helpers import data, evaluate, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
 from helpers.data.pictures import head, picture_facts
-from helpers.data.schema import FEATURES, SPLIT_NAMES, carve, empty_split, objects_of
+from helpers.data.schema import FEATURES, SPLIT_NAMES, empty_split, objects_of
+from helpers.data.splits import carve
 from helpers.use.load import open_upright
 
 TABLE = "nutrition-table"
@@ -74,7 +75,7 @@ def cleaned(raw: datasets.DatasetDict) -> datasets.DatasetDict:
         ("not-a-box", [[0.1, 0.2, 0.5], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
         ("not-a-box", [[0.1, float("nan"), 0.5, 0.6], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
         ("repeated-box", [[0.1, 0.2, 0.5, 0.6]] * 2, None, [[0.1, 0.2, 0.5, 0.6]]),
-        ("unknown-category", [[0.1, 0.2, 0.5, 0.6], [0.6, 0.1, 0.9, 0.9]], [TABLE, "logo"], [[0.1, 0.2, 0.5, 0.6]]),
+        ("unknown-category", [[0.1, 0.2, 0.5, 0.6], [0.6, 0.1, 0.9, 0.9]], [TABLE, ""], [[0.1, 0.2, 0.5, 0.6]]),
         ("no-table", [], None, []),
     ],
 )

@@ -31,8 +31,8 @@ def save_picture(path: Path, number: int, size: tuple[int, int] = (WIDTH, HEIGHT
 
 
 def load(root: Path | str, **options) -> datasets.DatasetDict:
-    """What is listed without a box, such as c in COCO, has no table here."""
-    return data.load_raw(str(root), **{"unlabelled": "negative"} | options)
+    """All as val; what is listed without a box, such as c in COCO, has no table here."""
+    return data.load_raw(str(root), **{"unlabelled": "negative", "val_share": 1} | options)
 
 
 def load_splits(root: Path | str) -> datasets.DatasetDict:
@@ -187,74 +187,6 @@ def test_a_parquet_or_coco_file_may_be_named_itself(tmp_path: Path):
     assert len(load(tmp_path / "coco/annotations/all.json")["val"]) == 3
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
-def many(root: Path, count: int, start: int = 0) -> None:
-    """An imagefolder of `count` pictures, two to a barcode."""
-    lines = []
-    for number in range(start, start + count):
-        name = f"{number // 2:013d}_{number % 2}"
-        save_picture(root / f"{name}.jpg", number)
-        objects = {"bbox": [[0.1, 0.1, 0.5, 0.5]], "category_name": [TABLE]}
-        lines.append(json.dumps({"file_name": f"{name}.jpg", "objects": objects, "meta": {}}))
-    write(root / "metadata.jsonl", "\n".join(lines))
-
-
-@pytest.mark.parametrize(("folders", "lengths", "said"), [
-    ({"train": 40, "validation": 6}, (36, 4, 6), "selection: 4 pictures taken from train"),
-    ({"train": 60}, (48, 6, 6), "has no val: 6 pictures are taken from train"),
-    ({".": 4}, (0, 0, 4), "names no splits: all 4 pictures are val"),
-    ({"train": 20, "test": 20, "selection": 20}, (20, 20, 20), "has no val: its test (20 pictures) is used as val"),
-    ({"train": 20, "test": 20, "selection": 20, "val": 4}, (20, 20, 4), "the splits test are not used"),
-])
-def test_splits_are_those_of_the_folders_or_carved_by_whole_barcodes_aloud(folders, lengths, said, tmp_path, capsys):
-    for number, (name, count) in enumerate(folders.items()):
-        many(tmp_path / name, count, start=100 * number)
-    ds = load(tmp_path, seed=3)
-    assert tuple(map(len, ds.values())) == lengths and said in capsys.readouterr().out
-    barcodes = [{meta["barcode"] for meta in split["meta"]} for split in ds.values()]
-    assert sum(map(len, barcodes)) == len(set.union(*barcodes))
-    assert load(tmp_path, seed=3)["val"]["image_id"] == ds["val"]["image_id"]
-
-
-def test_splits_are_read_from_coco_files_voc_lists_and_yolo_folders(tmp_path: Path):
-    write_pictures(tmp_path / "coco/train2017")
-    write_pictures(tmp_path / "coco/val2017")
-    for split in ("train", "val"):
-        write(tmp_path / f"coco/annotations/instances_{split}2017.json", json.dumps(coco()))
-    raw = load(tmp_path / "coco")
-    folders = {name: {Path(image["path"]).parent.name for image in undecoded(split)} for name, split in raw.items()}
-    assert folders == {"train": {"train2017"}, "selection": {"train2017"}, "val": {"val2017"}}
-
-    write_voc(tmp_path / "voc")
-    write(tmp_path / "voc/ImageSets/Main/train.txt", "a\nb\n")
-    write(tmp_path / "voc/ImageSets/Main/trainval.txt", "a\nb\nc\n")
-    write(tmp_path / "voc/ImageSets/Main/val.txt", "c\n")
-    assert load(tmp_path / "voc")["val"]["image_id"] == ["c"]
-
-    write_pictures(tmp_path / "yolo/valid/images")
-    save_picture(tmp_path / "yolo/first/images/d.jpg", 9)
-    save_picture(tmp_path / "yolo/first/images/e.jpg", 10)
-    write(tmp_path / "yolo/first/labels/d.txt", "0 0.5 0.5 0.2 0.2\n")
-    write(tmp_path / "yolo/valid/labels/b.txt", "0 0.5 0.5 0.2 0.2\n")
-    write(tmp_path / "yolo/data.yaml", "train: ../first/images\nval: ../valid/images\nnames: [nutrition-table]\n")
-    raw = load(tmp_path / "yolo")
-    assert raw["val"]["image_id"] == ["a", "b", "c"] and len(raw["train"]) == len(raw["selection"]) == 1
-
-
-def test_yolo_splits_by_lists_of_pictures(tmp_path: Path):
-    write_yolo(tmp_path)
-    write(tmp_path / "data.yaml", "names: [nutrition-table, nutrition-table-text]\ntrain: train.txt\nval: ./val.txt\n")
-    write(tmp_path / "train.txt", f"./images/a.jpg\n{tmp_path.resolve()}/images/b.jpg\n")
-    write(tmp_path / "val.txt", "images/c.jpg\n")
-    raw = load(tmp_path)
-    assert raw["val"]["image_id"] == ["c"] and sorted([*raw["train"]["image_id"], *raw["selection"]["image_id"]]) == [
-        "a", "b"]
-    (tmp_path / "val.txt").unlink()
-    refused(tmp_path, "val.txt", "cannot be read", "expected a text file")
-
-
 def undecoded(split: datasets.Dataset) -> list[dict]:
     return list(split.cast_column("image", datasets.Image(decode=False))["image"])
 
@@ -288,11 +220,6 @@ def test_two_files_of_one_name_are_not_guessed_between(tmp_path: Path):
     write_coco(tmp_path)
     write_pictures(tmp_path / "copy")
     refused(tmp_path, "annotations.json", "'a.jpg' is", "expected one file of that name")
-
-
-def test_train_of_one_barcode_gives_no_val(tmp_path: Path):
-    many(tmp_path / "train", 2)
-    refused(tmp_path, "has no val", "one barcode only")
 
 
 def test_files_written_on_windows_are_read(tmp_path: Path):
@@ -339,7 +266,7 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_pa
 def refused(dataset_id: Path | str, *words: str) -> None:
     """Loading ends in a `DataError` of one line that has all these words."""
     with pytest.raises(data.DataError) as error:
-        load(dataset_id)
+        load(dataset_id, val_share=0.1)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -368,11 +295,9 @@ BAD = [  # format, file, what stands in it, words of the sentence
         {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])), ["annotations, such as 4", "an image_id that no picture has"]),
     (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": [1], "name": TABLE}])),
      ["id of categories[0] is '[1]'", "expected a number"]),
-    (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": 7, "name": "logo"}])),
-     ["categories are ['class 9', 'logo']", "expected some of nutrition-table, "]),
     (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt: line 2", "'0 .5 .5'", "class cx cy width height"]),
     (write_yolo, "data.yaml", "names: [a\n", ["data.yaml", "not valid YAML"]),
-    (write_yolo, "data.yaml", "names: [nutrition-table]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
+    (write_yolo, "data.yaml", "names: [nutrition-table, nutrition-table-text]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
     (write_voc, "Annotations/b.xml", "<annotation><filename>b.jpg</filename>", ["b.xml", "not valid XML"]),
 ]
 

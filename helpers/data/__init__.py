@@ -8,38 +8,46 @@ from typing import Any
 
 import datasets
 
-from helpers.boxes import CATEGORIES
 from helpers.data.audit import Audit, Fault, audit, clean
 from helpers.data.checks import RULES
+from helpers.data.classes import take_classes
 from helpers.data.embedded import load_embedded
 from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
-from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, carve, empty_split, split_name
+from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, categories_of
 from helpers.data.sources import HUB_ID, HUB_REVISION, check_content, load_hub, load_local
+from helpers.data.splits import arrange
+
+OPTIONS = ("classes", "val_share", "box_format", "unlabelled")  # arguments of `load_raw` that are parameters of a run
 
 
 def load_raw(
     dataset_id: str,
     *,
     revision: str | None = None,
+    classes: str | None = None,
+    val_share: float = 0.1,
+    box_format: str | None = None,
+    unlabelled: str | None = None,
     cache_dir: str | None = None,
     seed: int = 0,
     limit: dict[str, int] | None = None,
-    box_format: str | None = None,
-    unlabelled: str | None = None,
 ) -> datasets.DatasetDict:
     """train / selection / val of the one schema as their source has them, faults included; then `audit` and `clean`.
 
     `dataset_id`: "embedded" (the rendered scenes), a local file or folder (`FORMATS`), or a Hub id, at `revision`.
-    `seed`: which scenes are rendered, which rows become `selection` (and `val`, where there is none).
+    `classes`: which classes to train on, and under which names (`take_classes`); None: all, as they are named.
+    `val_share`: where the source names no val, the share of its pictures that become val; 1: all, and train is empty.
     `box_format`: what the numbers of a box are (`frames`), where the files do not say it or say it wrongly.
     `unlabelled`: "negative" or "skip", for pictures that are listed and neither labelled nor said to have no table.
+    `seed`: which scenes are rendered, which rows become `selection` (and `val`, where there is none).
     `limit`: at most so many pictures of a split. `cache_dir`: the usual cache of `datasets` where None.
     Raises `DataError`: one sentence with the file or field, what was found, what was expected.
     """
     limit = limit or {}
     if dataset_id == "embedded":
-        return datasets.DatasetDict(load_embedded(seed, limit, cache_dir))
+        embedded = load_embedded(seed, limit, cache_dir)
+        return datasets.DatasetDict(take_classes(embedded, classes, dataset_id) if classes else embedded)
     path = Path(dataset_id).expanduser()
     if path.exists():
         found = load_local(path, cache_dir, box_format=box_format, unlabelled=unlabelled)
@@ -51,46 +59,10 @@ def load_raw(
             "or a Hub id such as openfoodfacts/nutrition-table-detection"
         )
     check_content(found, dataset_id)
-    splits = _arrange(found, seed, dataset_id)
+    splits = arrange(take_classes(found, classes, dataset_id), dataset_id, val_share, seed)
     return datasets.DatasetDict(
         {name: split.select(range(min(limit.get(name, len(split)), len(split)))) for name, split in splits.items()}
     )
-
-
-def _arrange(found: dict[str, datasets.Dataset], seed: int, where: str) -> dict[str, datasets.Dataset]:
-    """train / selection / val from the splits that a source has; what is decided here is printed."""
-    found = {split_name(name): rows for name, rows in found.items() if len(rows)}
-    if "" in found and len(found) > 1:
-        raise DataError(f"{where}: {len(found['']):,} pictures belong to no split beside {sorted(found)[1:]}; "
-                        "expected each in a folder or list of train, val")  # fmt: skip
-    if "val" not in found and "test" in found:
-        print(f"data: {where} has no val: its test ({len(found['test'])} pictures) is used as val")
-        found["val"] = found.pop("test")
-    if list(found) == [""]:
-        print(f"data: {where} names no splits: all {len(found[''])} pictures are val, train is empty "
-              "(to train on them, put them into a folder named train)")  # fmt: skip
-        found = {"val": found[""]}
-    unused = sorted(found.keys() - set(SPLIT_NAMES))
-    if unused:
-        print(f"data: {where}: the splits {', '.join(unused)} are not used")
-    if "train" not in found and "val" not in found:
-        raise DataError(f"{where} has the splits {', '.join(unused)}; expected train and val")
-    train, val = found.get("train", empty_split()), found.get("val")
-    if val is None:
-        train, val = carve(train, _share(train), seed)
-        if not len(val):
-            raise DataError(f"{where} has no val, and its train has one barcode only; expected pictures of several")
-        print(f"data: {where} has no val: {len(val)} pictures are taken from train, whole barcodes, seed {seed}")
-    selection = found.get("selection", empty_split())
-    if "selection" not in found and len(train):
-        train, selection = carve(train, _share(train), seed + 1)
-        print(f"data: selection: {len(selection)} pictures taken from train, whole barcodes, seed {seed}")
-    return {"train": train, "selection": selection, "val": val}
-
-
-def _share(train: datasets.Dataset) -> int:
-    """How many rows to take from train: a tenth, 100 at most, one at least."""
-    return min(100, max(1, round(len(train) / 10)))
 
 
 def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
@@ -102,9 +74,16 @@ def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
     return clean(raw, result)
 
 
-def names_in(split: datasets.Dataset) -> list[str]:
-    """What an answer may name: the project's categories and the names of `split`, sorted."""
-    return sorted({*CATEGORIES, *(name for objects in split["objects"] for name in objects["category_name"])})
+def source_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `load_raw` in a run's parameters; those of an older manifest may lack some."""
+    names = {"dataset_id": "dataset_id", "dataset_revision": "revision", **dict(zip(OPTIONS, OPTIONS, strict=True))}
+    return {argument: values[name] for name, argument in names.items() if name in values}
+
+
+def names_in(*splits: datasets.Dataset) -> list[str]:
+    """What a completion may name: the classes of the data set whose `splits` these are, sorted."""
+    objects = [entry or {} for split in splits for entry in split["objects"]]
+    return sorted(categories_of(name for entry in objects for name in entry.get("category_name") or []))
 
 
 def truth_rows(split: datasets.Dataset) -> list[dict[str, Any]]:

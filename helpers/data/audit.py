@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 from datasets import Image
 
-from helpers.boxes import CATEGORIES
 from helpers.data.checks import RULES, Rule, check_row
 from helpers.data.pictures import FACTS, picture_facts
-from helpers.data.schema import DataError, fingerprint, workers
+from helpers.data.schema import DataError, categories_of, fingerprint, workers
 
 SAME_PICTURE = 3.0  # root mean square difference of two 16 x 16 thumbnails, in 0-255 levels
 BLOCK = 512  # thumbnails that are compared at once
@@ -109,11 +108,13 @@ def _check_across(
     return kept
 
 
-def _check_rows(result: Audit, name: str, rows: list[dict], facts: list[dict]) -> dict[int, dict[str, Any]]:
+def _check_rows(
+    result: Audit, name: str, rows: list[dict], facts: list[dict], categories: tuple[str, ...]
+) -> dict[int, dict[str, Any]]:
     """The rows of a split one by one: faults into `result`, `rows` as they should be, {row: what changed} back."""
     fixed, copies = {}, Counter()
     for index, row in enumerate(rows):
-        faults, after = check_row(row, facts[index])
+        faults, after = check_row(row, facts[index], categories)
         image_id = row["image_id"] or f"{name}-{index}"
         if not row["image_id"]:
             faults.append(("missing-id", f"row {index}"))
@@ -134,18 +135,20 @@ def audit(raw: datasets.DatasetDict) -> Audit:
     Pictures are decoded once; `datasets` caches what was seen. Nothing is changed here.
     """
     result, seen, statistics = Audit(), {"barcodes": {}, "pictures": [], "thumbs": []}, {}
+    objects = [entry or {} for split in raw.values() for entry in split["objects"]]
+    categories = categories_of(name for entry in objects for name in entry.get("category_name") or [])
     for name in sorted(raw, key=("val", "selection", "train").index):  # what val has, the others may not have
         rows, facts = raw[name].remove_columns("image").to_list(), _picture_facts(raw[name], name)
-        fixed = _check_rows(result, name, rows, facts)
+        fixed = _check_rows(result, name, rows, facts, categories)
         keep = _check_across(result, name, rows, facts, [index for index in range(len(rows)) if index in fixed], seen)
         result.keep[name] = keep
         result.fixed[name] = {index: fixed[index] for index in keep if fixed[index]}
-        statistics[name] = _statistics([rows[index] for index in keep])
+        statistics[name] = _statistics([rows[index] for index in keep], categories)
     result.statistics = pd.DataFrame({name: statistics[name] for name in raw})
     return result
 
 
-def _statistics(rows: list[dict[str, Any]]) -> pd.Series:
+def _statistics(rows: list[dict[str, Any]], categories: tuple[str, ...]) -> pd.Series:
     """Counts and sizes of a split's rows."""
     counts = [len(row["objects"]["bbox"]) for row in rows]
     names = [name for row in rows for name in row["objects"]["category_name"]]
@@ -163,7 +166,7 @@ def _statistics(rows: list[dict[str, Any]]) -> pd.Series:
         "pictures without a table": counts.count(0),
         **{f"pictures with {number} box{'es' * (number > 1)}": counts.count(number) for number in (1, 2)},
         "pictures with 3 or more boxes": sum(count > 2 for count in counts),
-        **{name: names.count(name) for name in CATEGORIES},
+        **{name: names.count(name) for name in categories},
         "width, px: least / median / most": spread([row["width"] for row in rows]),
         "height, px: least / median / most": spread([row["height"] for row in rows]),
         "box area, share of the picture: least / median / most": spread(areas, 2),

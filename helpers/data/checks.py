@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from helpers.boxes import CATEGORIES
-
 SMALLEST_SIDE = 1e-3  # of the picture: one step of the answer's 0-1000 grid
 EDGE = 1e-6  # how far float32 rounding may carry a coordinate out of 0-1
 MOST_ASPECT = 200  # what Qwen2-VL's processor refuses
@@ -33,7 +31,7 @@ RULES = (
     Rule("out-of-range-box", "a coordinate outside 0-1", "clipped to the picture"),
     Rule("empty-box", f"a side under {SMALLEST_SIDE} of the picture, after clipping", "box dropped"),
     Rule("repeated-box", "the same box and category twice in a picture", "second dropped"),
-    Rule("unknown-category", f"not one of {', '.join(CATEGORIES)}", "box dropped"),
+    Rule("unknown-category", "the box has no class", "box dropped"),
     Rule("category-mismatch", "category_id and category_name disagree", "the name counts"),
     Rule("missing-id", "image_id is empty", "split and row number taken for it"),
     Rule("repeated-id", "an image_id for the second time", "'#2', '#3' … added to the id"),
@@ -94,7 +92,7 @@ def _check_box(box: list[float]) -> tuple[Found, list[float] | None]:
     return faults, [y0, x0, y1, x1]
 
 
-def _check_objects(objects: dict[str, list], turn: int) -> tuple[Found, dict[str, list]]:
+def _check_objects(objects: dict[str, list], turn: int, categories: tuple[str, ...]) -> tuple[Found, dict[str, list]]:
     """Faults of a row's boxes and categories, and the `objects` that remain; `turn` is an EXIF orientation or 1."""
     faults, kept = [], []
     boxes, ids, names = objects["bbox"] or [], objects["category_id"] or [], objects["category_name"] or []
@@ -103,13 +101,13 @@ def _check_objects(objects: dict[str, list], turn: int) -> tuple[Found, dict[str
     for box, number, name in zip(boxes, ids, names, strict=False):
         found, fixed = _check_box(box)
         faults += found
-        if name not in CATEGORIES:
+        if name not in categories:
             faults.append(("unknown-category", f"{name!r} (id {number})"))
             continue
-        if number != CATEGORIES.index(name):
+        if number != categories.index(name):
             faults.append(("category-mismatch", f"id {number}, name {name!r}"))
         if fixed is not None:
-            entry = (turned(fixed, turn), CATEGORIES.index(name), name)
+            entry = (turned(fixed, turn), categories.index(name), name)
             faults += [("repeated-box", str(box))] if entry in kept else []
             kept += [] if entry in kept else [entry]
     if not boxes:
@@ -120,10 +118,12 @@ def _check_objects(objects: dict[str, list], turn: int) -> tuple[Found, dict[str
     return faults, {key: list(col) for key, col in zip(("bbox", "category_id", "category_name"), columns, strict=True)}
 
 
-def check_row(row: dict[str, Any], facts: dict[str, Any]) -> tuple[Found, dict[str, Any] | None]:
+def check_row(
+    row: dict[str, Any], facts: dict[str, Any], categories: tuple[str, ...]
+) -> tuple[Found, dict[str, Any] | None]:
     """All faults of a row, and its fields as they should be; None where the row is to be dropped.
 
-    `facts`: what `picture_facts` saw.
+    `facts`: what `picture_facts` saw. `categories`: the names of the data set's classes, in the order of their ids.
     """
     if facts["error"] is not None:
         return [("unreadable-picture", facts["error"])], None
@@ -131,7 +131,7 @@ def check_row(row: dict[str, Any], facts: dict[str, Any]) -> tuple[Found, dict[s
         return [("too-thin-picture", f"{facts['stored'][0]}x{facts['stored'][1]} px")], None
     faults, (width, height), stored = _check_size(row, facts)
     objects = row["objects"] or {"bbox": [], "category_id": [], "category_name": []}
-    box_faults, objects = _check_objects(objects, facts["orientation"] if stored else 1)
+    box_faults, objects = _check_objects(objects, facts["orientation"] if stored else 1, categories)
     if any(fault == "no-box-left" for fault, _ in box_faults):
         return faults + box_faults, None
     return faults + box_faults, {"width": width, "height": height, "objects": objects}

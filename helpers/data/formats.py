@@ -23,8 +23,9 @@ import yaml
 
 from helpers.boxes import CATEGORIES
 from helpers.data.frames import ANY, Framed, around, left_out, numbers_of, to_unit
-from helpers.data.pictures import TOOLS, Head, Pictures, Rows, Wanted, completed, escaped, files_below, head, split_of
-from helpers.data.schema import DataError, meta_of, objects_of, read_text, safe_path, split_name
+from helpers.data.pictures import TOOLS, Head, Pictures, Wanted, completed, escaped, files_below, head
+from helpers.data.schema import DataError, meta_of, objects_of, read_text
+from helpers.data.splits import Rows, split_name, split_of
 from helpers.messages import parse_text
 
 
@@ -76,7 +77,7 @@ def to_rows(found: Iterable[Found], root: Path | None, where: str, box_format: s
     for number in _once(found, boxes, where):
         one, names = found[number], [escaped(name) for name in map(_name, found[number].names)]
         one.row["image_id"] = escaped(str(one.row["image_id"]))
-        one.row["meta"] = meta_of(one.row["image_id"], one.row["meta"])
+        one.row["meta"] = meta_of(one.row["meta"])
         one.row["width"], one.row["height"] = one.head.shown if one.head else (one.row["width"], one.row["height"])
         one.row["objects"] = objects_of(boxes[number] or [], names)
         if one.ids is not None:
@@ -387,7 +388,7 @@ def read_labelme(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
         shapes = [shape for shape in found["shapes"] if isinstance(shape, dict)]
         new = row(str(found["imagePath"]), (found.get("imageWidth"), found.get("imageHeight")))
         boxes = [_around_labelme(shape) for shape in shapes]
-        yield Found(new, split_of(file, root), boxes, "xyxy-pixels", [shape.get("label") for shape in shapes], file,
+        yield Found(new, split_of(file.parent, root), boxes, "xyxy-pixels", [shape.get("label") for shape in shapes], file,
                     file.stem)
 
 
@@ -569,17 +570,11 @@ def _of_text(new: Found, text: str) -> Found:
 
 
 def read_voc(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """Pascal VOC: an XML a picture; splits by folder or by ImageSets/Main/{train,val}.txt. Corners in pixels."""
-    listed = {}
-    for file in files_below(root, "ImageSets/Main/*.txt"):
-        if split_name(file.stem) in ("train", "val", "test"):  # not trainval.txt and lists by class
-            lines = [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
-            listed |= dict.fromkeys(lines, split_name(file.stem))
+    """Pascal VOC: an XML a picture, corners in pixels."""
     for file, found in files.items():
-        split = listed.get(file.stem, split_of(file, root))
         size = found.findtext("size/width"), found.findtext("size/height")
         things = list(found.iter("object"))
-        yield Found(row(found.findtext("filename") or file.stem, size), split, [_voc_box(thing) for thing in things],
+        yield Found(row(found.findtext("filename") or file.stem, size), split_of(file.parent, root), [_voc_box(thing) for thing in things],
                     "xyxy-pixels", [thing.findtext("name") or "" for thing in things], file, file.stem)
 
 
@@ -697,13 +692,12 @@ def read_yolo(root: Path, files: dict[Path, list[Path]]) -> Iterator[Found]:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or a list of names.
 
     Also polygons and oriented boxes (the box around them), a confidence after the box, and DOTA's labelTxt in pixels.
-    A picture without a label file, beside others with one, has no box. Class names index the lines; the split is that
-    of data.yaml's `train`, `val`, `test` folders, else of the folder's own name. `files`: of `yolo_labels`.
+    A picture without a label file, beside others with one, has no box. Class names index the lines.
+    `files`: of `yolo_labels`.
     """
     file = yolo_names(root)
     config = _parse_yaml(file) if file and file.suffix in (".yaml", ".yml") else {}
     names = _yolo_names(file, config)
-    folders = _yolo_folders(file, config) if file and config else {}
     pictures = Pictures(root)
     lost = [label for label, own in files.items() if not own]
     wanted = [Wanted(str(Path(*_key(label, root))), label, split_of(label.parent, root)) for label in lost]
@@ -721,15 +715,13 @@ def read_yolo(root: Path, files: dict[Path, list[Path]]) -> Iterator[Found]:
     entries = {path: (label, _yolo_boxes(label, names, "kpt_shape" in config)) for label, path in of_label.items()}
     entries |= dict.fromkeys(silent, (file or root / "labels", ([] if negative else None, [], "cxcywh-unit")))
     for path, (label, (boxes, classes, kind)) in sorted(entries.items()):
-        within = path.relative_to(root)
-        of_folder = (name for folder, name in folders.items() if within.is_relative_to(folder))
-        yield Found(row(str(within)), next(of_folder, split_of(path.parent, root)), boxes, kind, classes, label)
+        yield Found(row(str(path.relative_to(root))), split_of(path.parent, root), boxes, kind, classes, label)
 
 
 def _yolo_names(file: Path | None, config: dict[str, Any]) -> dict[int, str] | None:
     """{number: name} of the classes; None where no file names them."""
     names = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()] if file else None
-    names = [names] if isinstance(names, str) else names
+    names = names.split(",") if isinstance(names, str) else names
     try:
         if names is not None:
             named = enumerate(names) if isinstance(names, list) else names.items()
@@ -737,27 +729,6 @@ def _yolo_names(file: Path | None, config: dict[str, Any]) -> dict[int, str] | N
     except (AttributeError, ValueError, TypeError):
         raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name") from None
     return None
-
-
-def _yolo_folders(file: Path, config: dict[str, Any]) -> dict[Path, str]:
-    """The folders, or pictures of .txt lists, that a data.yaml names for its splits: path below the root -> split."""
-    folders = {}
-    for name in ("train", "val", "valid", "test"):
-        entries = config.get(name) or []
-        for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
-            if not isinstance(entry, str):
-                raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
-            listed = safe_path(file.parent, str(_below(entry, file.parent)), str(file))
-            lines = read_text(listed).split("\n") if listed.suffix == ".txt" else [entry]
-            folders |= {_below(line.strip(), file.parent): split_name(name) for line in lines if line.strip()}
-    return folders
-
-
-def _below(entry: str, root: Path) -> Path:
-    """A path of a data.yaml as one below `root`: "../train/images" is often written for "train/images"."""
-    path = Path(entry)
-    path = path.relative_to(root) if path.is_relative_to(root) else path
-    return Path(*(part for part in path.parts if part not in (".", "..", "/")))
 
 
 def _yolo_boxes(file: Path, names: dict[int, str] | None, poses: bool) -> tuple[list[Any], list[str], str]:

@@ -17,7 +17,8 @@ from datasets import List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from helpers.data.schema import DataError, split_name
+from helpers.data.schema import DataError
+from helpers.data.splits import split_of
 
 KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]  # EPS starts programs
 try:
@@ -33,9 +34,7 @@ TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints")  # folders 
 BESIDE = ("thumb", "vis", "preview", "overlay", "annotated", "mask", "segmentation", "debug", "plots")  # not the photos
 ENDINGS = {".heic", ".heif"} | {end for end, kind in PILImage.registered_extensions().items() if kind in KINDS}
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
-Rows = dict[str, list[dict[str, Any]]]  # split, or "" where none is named -> rows of the schema
 NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the audit names it
-_SPLITS = ("train", "selection", "val", "test")
 
 
 def files_below(root: Path, pattern: str = "*", *, links: bool = False, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -109,16 +108,6 @@ def completed(path: Path) -> bytes | None:
 def escaped(name: str) -> str:
     """A file's name as text that can be printed and stored: bytes that are not UTF-8 as \\udc80 to \\udcff."""
     return name.encode(errors="backslashreplace").decode()
-
-
-def split_of(path: Path, root: Path) -> str:
-    """The split named by a file or the nearest folder of it below `root` ("instances_val2017.json": val), or ""."""
-    for part in reversed(path.relative_to(root).parts):
-        words = part.replace("-", "_").replace(".", "_").split("_")
-        for name in (split_name(word.rstrip("0123456789")) for word in words):
-            if name in _SPLITS:
-                return name
-    return ""
 
 
 class Wanted(NamedTuple):

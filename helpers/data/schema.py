@@ -1,16 +1,15 @@
-"""The one row schema, the errors, and what every source shares: split names, groups, safe paths."""
+"""The one row schema, the errors, and what every source shares: classes, texts, safe paths."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import pandas as pd
 import PIL
 from datasets import Features, Image, List, Value
 from datasets.fingerprint import Hasher
@@ -34,18 +33,9 @@ FEATURES = Features(
     }
 )
 
-_SPLIT_ALIASES = {"training": "train", "valid": "val", "validation": "val", "dev": "val"}
-_OFF_ID = re.compile(r"(\d{8,14})_([\w.]+)")  # Open Food Facts: barcode, underscore, number of the picture
-
 
 class DataError(ValueError):
     """A data set that cannot be used: one sentence with the file or field, what was found, what was expected."""
-
-
-def split_name(name: str) -> str:
-    """`name` of a folder, file or split as this project says it: "validation" becomes "val"; others are kept."""
-    name = name.lower()
-    return _SPLIT_ALIASES.get(name, name)
 
 
 def empty_split() -> datasets.Dataset:
@@ -77,12 +67,17 @@ def fingerprint(split: datasets.Dataset, *inputs: Any) -> str:
     return Hasher.hash([split._fingerprint, source_hash(Path(__file__).parent), inputs])
 
 
-def meta_of(image_id: str, found: dict[str, Any] | None = None) -> dict[str, str]:
-    """The `meta` of a row; barcode and picture number are read from ids that look like Open Food Facts'."""
-    match = _OFF_ID.fullmatch(image_id)
-    meta = {"barcode": match[1] if match else "", "off_image_id": match[2] if match else "", "image_url": ""}
+def meta_of(found: dict[str, Any] | None = None) -> dict[str, str]:
+    """The `meta` of a row, from what its source gives: nothing of it is guessed."""
     found = found if isinstance(found, dict) else {}
-    return meta | {key: str(value) for key, value in found.items() if key in meta and value is not None}
+    return {key: "" if found.get(key) is None else str(found[key]) for key in FEATURES["meta"]}
+
+
+def categories_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The categories of a data set with these names in the order of their ids: the project's own where it has no others
+    than these, else its names, sorted."""
+    own = {name for name in names if name}
+    return CATEGORIES if own <= set(CATEGORIES) else tuple(sorted(own))
 
 
 def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
@@ -118,17 +113,3 @@ def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Pa
     if not inside:
         raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")
     return path
-
-
-def carve(split: datasets.Dataset, count: int, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(the rest, about `count` rows) of `split`: whole products, drawn with `seed`, in the old order.
-
-    A product is a barcode, or a picture without one. The rest is never empty.
-    """
-    rows = zip(split["image_id"], split["meta"], strict=True)
-    keys = pd.Series([(meta or {}).get("barcode") or image_id for image_id, meta in rows], dtype=object)
-    groups = sorted(set(keys))  # sorted, so that the draw does not hang on the rows' order
-    np.random.default_rng(seed).shuffle(groups)
-    before = keys.value_counts()[groups[:-1]].cumsum().shift(fill_value=0)  # pictures drawn before each product
-    taken = keys.isin(before.index[before < count])
-    return split.select(np.flatnonzero(~taken)), split.select(np.flatnonzero(taken))

@@ -15,8 +15,9 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
-from helpers.data.pictures import TOOLS, Pictures, Rows, escaped, files_below, head, split_of
-from helpers.data.schema import CATEGORIES, FEATURES, DataError, fingerprint, safe_path, split_name
+from helpers.data.pictures import TOOLS, Pictures, escaped, files_below, head
+from helpers.data.schema import FEATURES, DataError, fingerprint, safe_path
+from helpers.data.splits import Rows, by_place, split_name, split_of
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
@@ -281,6 +282,7 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
             raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to read, "
                             "or a folder without the other")
         splits = splits or rows
+    splits = by_place(splits, root, list(files_below(root)))
     used = {Path(row["image"]["path"]).resolve() for rows in splits.values() for row in rows}
     unused = [file for file in Pictures(root).files if file.resolve() not in used]
     if unused:  # neither trained on nor scored
@@ -290,12 +292,9 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
 
 
 def check_content(splits: Splits, where: str) -> None:
-    """`DataError` where a source has no pictures, no boxes, or no box of a known category: nothing can be learned."""
+    """`DataError` where a source has no pictures or no boxes: nothing can be learned."""
     objects = [entry or {} for rows in splits.values() for entry in rows["objects"]]
-    names = {name for entry in objects for name in entry.get("category_name") or []}
     if not objects:
         raise DataError(f"{where} has no pictures; expected at least one")
     if not any(entry.get("bbox") for entry in objects):
         raise DataError(f"{where}: objects.bbox is empty in all {len(objects)} pictures; expected boxes")
-    if not names & set(CATEGORIES):
-        raise DataError(f"{where}: the categories are {sorted(names)[:8]}; expected some of {', '.join(CATEGORIES)}")

@@ -15,9 +15,9 @@ AP_RESAMPLES = 500  # at most: each runs COCO's accumulate
 def average_precision(records: list[dict], *, resamples: int, seed: int = 0) -> dict:
     """COCO's AP (mean over IoU .50 to .95), AP50 and AP75 by pycocotools, each with an interval over pictures.
 
-    One class, whatever the names; all pictures take part, also those without a table. `records` are
-    `match_picture`'s ("true", "predicted", "confidences" are read). Boxes are ranked by confidence where every record
-    has them, else by their place in the file alone.
+    One class, whatever the names, unless the records were matched by class: then boxes of all classes are ranked in
+    one list, and each is right for its own class alone. All pictures take part, also those without a table. `records`
+    are `match_picture`'s. Boxes are ranked by confidence where every record has them, else by their place in the file.
     Returns `{"ap", "ap50", "ap75"}`, each `{"value", "low", "high", "n"}`, n the number of true boxes.
     """
     names = {"ap": slice(None), "ap50": slice(0, 1), "ap75": slice(5, 6)}  # of the 10 IoU thresholds
@@ -39,17 +39,22 @@ def average_precision(records: list[dict], *, resamples: int, seed: int = 0) -> 
 
 
 def _coco_eval(records: list[dict]) -> COCOeval:
-    """pycocotools' evaluation of one class over all sizes; `evalImgs` has one entry a picture."""
-    ranked = has_confidences(records)
+    """pycocotools' evaluation of one class over all sizes; `evalImgs` has one entry a picture.
+
+    Boxes matched by class are moved so far apart, class by class, that those of two never overlap.
+    """
+    ranked, names = has_confidences(records), {"true": "box_categories", "predicted": "predicted_categories"}
+    known = sorted({name for record in records if record["by_class"] for key in names.values() for name in record[key]})
     truth, found = COCO(), COCO()
     images = [{"id": picture} for picture in range(1, len(records) + 1)]  # id 0 would read as "no match"
     for coco, boxes in ((truth, "true"), (found, "predicted")):
         coco.dataset = {"images": images, "categories": [{"id": 1}], "annotations": []}
         for picture, record in enumerate(records, 1):
             for i, (x0, y0, x1, y1) in enumerate(record[boxes]):
+                apart = 10 * known.index(record[names[boxes]][i]) if record["by_class"] else 0
                 coco.dataset["annotations"].append({
                     "id": len(coco.dataset["annotations"]) + 1, "image_id": picture, "category_id": 1, "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
+                    "bbox": [x0 + apart, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0),
                     "score": record["confidences"][i] if ranked and coco is found else 1.0,
                 })  # fmt: skip
         coco.createIndex()

@@ -1,24 +1,32 @@
 """The simplest detector: one box, the same for every picture. A model that is not above it has learned nothing."""
 
+from collections import Counter
+
 import numpy as np
 from scipy.optimize import minimize
 
-from helpers.boxes import pairwise_iou, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
+from helpers.boxes import CATEGORIES, pairwise_iou, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
+from helpers.evaluate.match import by_class
 from helpers.messages import parse_text, target_text
 
 
 def best_constant_box(truth: list[dict]) -> np.ndarray:
     """The box [x0, y0, x1, y1] in 0-1, float64 [4], with the greatest mean IoU over the pictures of `truth`.
 
-    To be fitted on `train`. The objective is `mean_iou` as `score` defines it. Starts from the best of the true
-    boxes and climbs with Nelder-Mead; deterministic. Raises `ValueError` when no picture has a box.
+    To be fitted on `train`. The objective is `mean_iou` as `score` defines it: where boxes count by class, only those
+    of the commonest one can be hit. Starts from the best of the true boxes and climbs with Nelder-Mead; deterministic.
+    Raises `ValueError` when no picture has a box.
     """
-    boxes = [yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]) for row in truth if len(row["objects"]["bbox"])]
+    chosen = commonest_class(truth) if by_class(truth) else None
+    rows = [row["objects"] for row in truth if row["objects"]["bbox"]]
+    boxes = [yxyx_unit_to_xyxy_unit([box for box, name in zip(row["bbox"], row["category_name"], strict=True)
+                                     if chosen in (None, name)]) for row in rows]  # fmt: skip
+    counts = np.array([len(row["bbox"]) for row, own in zip(rows, boxes, strict=True) if len(own)])
+    boxes = [own for own in boxes if len(own)]
     if not boxes:
         raise ValueError("no picture has a box; the best constant box needs at least one")
     stacked = np.concatenate(boxes)  # [all boxes, 4]
     starts = np.cumsum([0] + [len(b) for b in boxes[:-1]])
-    counts = np.array([len(b) for b in boxes])
 
     def mean_iou(candidates: np.ndarray) -> np.ndarray:
         iou = pairwise_iou(candidates, stacked)  # [candidates, all boxes]
@@ -35,9 +43,15 @@ def best_constant_box(truth: list[dict]) -> np.ndarray:
     return found.x
 
 
+def commonest_class(truth: list[dict]) -> str:
+    """The class of most boxes of `truth`; of several the first by name."""
+    counts = Counter(name for row in truth for name in row["objects"]["category_name"])
+    return min(counts, key=lambda name: (-counts[name], name), default=CATEGORIES[0])
+
+
 def constant_predictions(box: np.ndarray, truth: list[dict]) -> list[dict]:
-    """The same box for every picture, in the form of a model's predictions (rounded as text is)."""
-    text = target_text({"bbox": xyxy_unit_to_yxyx_unit([box]), "category_name": ["nutrition-table"]})
+    """The same box, of the commonest class, for every picture, in the form of predictions (rounded as text is)."""
+    text = target_text({"bbox": xyxy_unit_to_yxyx_unit([box]), "category_name": [commonest_class(truth)]})
     parsed = parse_text(text)
     line = {"text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(), "confidences": [],
             "rejected": [], "stopped": True, "new_tokens": 0}  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from helpers.boxes import area, pairwise_iou
+from helpers.boxes import CATEGORIES, area, pairwise_iou
 from helpers.messages import parse_text
 
 FOUND = 0.5  # a true box is found by a box with IoU above this
@@ -34,10 +34,18 @@ def pair_up(truth: Iterable[dict], predictions: Iterable[dict]) -> tuple[list[tu
     return [(row, predicted.get(image_id)) for image_id, row in true.items()], problems
 
 
-def match_picture(row: dict, prediction: dict | None, problems: Problems) -> dict:
+def by_class(truth: Iterable[dict]) -> bool:
+    """Whether a box counts for its own class alone: where `truth` has several classes other than the project's own,
+    which are kinds of one thing."""
+    names = {name for row in truth for name in row["objects"]["category_name"]}
+    return len(names) > 1 and not names <= set(CATEGORIES)
+
+
+def match_picture(row: dict, prediction: dict | None, problems: Problems, named: bool = False) -> dict:
     """One picture's record; `problems` grows by what is wrong with its boxes and confidences.
 
-    A box that is no box (not finite, corners swapped, not four numbers) stays in every count with IoU 0.
+    A box that is no box (not finite, corners swapped, not four numbers) stays in every count with IoU 0. With `named`
+    boxes of different names have an IoU of 0.
     """
     image_id = row["image_id"]
     true_boxes = [[box[i] for i in (1, 0, 3, 2)] for box in row["objects"]["bbox"]]  # y first to x first
@@ -47,13 +55,15 @@ def match_picture(row: dict, prediction: dict | None, problems: Problems) -> dic
     if "boxes" not in given:
         parsed = parse_text(given["text"])
         given = {"labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(), "rejected": parsed.rejected} | given
-    labels = given.get("labels", [])
     boxes = _countable(given["boxes"], f"{image_id}, prediction", problems)
+    labels = (list(given.get("labels", [])) + [""] * len(boxes))[: len(boxes)]
     iou = pairwise_iou(truth, boxes)  # [true, predicted]
+    if named:
+        iou *= np.array([[name == label for label in labels] for name in names], float).reshape(iou.shape)
     matched = _assign(iou, iou)
     found = _assign(iou, iou + 10.0 * (iou > FOUND))  # first as many found boxes as can be, then IoU
     partners = {i: j for i, j in found.items() if iou[i, j] > FOUND}
-    named = [i in partners and labels[partners[i] : partners[i] + 1] == [name] for i, name in enumerate(names)]
+    right_names = [i in partners and labels[partners[i]] == name for i, name in enumerate(names)]
     ious = [float(iou[i, matched[i]]) if i in matched else 0.0 for i in range(len(truth))]
     return {
         "image_id": image_id,
@@ -61,12 +71,14 @@ def match_picture(row: dict, prediction: dict | None, problems: Problems) -> dic
         "detected": bool((area(boxes) > 0).any()),
         "box_ious": ious,
         "box_found": [i in partners for i in range(len(truth))],
-        "box_named": named,
+        "box_named": right_names,
         "box_categories": names,
         "box_areas": area(truth).tolist(),  # shares of the picture
         "rotation": row.get("rotation"),
         "true": truth.tolist(),  # x first, unit
         "predicted": boxes.tolist(),
+        "predicted_categories": labels,
+        "by_class": named,
         "predicted_correct": [j in partners.values() for j in range(len(boxes))],
         "confidences": _confidences(given.get("confidences"), len(boxes), image_id, problems),
         "surplus": max(len(boxes) - len(truth), 0),

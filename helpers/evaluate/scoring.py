@@ -6,7 +6,7 @@ import numpy as np
 
 from helpers.evaluate.confidence import average_precision, has_confidences, reliability, threshold_for_precision
 from helpers.evaluate.intervals import RESAMPLES, interval, ratio
-from helpers.evaluate.match import match_picture, pair_up
+from helpers.evaluate.match import by_class, match_picture, pair_up
 
 SIZES = {"below 10 %": (0.0, 0.1), "10 to 30 %": (0.1, 0.3), "30 % and more": (0.3, np.inf)}  # area of the true box
 
@@ -21,7 +21,8 @@ def score(truth: list[dict], predictions: list[dict], *, resamples: int = RESAMP
     Returns "summary", "first_50" (the first 50 rows of the truth), "by_category", "by_size", "by_rotation": metric
     -> `{"value", "low", "high", "n"}`, None where undefined; "per_picture", "confidence", "problems", "pictures".
 
-    True and predicted boxes are matched one to one with the greatest sum of IoU, whatever their names.
+    True and predicted boxes are matched one to one with the greatest sum of IoU, whatever their names; where the truth
+    has several classes of its own (`by_class`), only boxes of one name.
 
     - mean_iou, median_iou, iou_over_50, iou_over_70: over pictures with a table; a picture's IoU is the mean over
       its true boxes, 0 for a box without partner. detection_rate: those with at least one parsed box.
@@ -35,7 +36,8 @@ def score(truth: list[dict], predictions: list[dict], *, resamples: int = RESAMP
     Bad input never changes a denominator unnoticed: see "problems" and `match_picture`.
     """
     pairs, problems = pair_up(truth, predictions)
-    records = [match_picture(row, prediction, problems) for row, prediction in pairs]
+    named = by_class(truth)
+    records = [match_picture(row, prediction, problems, named) for row, prediction in pairs]
     options = {"resamples": resamples, "seed": seed}
     unsure = [r["image_id"] for r in records if r["confidences"] is None]
     if len(unsure) < sum(bool(record["predicted"]) for record in records):

@@ -75,7 +75,7 @@ def _check_that_one_opens(source: str, files: list[Path]) -> None:
 
 def _of_data_set(source: str, split: str) -> tuple[list[Key], Opener]:
     try:
-        rows = load_raw(source)
+        rows = load_raw(source, val_share=1)
     except DataError as error:
         here = Path(source).expanduser().exists()
         raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
@@ -213,10 +213,10 @@ def summary(output: Path, coco: bool) -> dict[str, int]:
 
     A text that never stopped was cut off at the limit of tokens: it may lack boxes. `coco_images.json` numbers pictures
     and categories as COCO's `loadRes` wants them, and `coco_results.json` has the boxes, [x, y, width, height] in
-    pixels, with the confidence as score; boxes of other names than `CATEGORIES` are left out of it.
+    pixels, with the confidence as score; names other than `CATEGORIES` are numbered after them, as they come.
     """
     counts = {"pictures": 0, "with a box": 0, "without": 0, "unreadable": 0, "never stopped": 0}
-    images, results = [], []
+    images, results, names = [], [], list(CATEGORIES)
     for number, (_, text) in enumerate(read_lines(output / "predictions.jsonl"), 1):
         line = json.loads(text)
         counts["pictures"] += 1
@@ -226,12 +226,12 @@ def summary(output: Path, coco: bool) -> dict[str, int]:
             width, height = line["width"], line["height"]
             images.append({"id": number, "file_name": line["image_id"], "width": width, "height": height})
             for label, (x0, y0, x1, y1), score in zip(line["labels"], line["boxes"], line["confidences"], strict=True):
-                if label in CATEGORIES:
-                    box = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
-                    results.append({"image_id": number, "category_id": CATEGORIES.index(label), "score": score,
-                                    "bbox": [round(value, 2) for value in box]})
+                names += [] if label in names else [label]
+                box = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
+                results.append({"image_id": number, "category_id": names.index(label), "score": score,
+                                "bbox": [round(value, 2) for value in box]})
     if coco:
-        categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES)]
+        categories = [{"id": number, "name": name} for number, name in enumerate(names)]
         write_text(output / "coco_images.json",
                    json.dumps({"images": images, "annotations": [], "categories": categories}))
         write_text(output / "coco_results.json", json.dumps(results))
