@@ -23,7 +23,7 @@ ORDERS = {
     "cxcywh": "[centre x, centre y, width, height]",
     "yxyx": "[y_min, x_min, y_max, x_max]",
 }
-UNITS = {"pixels": 0, "unit": 1, "percent": 100, "1000": 1000, "1024": 1024}  # the number at the picture's far edge
+UNITS = {"pixels": 0, "unit": 1, "percent": 100, "1000": 1000}  # the number at the picture's far edge
 FRAMES = ("shown", "stored", "declared")
 USUAL_ORDERS, USUAL_UNITS = ("xywh", "xyxy", "cxcywh"), ("pixels", "unit", "1000")  # tried where nothing is said
 ANY = "any order"  # the kind of boxes that may also be this project's own, yxyx
