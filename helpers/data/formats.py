@@ -139,18 +139,22 @@ def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
     """The entries to take: of a picture that stands there several times with much the same boxes the first."""
     first: dict[tuple[str, str], int] = {}
     again, differ = 0, set()
-    for number, one in enumerate(found):
+    known: dict[str, int] = {}
+    for number in sorted(boxes, key=lambda number: not found[number].split):  # a list of all beside those of the splits
         if boxes[number] is None:
             continue
-        same = first.setdefault((one.split, one.row["image"]["path"] or str(number)), number)
+        one, path = found[number], found[number].row["image"]["path"]
+        same = known.setdefault(path, number) if not one.split else first.setdefault((one.split, path), number)
+        known[path] = same
         again += same != number
         if not _agree(boxes[same], boxes[number]):
             differ.add(same)
+    first |= {("", path): number for path, number in known.items() if not found[number].split}
     left_out([f"{found[n].row['image_id']} ({found[n].file.name})" for n in differ], len(found), where,
              "are annotated twice with other boxes; remove one of the two")
     if again:
         print(f"data: {again} pictures are annotated twice, with the same boxes: the first counts")
-    return [number for number in first.values() if number not in differ]
+    return sorted(number for number in first.values() if number not in differ)
 
 
 def _agree(some: list[list[float]], others: list[list[float]]) -> bool:
@@ -253,7 +257,7 @@ def _table(file: Path) -> tuple[Any, str]:
     plain = {name: re.sub(r"[\W_]", "", str(name).lower()) for name in table.columns}
     table = table.rename(columns={name: key for name, same in plain.items() for key, known in _COLUMNS.items()
                                   if same in known})  # fmt: skip
-    fits = not table.empty and "image" in table and any(set(corners) <= set(table) for corners in _CORNERS.values())
+    fits = not table.empty and any({"image", "name", *corners} <= set(table) for corners in _CORNERS.values())
     return (table, "CSV") if fits else (f"{len(table)} lines with the columns {list(plain)[:8]}", "")
 
 
@@ -356,8 +360,8 @@ def _coco_box(note: dict[str, Any]) -> Any:
 def read_labelme(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """labelme: a JSON a picture, points in pixels."""
     shapes = [shape for shape in found["shapes"] if isinstance(shape, dict)]
-    boxes = [around(shape.get("points")) if shape.get("shape_type") in ("rectangle", "polygon", None) else
-             f"a {shape['shape_type']}" for shape in shapes]  # fmt: skip
+    boxes = [around(shape.get("points")) if shape.get("shape_type") != "circle" else
+             "a circle" for shape in shapes]  # fmt: skip
     new = row(str(found["imagePath"]), (found.get("imageWidth"), found.get("imageHeight")))
     yield Found(new, boxes, "xyxy-pixels", [shape.get("label") for shape in shapes], stem=file.stem)
 
@@ -432,8 +436,6 @@ def _turned(centre: Any, points: Any, degrees: Any) -> np.ndarray:
 def read_csv(file: Path, table: pd.DataFrame) -> Iterator[Found]:
     """A table with a line a box (TensorFlow, OpenImages and others): corners, or x, y, width and height."""
     order = next(order for order, corners in _CORNERS.items() if set(corners) <= set(table))
-    if "name" not in table:
-        raise DataError(f"{file} has the columns {list(table)}; expected one named class or label too")
     for name, lines in table.groupby("image", sort=False):
         size = [lines[side].iloc[0] for side in ("width", "height") if side in lines]
         lines = lines[lines[_CORNERS[order]].ne("").any(axis=1)]
