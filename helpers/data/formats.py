@@ -589,8 +589,8 @@ def yolo_labels(root: Path) -> dict[Path, list[Path]]:
         own = pictures.get(_key(label, root), [])
         if (own or folders & {"labels", "labeltxt"}) and not folders & set(TOOLS) and label.name != "classes.txt":
             labels[label] = own
-    first = next((words for label in labels for line in _lines(label) if (words := line.split())), [])
-    return labels if len(first) > 4 and all(map(_is_number, first[1:5])) or yolo_names(root) else {}
+    first = next((words for label in labels for line in _lines(label) if len(words := line.split()) > 4), [])
+    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(root) else {}
 
 
 def _lines(file: Path) -> list[str]:

@@ -89,12 +89,15 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
         said = list(boxes.readings)
     if not box_format or not unit:
         for other in [order] if order and not unit else ORDERS if kind == ANY else USUAL_ORDERS:
-            for scale in USUAL_UNITS:
+            for scale in USUAL_UNITS[: 2 if unit else 3]:
                 boxes.read(other, scale, FRAMES if scale == "pixels" else ["shown"])
         others = [reading for reading in boxes.readings if reading not in said]
     pool = boxes.fitting(said, others, where)
     pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
     chosen = pool[0]
+    if chosen in others and "-1000-" in chosen and not boxes.far(chosen, np.full(len(index), True), 0.9):
+        raise DataError(f"{where}: the boxes, such as {pictures[index[0]].boxes[0]}, leave their pictures as pixels and do not "
+                        f"reach 1000; give box_format, such as {chosen.removesuffix('-shown')} if they are 0-1000")
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
     if unknown:
         formats = dict.fromkeys(one.removesuffix("-shown") for one in pool)
@@ -208,8 +211,11 @@ class Boxes:
             sideways = differ & np.isin(self.orientation, SIDEWAYS)
             return bool(sideways.any() and self.as_shown[sideways].all())
         narrower = np.minimum(self.sizes[one][differ] / self.sizes[other][differ], 1)
-        far = (self.readings[one][differ][:, 2:].max(axis=0, initial=0) >= FAR).all()
-        return bool(far and np.log(narrower).sum() < math.log(CHANCE))
+        return self.far(one, differ, FAR) and bool(np.log(narrower).sum() < math.log(CHANCE))
+
+    def far(self, name: str, boxes: np.ndarray, share: float) -> bool:
+        """Whether these boxes reach `share` of the frame on both sides."""
+        return bool((self.readings[name][boxes][:, 2:].max(axis=0, initial=0) >= share).all())
 
     def tell_frame(self, chosen: str, index: np.ndarray, where: str) -> None:
         """Print what was decided about pictures that EXIF turns, or whose size is not the one that the file gives."""
