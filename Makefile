@@ -1,7 +1,7 @@
 # Every target makes the environment first where it is missing or older than pyproject.toml; nothing needs activating.
 
 RECIPE ?= r4-joint
-RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint
+RECIPES ?= r1-llm-only r2-vision-only r3-two-stage r4-joint r5-reward
 SCALE ?= auto
 PORT ?=
 ARGS ?=
@@ -46,7 +46,7 @@ demo: sync ## fine-tune the tiny model on the embedded photos: minutes on a CPU,
 	$(PAPERMILL) pipeline.ipynb runs/demo/demo.ipynb -p recipe r1-llm-only -p scale tiny -p output_root runs/demo $(ARGS)
 
 data: $(STAMP) ## look at a data set before a training: DATASET=path/to/export ARGS='classes=table' -> audit.html
-	$(BIN)/python -m helpers.data dataset_id=$(call needs,DATASET,make data DATASET=path/to/export) $(ARGS)
+	$(BIN)/python -m helpers.plots.sheet dataset_id=$(call needs,DATASET,make data DATASET=path/to/export) $(ARGS)
 
 lab: sync ## open the pipeline in JupyterLab
 	$(BIN)/jupyter lab pipeline.ipynb
@@ -59,7 +59,7 @@ run: sync ## run one recipe: RECIPE=r4-joint GPUS=0,1 SCALE=auto ARGS='-p epochs
 	$(PAPERMILL) pipeline.ipynb "runs/$(RECIPE).ipynb" -p recipe "$(RECIPE)" -p scale "$(SCALE)" \
 		$(if $(GPUS),-p gpus "$(GPUS)") $(ARGS)
 
-recipes: ## run all four recipes, one after the other: GPUS=0,1 RECIPES='r1-llm-only r4-joint'
+recipes: ## run all five recipes, one after the other: GPUS=0,1 RECIPES='r1-llm-only r4-joint'
 	@for recipe in $(RECIPES); do $(MAKE) --no-print-directory run RECIPE=$$recipe || exit 1; done
 
 table: $(STAMP) ## show the results of all runs in runs/ (ARGS=--write: into results.json and README; ARGS=--check)
@@ -75,7 +75,7 @@ app: $(STAMP) ## a page to try a finished model: MODEL=runs/...-merged (the newe
 serve: $(STAMP) ## an OpenAI-compatible server of a finished model: MODEL=runs/...-merged PORT=8000
 	$(BIN)/python -m helpers.use.serve $(if $(MODEL),"$$MODEL") --port $(or $(PORT),8000) $(ARGS)
 
-predict: $(STAMP) ## boxes for many photos: INPUT=photos or a data set, OUTPUT=folder MODEL=... ARGS='--coco --crops'
+predict: $(STAMP) ## boxes for many photos: INPUT=folder, zip, list, s3://... or data set, OUTPUT=folder ARGS='--coco --ray'
 	$(BIN)/python -m helpers.use.photos $(call needs,INPUT,make predict INPUT=photos OUTPUT=boxes) \
 		$(call needs,OUTPUT,make predict INPUT=photos OUTPUT=boxes) $(if $(MODEL),--model "$$MODEL") $(ARGS)
 
@@ -93,7 +93,7 @@ test-all: $(STAMP) ## the long tests too: whole notebooks, headline numbers, kil
 	$(BIN)/mypy
 	KILL_TEST=1 FUZZ=100 $(PYTEST) $(PYTEST_ARGS)
 
-bench: $(STAMP) ## speed of training and generation against stock TRL: 7B where there is a GPU (40 GB of disk), else tiny
+bench: $(STAMP) ## speed against stock TRL and Unsloth, in turns: 7B on a GPU (40 GB of disk), else tiny (ARGS='--minutes 9')
 	$(BIN)/python -m helpers.dev.bench $(ARGS)
 
 notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)

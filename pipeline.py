@@ -22,13 +22,15 @@
 
 # %% tags=["parameters"]
 # what runs
-recipe = "r4-joint"  # base, r1-llm-only, r2-vision-only, r3-two-stage, r4-joint
+recipe = "r4-joint"  # base, r1-llm-only, r2-vision-only, r3-two-stage, r4-joint, r5-reward
 scale = "auto"  # 7b, tiny; auto: 7b where a GPU has room for the recipe, else tiny
 model_id = None  # Hub id or local folder
 model_revision = None  # commit, branch or tag on the Hub; None: the commit this was written for
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
 classes = None  # which to train on, such as "Nutrition Facts=nutrition-table, Logo"; None: all, as they are named
+box_format = None  # what the files' boxes are, such as xyxy-pixels or cxcywh-unit; None: what they say, or what fits
+unlabelled = None  # pictures listed without a box: negative (no table in them) or skip; None: refused if many
 val_share = 0.1  # where the data set names no val: the share of its pictures that become val
 
 # the prompt, and what the loss is computed on
@@ -49,6 +51,10 @@ precision = None  # nf4 or bf16: what the frozen base is stored in; None: as the
 memory = None  # low: batches of 2 and merging on the CPU, so that r1 and r4 at 7B need a GPU of 16 GiB
 gradient_checkpointing = None  # recompute activations in the backward pass; None: where memory needs it
 augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
+reward_steps = None  # r5's updates by rewards, each of batch_size x accumulation pictures
+reward_learning_rate = None
+reward_completions = None  # sampled of each picture
+reward_beta = None  # weight of the KL divergence to the model before
 seed = 0
 train_limit = None  # use only the first so many pictures
 val_limit = None
@@ -94,9 +100,9 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from IPython.display import display
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
-from trl import SFTConfig
+from trl import GRPOConfig, SFTConfig
 
-from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, speed, trainer
+from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, reward, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
 
@@ -123,8 +129,8 @@ limit = {"train": run.train_limit, "val": run.val_limit}
 with runs.main_first():
     raw = data.load_raw(**data.source_of(run.values), limit={split: n for split, n in limit.items() if n})
 if run.stages and not len(raw["train"]):
-    raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone; name their folder train, and val is "
-                         "taken from it. Only recipe=base can do without.")
+    raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone, and only recipe=base trains "
+                         "nothing; name their folder train, and val is taken from it.")
 run.values["prompt"] = run.prompt.replace("{classes}", ", ".join(data.names_in(*raw.values())))
 raw["val"][0]
 
@@ -334,11 +340,15 @@ print(f"{A.numel() + B.numel()} numbers trained in place of {W.numel()}:", W + B
 # word. Weights that train are fp32 in every recipe: in bf16 a step of 1e-5 is rounded away.
 
 # %%
-def make_trainable(base, stage):
-    """Adapters on the stage's towers, or the whole vision tower in fp32."""
+def make_trainable(base, stage_run):
+    """Adapters on the stage's towers, new or those of the stage before; or the whole vision tower in fp32."""
+    stage = stage_run.stage
     if stage.trains == "full":
         base.model.visual.float().requires_grad_(True)
         return base
+    if stage_run.start:
+        base = base if torch.cuda.is_available() else base.dequantize()  # the same numbers, sampled in less time
+        return model.load_adapter(base, stage_run.start, trainable=True)
     lora = LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
@@ -350,26 +360,35 @@ def make_trainable(base, stage):
 
 
 # %%
-def sft_config(stage_run, checkpointed):
-    """How a stage is trained; an update is of batch_size x accumulation pictures, which all processes share."""
-    batch_size, accumulation = run.share
-    return SFTConfig(
+batch_size, accumulation = run.share  # an update is of batch_size x accumulation pictures, shared by all processes
+
+
+def in_every_stage(stage_run):
+    """What all kinds of training have in common."""
+    return dict(
         output_dir=str(stage_run.folder),
-        num_train_epochs=run.epochs,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
         learning_rate=stage_run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         max_grad_norm=1.0,
         bf16=model.compute_dtype() == torch.bfloat16,
-        gradient_checkpointing=checkpointed,
-        max_length=None,  # TRL's default of 1024 would cut image tokens
         save_steps=run.save_steps,
         seed=run.seed,
         report_to=run.report_to,
         run_name=stage_run.name,
         **trainer.COMMON,  # logging each step, how many checkpoints stay, processes that open pictures
+    )
+
+
+def sft_config(stage_run, checkpointed):
+    """How a stage is trained on labels."""
+    return SFTConfig(
+        num_train_epochs=run.epochs,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointed,
+        max_length=None,  # TRL's default of 1024 would cut image tokens
+        **in_every_stage(stage_run),
     )
 
 
@@ -400,44 +419,121 @@ def training_data(stage_run, tuned, augment):
 
 
 # %% [markdown]
-# Now one stage, from the base to weights on disk. `BoxTrainer` is TRL's `SFTTrainer` with checkpoints that hold exactly
-# the weights that train. Killed at any point, the same command goes on from the last whole checkpoint.
+# `BoxTrainer` is TRL's `SFTTrainer` with checkpoints that hold exactly the weights that train. Killed at any point, the
+# same command goes on from the last whole checkpoint.
+
+# %%
+def on_labels(stage_run, tuned, **proofs):
+    """The trainer of a stage that learns the true completions."""
+    checkpointed, kept = checkpointing(tuned)
+    augment = Augment(run.seed) if run.augment else None
+    train_rows, stage_collator = training_data(stage_run, tuned, augment)
+    callbacks = [augment] if augment else []  # learns the epoch
+    return trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
+                              data_collator=stage_collator, processing_class=processor,
+                              callbacks=[speed.KeepActivations(kept), *callbacks], **proofs)
+
+
+# %% [markdown]
+# **Rewards** (`r5-reward` goes on from r1 with them). Cross-entropy corrects one token at a time and knows nothing of
+# overlap: a wrong digit costs the same whether the box moves by a hair or onto another table, and to leave out the
+# second table is one wrong token. GRPO trains on the score itself. The model samples several completions for a picture,
+# each gets a reward, and those above the mean of their picture become more likely, the others less. A KL divergence of
+# weight `beta` keeps it near the model that it began with. There are three rewards, of boxes matched one to one:
+
+# %%
+def iou(match):
+    """Overlap with the true boxes, over all boxes there are: one that is missing costs, and so does one too many."""
+    boxes = max(len(match["true"]), len(match["predicted"]))
+    return sum(match["box_ious"]) / boxes if boxes else float(not match["format_error"])  # without a table: the denial
+
+
+def count(match):
+    return float(len(match["true"]) == len(match["predicted"]))
+
+
+def form(match):
+    return float(match["stopped"] and not match["format_error"])
+
+
+rewards = {iou: 1.0, count: 0.25, form: 0.25}  # and their weights
+
+# %% [markdown]
+# By hand, a picture with two tables. The advantage of a completion is what it gets above the mean:
+
+# %%
+two = {"bbox": [[0.1, 0.1, 0.3, 0.5], [0.6, 0.1, 0.8, 0.5]], "category_name": ["nutrition-table"] * 2}
+both = messages.target_text(two)
+completions = {"both": both, "the first alone": both[: len(both) // 2], "the second cut off": both[:-20],
+               "none": messages.NO_TABLE}  # fmt: skip
+found = {name: reward.match({"image_id": "", "objects": two}, text + "<|im_end|>")
+         for name, text in completions.items()}
+scored = pd.DataFrame({name: {one.__name__: one(match) for one in rewards} for name, match in found.items()}).T
+total = scored @ list(rewards.values())
+scored.assign(reward=total, advantage=total - total.mean())
+
+# %% [markdown]
+# `RewardTrainer` is TRL's `GRPOTrainer`, with the same checkpoints, prompt and pixels. It keeps a frozen copy of the
+# adapter, for the KL divergence.
+
+# %%
+def grpo_config(stage_run):
+    """How a stage is trained by rewards."""
+    return GRPOConfig(
+        num_generations=run.reward_completions,
+        steps_per_generation=run.reward_completions,  # completions of batch_size pictures are generated at once,
+        gradient_accumulation_steps=accumulation * run.reward_completions,  # and batch_size of them make a step
+        max_completion_length=run.max_new_tokens,
+        temperature=1.0,
+        beta=run.reward_beta,
+        reward_weights=list(rewards.values()),
+        scale_rewards="none",  # an advantage is not divided by its group's spread: small differences stay small
+        disable_dropout=True,
+        shuffle_dataset=False,  # `reward.pictures_of` does
+        num_train_epochs=1,
+        gradient_checkpointing=run.scale == "7b" if run.gradient_checkpointing is None else run.gradient_checkpointing,
+        **in_every_stage(stage_run),
+    )
+
+
+def by_rewards(stage_run, tuned, **proofs):
+    """The trainer of a stage that learns by rewards, on pictures as they are."""
+    return reward.RewardTrainer(tuned, grpo_config(stage_run), rows=rows["train"], steps=run.reward_steps,
+                                prompt=run.prompt, rewards=list(rewards), processing_class=processor, **proofs)
+
+
+# %% [markdown]
+# Now one stage, from the base to weights on disk.
 
 # %%
 def train(stage_run):
     """Train one stage and save it; returns the table of what trained, per tower."""
     stage, base_of = stage_run.stage, parity.base_of(stage_run.base, run.model_revision)
-    tuned = make_trainable(load_base(stage.precision, stage_run.base), stage)
+    tuned = make_trainable(load_base(stage.precision, stage_run.base), stage_run)
     print(speed.speed_up(tuned))
-    checkpointed, kept = checkpointing(tuned)
-    augment = Augment(run.seed) if run.augment else None
-    train_rows, stage_collator = training_data(stage_run, tuned, augment)
-    sft = trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
-                             data_collator=stage_collator, processing_class=processor,
-                             callbacks=[trainer.LossLog(stage_run.folder), speed.KeepActivations(kept)],
-                             made_with=made_with, base=base_of)
-    for callback in [augment] if augment else []:
-        sft.add_callback(callback)  # learns the epoch
+    fitting = (by_rewards if stage.reward else on_labels)(stage_run, tuned, made_with=made_with, base=base_of)
+    fitting.add_callback(trainer.LossLog(stage_run.folder))
     if run.eval_steps:
-        sft.add_callback(trainer.IoUDuringTraining(sft, rows["selection"], run))
+        fitting.add_callback(trainer.IoUDuringTraining(fitting, rows["selection"], run))
     model.trainable_to_fp32(tuned)  # TRL has just cast LoRA to bf16
     table = model.check_trainable(tuned, stage)
-    sft.train(resume_from_checkpoint=trainer.last_checkpoint(stage_run.folder))
+    fitting.train(resume_from_checkpoint=trainer.last_checkpoint(stage_run.folder))
     speed.plain_rotations()
-    sft.save_result(stage_run.result, keep=run.keep)
+    fitting.save_result(stage_run.result, keep=run.keep)
     return table
 
 
 # %%
 trained = {}
 for stage_run in run.stages:
-    inputs = runs.training_values(run) | {"base": parity.files_hash(stage_run.base, run.model_revision),
-                                          "train": runs.rows_hash(rows["train"])}  # fmt: skip
+    inputs = runs.training_values(run, stage_run.stage)
+    inputs |= {"base": parity.files_hash(stage_run.base, run.model_revision), "train": runs.rows_hash(rows["train"])}
+    inputs |= {"start": parity.files_hash(stage_run.start)} if stage_run.start else {}
     with runs.step(stage_run.folder, "train", inputs, made=stage_run.result, wait=False) as todo:
-        if todo:
+        if todo and not runs.trained_elsewhere(stage_run, inputs):
             trained[stage_run.name] = pd.DataFrame(train(stage_run)).T
             model.free_memory()
-        else:
+        elif not todo:
             print(f"{stage_run.name}: trained before with the same inputs, in {stage_run.folder}")
 
 # %% [markdown]
@@ -490,12 +586,13 @@ print(f"IoU of {a} and {b}: {shared_area} / {together} = {shared_area / together
 
 # %% [markdown]
 # Each number stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
-# rows: the constant box, the model before training and after.
+# rows: the constant box, the model before training and after. The second table is that of the classes. Here they are
+# kinds of one thing, and a box may have any of their names; of several classes of your own it counts for its own alone.
 
 # %%
 lines = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
 metrics = reports.write_metrics(run.folder, lines, truth)
-reports.metrics_table(metrics)
+display(reports.metrics_table(metrics), reports.class_table(next(iter(metrics["scores"].values()))))
 
 # %% [markdown]
 # That is against the cleaned truth. Against the truth as its source has it, an empty box counts as a miss, and a

@@ -206,13 +206,13 @@ def trainable_to_fp32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def load_adapter(base: nn.Module, folder: str | Path) -> PeftModel:
-    """`base` with the adapter in `folder`. Raises ParityError where it was trained on another base, and ValueError
-    where keys of the file found no place: after a rename of modules PEFT loads what fits and only warns."""
+def load_adapter(base: nn.Module, folder: str | Path, trainable: bool = False) -> PeftModel:
+    """`base` with the adapter in `folder`, frozen or `trainable`. Raises ParityError where it was trained on another
+    base, and ValueError where keys of the file found no place: after a rename of modules PEFT only warns."""
     if Path(base.config._name_or_path).is_dir():  # of a Hub id the commit is not known here: `parity.check` takes it
         parity.check_base(folder, parity.base_of(base.config._name_or_path))
     file = load_file(Path(folder) / "adapter_model.safetensors")  # first: PEFT would also take a pickle
-    model = PeftModel.from_pretrained(base, str(folder))
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
     loaded = get_peft_model_state_dict(model)
     lost = sorted(set(file) ^ set(loaded))
     if lost:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from helpers.messages import special_token
@@ -24,6 +24,8 @@ class Stage:
     precision: str  # of the frozen base: "nf4" (the vision tower stays in bf16) or "bf16"
     learning_rate: dict[str, float]  # per scale
     suffix: str = ""  # appended to the run's name
+    reward: bool = False  # GRPO on rewards, on from the adapter of the stage before; else cross-entropy on labels
+    same_as: str = ""  # the recipe whose only stage this is too: what one of its runs has trained is taken over
 
     @property
     def lora_targets(self) -> str:
@@ -46,6 +48,10 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     # published .864
     "r4-joint": (Stage("lora", ("vision", "language"), "nf4", {"7b": 2e-5, "tiny": 1e-3}),),
 }
+RECIPES["r5-reward"] = (
+    replace(RECIPES["r1-llm-only"][0], suffix="-r1", same_as="r1-llm-only"),
+    Stage("lora", ("language",), "nf4", {"7b": 1e-6, "tiny": 1e-4}, reward=True),
+)
 
 IMAGE_TOKEN = 28 * 28  # pixels: a patch is 14 x 14 and 2 x 2 patches are merged into one image token
 
@@ -103,6 +109,9 @@ PIXELS = whole(IMAGE_TOKEN, 16384 * IMAGE_TOKEN)
 REVISION = text("a commit, branch or tag")
 
 
+BOX_FORMAT = r"(xywh|xyxy|cxcywh|yxyx)(-(pixels|unit|percent|1000)(-(shown|stored|declared))?)?"  # `data.frames`
+
+
 def both(value: Any) -> dict[str, Any]:
     """The same at both scales."""
     return {"7b": value, "tiny": value}
@@ -119,6 +128,9 @@ PARAMETERS: dict[str, Parameter] = {
     "dataset_revision": Parameter(REVISION, optional=True, trains=True),
     "classes": Parameter(text("names of classes with commas between them, old=new to rename one"), optional=True),
     "val_share": Parameter(number(0, 1)),
+    "box_format": Parameter(text("xywh, xyxy, cxcywh or yxyx, perhaps with -pixels, -unit (0-1), -percent or -1000, and "
+                                 "with -shown, -stored or -declared", BOX_FORMAT), optional=True),
+    "unlabelled": Parameter(one_of("negative", "skip"), optional=True),
     "prompt": Parameter(PROMPT, trains=True),
     "loss_scope": Parameter(one_of("assistant", "all-text"), trains=True),
     "precision": Parameter(one_of("nf4", "bf16"), optional=True, trains=True),
@@ -136,6 +148,10 @@ PARAMETERS: dict[str, Parameter] = {
     # at 7b None stays: the training tries whether a step fits into memory without
     "gradient_checkpointing": Parameter(FLAG, {"7b": None, "tiny": False}, low=both(True)),
     "augment": Parameter(FLAG, both(False), trains=True),
+    "reward_steps": Parameter(COUNT, {"7b": 100, "tiny": 100}, trains=True),
+    "reward_learning_rate": Parameter(number(0, 1), optional=True, trains=True),  # of the recipe's last stage
+    "reward_completions": Parameter(whole(2, 1024), {"7b": 8, "tiny": 4}, trains=True),
+    "reward_beta": Parameter(SHARE, both(0.04), trains=True),
     "seed": Parameter(whole(0, 2**31 - 1), trains=True),
     "train_limit": Parameter(COUNT, optional=True, trains=True),
     "val_limit": Parameter(COUNT, optional=True),
@@ -165,9 +181,11 @@ REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture and pictures
 # of 1280 image tokens: 15.5 to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4
 # in batches of 8 with checkpointing and 12.1 in batches of 2 (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in
-# batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. With
+# batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. r5 is
+# arithmetic alone: r1's, and keys, values and a prefill of batch_size x reward_completions sequences. With
 # `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, cached vision features, the model saved
 # or merged, and the Hub's download.
-GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22}
-LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14}
-DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40}}
+GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22, "r5-reward": 40}
+LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14, "r5-reward": 22}
+DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40,
+                   "r5-reward": 45}}  # fmt: skip

@@ -1,5 +1,6 @@
 """A run's folder: its manifest, its steps, files that are whole or not there; and several processes as one."""
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,8 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from helpers.recipes import TRAINING
-from helpers.settings import ParameterError, Run, is_main, read_value
+from helpers.recipes import TRAINING, Stage
+from helpers.settings import PROJECT, ParameterError, Run, StageRun, is_main, read_value
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 WHOLE = 2**24  # bytes: a larger file is hashed by samples of it
@@ -160,13 +162,15 @@ def _end_together(rank: int, world: int) -> None:
 
     def watch() -> None:
         while not _left.wait(1):
-            silent = [str(other) for other, (_, last) in heard.items() if last < time.monotonic() - SILENCE]
+            since = time.monotonic() - SILENCE
+            silent = [str(other) for other, (_, last) in heard.items() if last < since and other != rank]
             if silent:
                 os.write(2, f"process {rank} of {world} ends, because process {', '.join(silent)} has been silent for "
                             f"{SILENCE} s; {again}".encode())
                 os._exit(1)
 
     sys.excepthook = say_so
+    atexit.register(_left.set)  # no thread is in the store when Python ends
     for work in (count, watch):
         threading.Thread(target=work, daemon=True).start()
 
@@ -194,10 +198,26 @@ def rows_hash(rows: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def training_values(run: Run) -> dict[str, Any]:
-    """The parameters that a training depends on."""
+def training_values(run: Run, stage: Stage | None = None) -> dict[str, Any]:
+    """The parameters that a training depends on: one stage, or all of the run's."""
     chosen_by = ("keep", "eval_steps", "eval_pictures", "max_new_tokens") if run.keep == "best" else ()
-    return {name: run.values[name] for name in (*TRAINING, *chosen_by)}
+    values = {name: run.values[name] for name in (*TRAINING, *chosen_by)}
+    if not any(one.reward for one in ([stage] if stage else [one.stage for one in run.stages])):
+        values = {name: value for name, value in values.items() if not name.startswith("reward_")}
+    return values | ({"recipe": stage.same_as} if stage and stage.same_as else {})
+
+
+def trained_elsewhere(stage_run: StageRun, inputs: dict[str, Any]) -> bool:
+    """Copy what a run beside this one has trained of exactly these `inputs`, and its log; False where there is none."""
+    for steps in sorted(stage_run.folder.parent.glob(f"{PROJECT}-*/steps.json")):
+        made, log = steps.parent / stage_run.result.name, steps.parent / "log.jsonl"
+        if stage_run.stage.same_as and read_json(steps).get("train") == key(**inputs) and made.is_dir():
+            if is_main():
+                shutil.copytree(made, stage_run.result, dirs_exist_ok=True)
+                shutil.copy(log, stage_run.folder)
+            print(f"{stage_run.name}: taken over from {steps.parent}, which was trained with the same inputs")
+            return True
+    return False
 
 
 def open_folder(run: Run, **inputs: Any) -> None:

@@ -53,7 +53,8 @@ class StageRun:
     name: str
     folder: Path
     learning_rate: float
-    base: str  # what `from_pretrained` takes: the run's model, or what the stage before made
+    base: str  # what `from_pretrained` takes: the run's model, or the whole model that the stage before made
+    start: Path | None = None  # the adapter that the stage before made, and this one goes on with
 
     @property
     def result(self) -> Path:
@@ -271,7 +272,10 @@ def settle(namespace: dict) -> Run:
     stages: list[StageRun] = []
     base = local_model(values["model_id"]) or values["model_id"]
     for stage in RECIPES[values["recipe"]]:
-        stages.append(_stage_run(stage, values, str(stages[-1].result) if stages else base))
+        before = stages[-1] if stages else None
+        base = str(before.result) if before and before.stage.trains == "full" else base
+        stages.append(_stage_run(stage, values, base, before.result if before and stage.reward else None))
+    _check_gpus(stages, values["recipe"])
     folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
     values["report_to"] = _report_target(values["report_to"], folder)
     run = Run(values, given, stages, folder, _share(values) if stages else (values["batch_size"], 1))
@@ -310,12 +314,13 @@ def _short(values: dict) -> str:
     return values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
 
 
-def _stage_run(stage: Stage, values: dict, base: str) -> StageRun:
+def _stage_run(stage: Stage, values: dict, base: str, start: Path | None) -> StageRun:
     if values["precision"] and stage.trains == "lora":
         stage = replace(stage, precision=values["precision"])
     name = _short(values) + stage.suffix
     folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
-    return StageRun(stage, name, folder, values["learning_rate"] or stage.learning_rate[values["scale"]], base)
+    given = values["reward_learning_rate" if stage.reward else "learning_rate"]
+    return StageRun(stage, name, folder, given or stage.learning_rate[values["scale"]], base, start)
 
 
 def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
@@ -342,6 +347,16 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
         seen += f", and {old[0]} has no instructions for bf16" if old else ""
         print(f"scale auto -> {scale}: {recipe} at 7B needs {needs}, and there is {seen}.")
     return scale
+
+
+def _check_gpus(stages: list[StageRun], recipe: str) -> None:
+    """Raise ParameterError where rewards would train one model over several GPUs: TRL's GRPOTrainer cannot."""
+    import torch
+
+    shown = torch.cuda.device_count() if int(os.environ.get("WORLD_SIZE", 1)) == 1 else 1
+    if shown > 1 and any(one.stage.reward for one in stages):
+        raise ParameterError(f"recipe={recipe} trains on one GPU a process, and this one shows {shown}; give gpus=0, "
+                             "or start a process a GPU (accelerate launch).")
 
 
 def _check_cache(hf_home: str | None) -> None:

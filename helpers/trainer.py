@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with checkpoints that hold exactly what trains, that resume exactly, and endings that say why.
+"""TRL's trainers with checkpoints that hold exactly what trains, that resume exactly, and endings that say why.
 
 Trainer's own checkpoints of a full Qwen2-VL carry old key names (`visual.*`) and load non-strictly: the resumed model
 is silently the base again. Saving the trainable weights alone, in fp32, is smaller and exact, for LoRA as for a tower.
@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.vision_utils import get_vision_cu_seqlens
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from helpers import data, evaluate, merge, parity, predict, runs
 from helpers.collate import IGNORED
@@ -55,15 +55,18 @@ COMMON: dict[str, Any] = {
 }
 
 
-class BoxTrainer(SFTTrainer):
-    """`SFTTrainer` with one checkpoint format for every recipe, that says what went wrong; see the module's docstring.
+class ExactTrainer(Trainer):
+    """What `SFTTrainer` (`BoxTrainer`) and `GRPOTrainer` (`reward.RewardTrainer`) get: one checkpoint format for every
+    recipe, and errors that say what went wrong; see the module's docstring.
 
     Args:
         made_with: `parity.record` of this run, and base: `parity.base_of` the frozen model. They go into every
             checkpoint, and a checkpoint made with others is refused. Without them nothing is stored or checked.
     """
 
-    def __init__(self, model: torch.nn.Module, args: SFTConfig, *, made_with: dict[str, Any] | None = None,
+    copies = 1  # of each picture in an update
+
+    def __init__(self, model: torch.nn.Module, args: TrainingArguments, *, made_with: dict[str, Any] | None = None,
                  base: dict[str, str] | None = None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
@@ -108,41 +111,6 @@ class BoxTrainer(SFTTrainer):
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
         return result
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Trainer's own in one process; in several one that shares out the updates of one process (`UpdateShare`)."""
-        processes = self.accelerator.num_processes
-        if processes == 1:
-            return super().get_train_dataloader()
-        args, rows, collator = self.args, self.train_dataset, self.data_collator
-        share = UpdateShare(SeedableRandomSampler(rows), args.per_device_train_batch_size,
-                            args.gradient_accumulation_steps, self.accelerator.process_index, processes)
-        return DataLoader(WithFiller(rows), batch_sampler=share, num_workers=args.dataloader_num_workers,
-                          collate_fn=lambda batch: ignore_filler(batch, collator(batch)),
-                          pin_memory=args.dataloader_pin_memory)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's own; features that a frozen tower has made before (`CachedFeaturesCollator`) take pictures' place.
-
-        SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
-        they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
-        a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
-        they do not wait for the head's (losses of -inf were seen). So the head's GPU is the current one, the count goes
-        there, and the loss comes back to where Trainer adds it up.
-        """
-        if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
-            inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
-        features = inputs.pop("image_features", None)
-        if features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
-        place = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.device
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(place)
-        with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
-            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:  # only an evaluation asks for them, and TRL runs the model a second time for their logits
-            return computed[0].to(self.args.device), computed[1]
-        return computed.to(self.args.device)
-
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
         model = self.accelerator.unwrap_model(self.model)
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -161,7 +129,7 @@ class BoxTrainer(SFTTrainer):
         (folder / COMPLETE).unlink(missing_ok=True)
         kept, self.args.save_total_limit = self.args.save_total_limit, None  # no old one goes before the new is whole
         try:
-            super(SFTTrainer, self)._save_checkpoint(model, trial)  # TRL's own only adds a model card to each
+            Trainer._save_checkpoint(self, model, trial)  # TRL's own only adds a model card to each
             if not self.args.should_save:
                 return
             if self.made_with:
@@ -211,12 +179,51 @@ class BoxTrainer(SFTTrainer):
         tuned = self.accelerator.unwrap_model(self.model)
         if runs.is_main():
             if isinstance(tuned, PeftModel):
-                tuned.save_pretrained(folder)
+                tuned.save_pretrained(folder, selected_adapters=["default"])
                 self.processing_class.save_pretrained(folder)
             else:
                 merge.save_whole(tuned, self.processing_class, folder)
             parity.write(folder, self.made_with or {}, self.base)
         self.accelerator.wait_for_everyone()
+
+
+class BoxTrainer(ExactTrainer, SFTTrainer):
+    """`SFTTrainer` on labels: what processes share, and features that were made before."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's own in one process; in several one that shares out the updates of one process (`UpdateShare`)."""
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return super().get_train_dataloader()
+        args, rows, collator = self.args, self.train_dataset, self.data_collator
+        share = UpdateShare(SeedableRandomSampler(rows), args.per_device_train_batch_size,
+                            args.gradient_accumulation_steps, self.accelerator.process_index, processes)
+        return DataLoader(WithFiller(rows), batch_sampler=share, num_workers=args.dataloader_num_workers,
+                          collate_fn=lambda batch: ignore_filler(batch, collator(batch)),
+                          pin_memory=args.dataloader_pin_memory)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's own; features that a frozen tower has made before (`CachedFeaturesCollator`) take pictures' place.
+
+        SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
+        they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
+        a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
+        they do not wait for the head's (losses of -inf were seen). So the head's GPU is the current one, the count goes
+        there, and the loss comes back to where Trainer adds it up.
+        """
+        if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
+            inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
+        features = inputs.pop("image_features", None)
+        if features is not None:
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+        place = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.device
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(place)
+        with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs:  # only an evaluation asks for them, and TRL runs the model a second time for their logits
+            return computed[0].to(self.args.device), computed[1]
+        return computed.to(self.args.device)
 
 
 class UpdateShare(torch.utils.data.Sampler):
@@ -289,7 +296,7 @@ def goes_on(folder: Path) -> str:
     return f"the same command goes on from {Path(last).name if last else 'the start'}"
 
 
-def explained(error: Exception, sft: BoxTrainer) -> Exception | None:
+def explained(error: Exception, sft: ExactTrainer) -> Exception | None:
     """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
     step = sft.state.global_step + 1
     if isinstance(error, torch.OutOfMemoryError):
@@ -306,10 +313,10 @@ def explained(error: Exception, sft: BoxTrainer) -> Exception | None:
     return None
 
 
-def _smaller(sft: BoxTrainer) -> str:
+def _smaller(sft: ExactTrainer) -> str:
     """What to change so that a step takes less memory: the effective batch stays the same."""
     args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
-    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps // sft.copies
     advice = []
     if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
         advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
@@ -424,7 +431,7 @@ def _log_line(logged: dict) -> str:
 
 def loss_fault(history: list[dict]) -> str:
     """What is wrong with the last logged loss or gradient, or nothing."""
-    losses = [line["loss"] for line in history if "loss" in line]
+    losses = [line["loss"] for line in history if "loss" in line and "reward" not in line]  # GRPO's moves around 0
     for name, key in (("loss", "loss"), ("size of the gradient", "grad_norm")):
         if not math.isfinite(history[-1].get(key) or 0):
             return f"the {name} is {history[-1][key]}"
@@ -470,7 +477,7 @@ class IoUDuringTraining(TrainerCallback):
     The training goes on as if nothing had been generated: greedy decoding draws no random number.
     """
 
-    def __init__(self, sft: BoxTrainer, selection: Dataset, run: Run):
+    def __init__(self, sft: ExactTrainer, selection: Dataset, run: Run):
         self.sft, self.run = sft, run
         self.rows = selection.select(range(min(run.eval_pictures, len(selection))))
         self.generation = {"do_sample": False, "use_cache": True, "max_new_tokens": run.max_new_tokens}

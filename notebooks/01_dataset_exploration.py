@@ -17,6 +17,8 @@
 scale = "tiny"  # tiny: the embedded scenes; 7b: the Hub's data set
 dataset_id = None  # Hub id, local folder or file, or embedded; None: the scale's own
 dataset_revision = None  # commit, branch or tag on the Hub
+classes = None  # of a data set of your own: which, and new names, such as "Nutrition Facts=nutrition-table, Logo"
+val_share = 0.1  # where it names no val: the share of its pictures that become val
 train_limit = None  # use only the first so many pictures
 val_limit = None
 seed = 0  # which scenes are rendered, and every draw below
@@ -24,7 +26,8 @@ seed = 0  # which scenes are rendered, and every draw below
 # %%
 from helpers.topics.opening import opening
 
-opening(globals(), "dataset_id", "dataset_revision", "train_limit", "val_limit", "seed", scale=("tiny", "7b"))
+opening(globals(), "dataset_id", "dataset_revision", "classes", "val_share", "train_limit", "val_limit", "seed",
+        scale=("tiny", "7b"))
 
 import datasets
 import numpy as np
@@ -48,7 +51,7 @@ rng = np.random.default_rng(seed)
 
 # %%
 limit = {split: n for split, n in {"train": train_limit, "val": val_limit}.items() if n}
-raw = data.load_raw(dataset_id, revision=dataset_revision, seed=seed, limit=limit)
+raw = data.load_raw(**data.source_of(globals()), seed=seed, limit=limit)
 raw["val"][0]
 
 # %% [markdown]
@@ -58,7 +61,7 @@ raw["val"][0]
 # nothing is dropped without a word. The first table lists the rules that found something, the pictures show one or two
 # cases of each (a cross is a box without area). The last table is what remains: `train` to learn from, `selection` to
 # choose by score on, `val` for the one report at the end. Two photos of one pack are nearly one picture, so no barcode
-# stands in two splits.
+# that the source gives stands in two splits.
 
 # %%
 audit = data.audit(raw)
@@ -92,11 +95,13 @@ for fault in [fault for fault in audit.faults if fault.fault == "exif-as-shown"]
 # %% [markdown]
 # ## The pictures
 #
-# Twelve of `val` with their true boxes. Look for what makes the task hard: tables that fill the picture and tables of a
-# few per cent, packs that stand turned, cans that bend the table, lists and barcodes that are no table.
+# The first six of `train` and of `val` with the boxes as they are trained on. Does each lie on its table? (`make data
+# DATASET=folder` shows more.) Then look for what makes the task hard: tables that fill the picture and tables of a few
+# per cent, packs that stand turned, cans that bend the table, lists and barcodes that are no table.
 
 # %%
-display(plots.gallery(rows["val"].select(range(min(12, len(rows["val"])))), truth["val"]))
+first = [row for split in ("train", "val") for row in rows[split].select(range(min(6, len(rows[split]))))]
+display(plots.gallery(first, truth["train"] + truth["val"]))
 every = pd.DataFrame(sum(truth.values(), []))
 mega, upright = every["width"] * every["height"] / 1e6, (every["height"] > every["width"]).mean()
 print(f"{len(every)} pictures of {mega.min():.2f} to {mega.max():.2f} megapixels; {upright:.0%} stand upright.")
@@ -104,8 +109,8 @@ print(f"{len(every)} pictures of {mega.min():.2f} to {mega.max():.2f} megapixels
 # %% [markdown]
 # ## The boxes
 #
-# There are four classes. The prompt asks for "the nutrition table", and the model may name any of them; the score
-# counts where the box is.
+# The default data set has four classes, kinds of one thing. The prompt asks for "the nutrition table", and the model
+# may name any of them; the score counts where the box is.
 
 # %%
 table = box_table(truth)

@@ -164,8 +164,8 @@ print(f"AP {evaluate.with_interval(tuned['summary']['ap'])}, AP50 {evaluate.with
 made_with = chosen["parameters"]
 budget = {name: made_with[name] for name in ("min_pixels", "max_pixels")}
 limit = {"train": made_with["train_limit"], "selection": selection_pictures, "val": made_with["val_limit"]}
-rows = data.prepare(data.load_splits(made_with["dataset_id"], revision=made_with["dataset_revision"],
-                                     limit={split: n for split, n in limit.items() if n}), **budget)  # fmt: skip
+limit = {split: n for split, n in limit.items() if n}
+rows = data.prepare(data.load_splits(**data.source_of(made_with), limit=limit), **budget)
 model.patches_as_product()
 
 

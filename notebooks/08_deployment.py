@@ -170,7 +170,8 @@ replies
 #
 # ## 5 · How long callers wait
 #
-# One model, one queue: the server generates for one request after the other.
+# One model, one queue: the server generates in batches. What has come while one batch was generated, up to 16 pictures,
+# is the next one.
 
 # %%
 def timed(content):
@@ -190,9 +191,10 @@ for count in callers:
 pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 
 # %% [markdown]
-# More callers wait longer, and the server does not get faster. That is fine for a few users and for tests. For many
-# users, take a server that works on many requests at once. For 7B on a GPU of 24 GiB or more that is
-# [vLLM](https://docs.vllm.ai). The command is written from its documentation and **was not run here**:
+# With more callers each waits longer, and the server gets more done, because the pictures of a batch share every step.
+# A batch ends with its longest completion; only then does the next one begin. A server with *continuous batching* fills
+# each place as soon as it is free. transformers has that for text alone. For 7B and many users on a GPU of 24 GiB or
+# more take [vLLM](https://docs.vllm.ai). The command is written from its documentation and **was not run here**:
 #
 # ```sh
 # vllm serve runs/qwen2vl-nutrition-detection-r4-joint-merged \
@@ -206,7 +208,14 @@ pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 # * In the request: `temperature=0` (vLLM samples by default), `max_tokens=128`, and
 #   `extra_body={"skip_special_tokens": False}` for the text as the model wrote it.
 # * Serve the merged model, not the adapter: vLLM drops LoRA on the vision tower.
-# * Keep it away from strangers, or read about `--allowed-local-media-path` and `--allowed-media-domains` first.
+# * Keep it away from strangers, or read about `--api-key`, `--allowed-local-media-path` and `--allowed-media-domains`
+#   first.
+#
+# What an operator needs of `make serve`: at most 128 requests are in work, and one more gets a 429; a body has at most
+# 20 MiB and a minute, a picture 50 million pixels. With `SERVE_API_KEY` in the environment a request needs that key.
+# `GET /health` is for a load balancer, `GET /metrics` for Prometheus (waits, refusals by status, sizes of batches,
+# memory). At a SIGTERM nothing new is taken, what is in work is completed, and the exit status is 0. `compose.yaml`
+# starts server and page in containers.
 #
 # Compare such a server with the model, text against text, as section 3 does. The client takes any address.
 #
@@ -221,10 +230,10 @@ plots.gallery(val.select(range(4)), data.truth_rows(val), local)
 # %% [markdown]
 # ## 7 · Many photos
 #
-# `make predict INPUT=photos OUTPUT=boxes` takes a folder or a data set. Each picture's line is appended to a file as it
-# comes, with the size and time of the picture's file. A killed command that is started again keeps the lines that are
-# whole, and predicts what is missing or was replaced. Here 70 files, two of them not pictures, are predicted twice; in
-# between, one file is replaced.
+# `make predict INPUT=photos OUTPUT=boxes` takes a folder, a zip, a list of paths or URLs, a bucket or a data set. Each
+# picture's line is appended to a file as it comes, with a stamp of the picture's name, size and time. A killed command
+# that is started again keeps the lines that are whole, and predicts what is missing or was replaced. Here 70 files, two
+# of them not pictures, are predicted twice; in between, one file is replaced.
 
 # %%
 (scratch / "photos").mkdir()
@@ -241,48 +250,16 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 
 # %% [markdown]
 # `coco_results.json` and `coco_images.json` are what COCO's `loadRes` reads; `crops/` holds the boxes cut out of the
-# pictures in their own resolution. On several GPUs each process takes its share; on a cluster each job takes a folder:
+# pictures in their own resolution. Where one GPU is not enough, Ray Data runs the same function, an actor a GPU:
 #
 # ```sh
-# make predict INPUT=photos OUTPUT=boxes ARGS='--coco --crops'          # one process
-# accelerate launch --multi_gpu -m helpers.use.photos photos boxes      # a process a GPU
+# make predict INPUT=photos OUTPUT=boxes ARGS=--ray                              # all GPUs of this machine
+# make predict INPUT=s3://bucket/photos OUTPUT=/shared/boxes ARGS='--ray auto'   # or of the cluster it belongs to
 # ```
 #
-# For a million photos at 7B, vLLM's offline batch works on hundreds at once. This too **was not run here**. It writes
-# the same lines, confidences included, because the same function makes them:
-#
-# ```python
-# import json, os
-# from pathlib import Path
-# from vllm import LLM, SamplingParams
-# from helpers import predict
-# from helpers.use.load import check
-#
-# shard, shards = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-# folder = "runs/…-merged"
-# made_with = check(folder)
-# prompt = {"type": "text", "text": made_with["prompt"]}
-# budget = {key: made_with[key] for key in ("min_pixels", "max_pixels")}
-# llm = LLM(folder, dtype="bfloat16", max_model_len=2048, mm_processor_kwargs=budget,
-#           limit_mm_per_prompt={"image": 1, "video": 0}, allowed_local_media_path="/data/photos")
-# greedy = SamplingParams(temperature=0, max_tokens=128, logprobs=0, skip_special_tokens=False)
-# photos = sorted(Path("/data/photos").rglob("*.jpg"))[shard::shards]
-# for start in range(0, len(photos), 512):
-#     part, some = Path(f"boxes/{shard:03}-{start:08}.jsonl"), photos[start : start + 512]
-#     if part.exists():
-#         continue
-#     pictures = [{"type": "image_url", "image_url": {"url": f"file://{photo}"}} for photo in some]
-#     chats = [[{"role": "user", "content": [picture, prompt]}] for picture in pictures]
-#     lines = []
-#     for photo, output in zip(some, llm.chat(chats, greedy)):
-#         tokens = list(output.outputs[0].token_ids)
-#         logs = [chosen[token].logprob for token, chosen in zip(tokens, output.outputs[0].logprobs)]
-#         lines.append(predict.line(photo.name, tokens, logs, llm.get_tokenizer()))
-#     part.with_suffix(".part").write_text("".join(json.dumps(line) + "\n" for line in lines))
-#     part.with_suffix(".part").rename(part)
-# ```
-#
-# Leave out what cannot be opened first: there, one broken picture ends the batch.
+# Only names and lines pass through Ray's object store: each actor reads and opens its pictures itself, so that a broken
+# one is a line with the reason, and no lost block. The actors work on batches of about one size. The work of a lost
+# machine goes to the others, and Ray's `CheckpointConfig` notes whose lines are written: the same command goes on.
 #
 # ## 8 · Copies to give away
 #

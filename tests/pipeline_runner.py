@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[1] / "pipeline.py"
-SMALL = ("scale=tiny", "train_limit=32", "val_limit=8", "epochs=1", "max_new_tokens=64", "report_to=none")
+SMALL = ("scale=tiny", "train_limit=32", "val_limit=8", "epochs=1", "max_new_tokens=64", "reward_steps=3",
+         "report_to=none")
 
 
 def run(*arguments: str, edits: tuple[tuple[str, str], ...] = ()) -> dict:

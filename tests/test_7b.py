@@ -221,10 +221,15 @@ def test_the_check_made_small(tmp_path, capsys):
     assert not list((tmp_path / "runs").iterdir())
 
     written = next((tmp_path / "model").glob("*.safetensors")).stat().st_mtime_ns
+    status, rows = check(tmp_path, "--recipes", "r5-reward")
+    assert status == 0 and rows[0] == row, capsys.readouterr().out
+    assert len(check_7b.values(rows[1], "seconds", "step")) == 2 + 2 and not list((tmp_path / "runs").iterdir())
+
     status, rows = check(tmp_path, "--recipes", "r4-joint", "--minutes", "0")
-    assert status == 1 and [row["recipe"] for row in rows] == ["r1-llm-only", "r4-joint"] and rows[0] == row
+    assert status == 1 and [row["recipe"] for row in rows] == ["r1-llm-only", "r4-joint", "r5-reward"]
+    assert rows[0] == row
     assert next((tmp_path / "model").glob("*.safetensors")).stat().st_mtime_ns == written, "the model is made once"
-    assert "| wrong | nothing | stopped by --minutes, after the start |" in capsys.readouterr().out
+    assert "| wrong | nothing | stopped by --minutes, after the start | nothing |" in capsys.readouterr().out
 
 
 @pytest.mark.slow

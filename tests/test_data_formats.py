@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def save_picture(path: Path, number: int, size: tuple[int, int] = (WIDTH, HEIGHT
     Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
 
 
+def load(root: Path | str, **options) -> datasets.DatasetDict:
+    """All as val; what is listed without a box, such as c in COCO, has no table here."""
+    return data.load_raw(str(root), **{"unlabelled": "negative", "val_share": 1} | options)
+
+
+def load_splits(root: Path | str) -> datasets.DatasetDict:
+    return data.clean(raw := load(root), data.audit(raw))
+
+
 def pixels(box: list[float]) -> tuple[float, float, float, float]:
     """[y0, x0, y1, x1] in 0-1 as x0, y0, x1, y1 in pixels."""
     return box[1] * WIDTH, box[0] * HEIGHT, box[3] * WIDTH, box[2] * HEIGHT
@@ -54,15 +64,15 @@ def write_pictures(folder: Path) -> None:
         save_picture(folder / f"{name}.jpg", number)
 
 
-def write_metadata(root: Path, objects: Callable[[list], dict]) -> None:
+def write_metadata(root: Path, objects: Callable[[list], dict], **more: dict) -> None:
     write_pictures(root)
-    lines = [{"file_name": f"{name}.jpg", "objects": objects(things)} for name, things in BOXES.items()]
+    lines = [{"file_name": f"{name}.jpg", "objects": objects(things), **more} for name, things in BOXES.items()]
     write(root / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
 
 
 def write_own_metadata(root: Path) -> None:
     write_metadata(root, lambda things: {"bbox": [box for _, box in things],
-                                         "category_name": [kind for kind, _ in things]})
+                                         "category_name": [kind for kind, _ in things]}, meta={})
 
 
 def write_hf_metadata(root: Path) -> None:
@@ -115,6 +125,146 @@ def write_voc(root: Path) -> None:
         write(root / "Annotations" / f"{name}.xml", text)
 
 
+def write_json(root: Path, name: str, entry: Callable[[str, list], dict], whole: Callable[[list], object] = list) -> None:
+    """The pictures, and a JSON of one entry each; JSON lines by its ending."""
+    write_pictures(root / "images")
+    entries = [entry(f"{picture}.jpg", things) for picture, things in BOXES.items()]
+    lines = name.endswith("l")
+    write(root / name, "\n".join(map(json.dumps, entries)) if lines else json.dumps(whole(entries)))
+
+
+def write_createml(root: Path) -> None:
+    def entry(picture: str, things: list) -> dict:
+        notes = [(kind, xywh(box)) for kind, box in things]
+        return {"image": picture, "annotations": [{"label": kind, "coordinates": {
+            "x": x + w / 2, "y": y + h / 2, "width": w, "height": h}} for kind, (x, y, w, h) in notes]}
+
+    write_json(root, "createml.json", entry)
+
+
+def write_via(root: Path) -> None:
+    def entry(picture: str, things: list) -> dict:
+        regions = [{"shape_attributes": dict(zip(["name", "x", "y", "width", "height"], ["rect", *xywh(box)], strict=True)),
+                    "region_attributes": {"label": kind}} for kind, box in things]
+        return {"filename": picture, "regions": regions}
+
+    write_json(root, "via.json", entry, lambda entries: {one["filename"] + "9": one for one in entries})
+
+
+def write_labelstudio(root: Path) -> None:
+    def entry(picture: str, things: list) -> dict:
+        result = [{"original_width": WIDTH, "original_height": HEIGHT, "value": {
+            "x": 100 * x0, "y": 100 * y0, "width": 100 * (x1 - x0), "height": 100 * (y1 - y0), "rotation": 0,
+            "rectanglelabels": [kind]}} for kind, (y0, x0, y1, x1) in things]
+        return {"data": {"image": f"/data/upload/1/{picture}"}, "annotations": [{"result": result}]}
+
+    write_json(root, "project.json", entry)
+
+
+def write_labelme(root: Path) -> None:
+    write_pictures(root)
+    for name, things in BOXES.items():
+        shapes = [{"label": kind, "points": [[x1, y0], [x0, y1]]} for kind, (x0, y0, x1, y1) in
+                  ((kind, pixels(box)) for kind, box in things)]
+        write(root / f"{name}.json", json.dumps({"shapes": shapes, "imagePath": f"..\\old\\{name}.jpg"}))
+
+
+def write_cvat(root: Path) -> None:
+    write_pictures(root / "images")
+    images = ""
+    for name, things in BOXES.items():
+        boxes = "".join('<box label="{}" xtl="{}" ytl="{}" xbr="{}" ybr="{}"/>'.format(kind, *pixels(box))
+                        for kind, box in things)
+        images += f'<image name="{name}.jpg" width="{WIDTH}" height="{HEIGHT}">{boxes}</image>'
+    write(root / "annotations.xml", f"<annotations>{images}</annotations>")
+
+
+def write_csv(root: Path) -> None:
+    write_pictures(root / "images")
+    lines = [f"{name}.jpg,{WIDTH},{HEIGHT},{kind}," + ",".join(map(str, pixels(box)))
+             for name, things in BOXES.items() for kind, box in things]
+    write(root / "labels.csv", "\n".join(["filename,width,height,class,xmin,ymin,xmax,ymax", *lines, "c.jpg,80,60,,,,,"]))
+
+
+def thousandths(box: list[float]) -> list[int]:
+    return [round(1000 * box[i]) for i in (1, 0, 3, 2)]
+
+
+def said(things: list, box: str, none: str) -> str:
+    return "".join(box.format(kind, *thousandths(found)) for kind, found in things) or none
+
+
+def write_qwen(root: Path) -> None:
+    form = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
+    write_json(root, "all.jsonl", lambda picture, things: {"images": [f"images/{picture}"], "messages": [
+        {"role": "user", "content": "<image>Find the tables."},
+        {"role": "assistant", "content": said(things, form, "no nutrition table")}]})
+
+
+def write_qwen25(root: Path) -> None:
+    write_json(root, "all.json", lambda picture, things: {"image": picture, "conversations": [
+        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "```json\n" + json.dumps(
+            [{"bbox_2d": pixels(box), "label": kind} for kind, box in things]) + "\n```"}]})
+
+
+def write_swift(root: Path) -> None:
+    write_json(root, "all.jsonl", lambda picture, things: {
+        "messages": [{"role": "assistant", "content": "<ref-object><bbox>"}], "images": [f"/mnt/other/{picture}"],
+        "objects": {"ref": [kind for kind, _ in things], "bbox": [pixels(box) for _, box in things], "bbox_type": "real"}})
+
+
+def write_florence(root: Path) -> None:
+    write_json(root, "annotations.jsonl", lambda picture, things: {"image": picture, "prefix": "<OD>", "suffix": said(
+        things, "{}<loc_{}><loc_{}><loc_{}><loc_{}>", "[]")})
+
+
+def write_list_of_dicts(root: Path) -> None:
+    write_metadata(root, lambda things: [{"bbox": list(map(str, xywh(box))), "category": kind} for kind, box in things])
+
+
+def write_metadata_csv(root: Path) -> None:
+    write_hf_metadata(root)
+    lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    (root / "metadata.jsonl").unlink()
+    cells = [(one["file_name"], str(one["objects"])) for one in lines]  # as Python writes a dict
+    write(root / "metadata.csv", "file_name,objects\n" + "".join(f'{name},"{cell}"\n' for name, cell in cells))
+
+
+def write_yolo_shapes(root: Path) -> None:
+    """a: a polygon and a confidence; b: an oriented box as Roboflow writes it; c: one blank line."""
+    write_yolo(root)
+    write(root / "labels/a.txt", "0.0 0.1 0.25 0.3 0.25 0.5 0.6 0.2 0.75\n\n")
+    x0, y0, x1, y1 = 0.25, 0.5, 0.75, 1.0
+    write(root / "labels/b.txt", f"0 {x0} {y0} {x1} {y0} {x1} {y1} {x0} {y1}\n1 0.5 0.125 1.0 0.25 0.93\n")
+    write(root / "labels/c.txt", "\n")
+
+
+def write_dota(root: Path) -> None:
+    write_pictures(root / "images")
+    for name, things in BOXES.items():
+        corners = [(kind, pixels(box)) for kind, box in things]
+        write(root / "labelTxt" / f"{name}.txt", "imagesource:GoogleEarth\n" + "".join(
+            f"{x0} {y0} {x1} {y0} {x1} {y1} {x0} {y1} {kind} 0\n" for kind, (x0, y0, x1, y1) in corners))
+
+
+def write_zip(root: Path) -> None:
+    write_yolo(root / "export/nutrition.v1i")
+    shutil.make_archive(str(root / "nutrition"), "zip", root / "export")
+    shutil.rmtree(root / "export")
+
+
+def write_hub_columns(root: Path) -> None:
+    """Pictures and COCO's boxes, the class a ClassLabel, as cppe-5 has them."""
+    label = datasets.ClassLabel(names=["nutrition-table-text", TABLE])
+    features = datasets.Features({"image_id": datasets.Value("string"), "image": datasets.Image(), "objects": {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(label)}})
+    rows = [{"image_id": row["image_id"], "image": row["image"], "objects": {
+        "bbox": [xywh(box) for box in row["objects"]["bbox"]], "category": row["objects"]["category_name"]}}
+            for row in table_rows().cast_column("image", datasets.Image(decode=False))]
+    root.mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(root / "val.parquet"))
+
+
 def table_rows() -> datasets.Dataset:
     """The pictures a, b, c as a data set with their bytes, float32 boxes as on the Hub and a column too many."""
     write_own_metadata(Path("source"))
@@ -142,14 +292,30 @@ def write_parquet(root: Path) -> None:
 
 
 FORMATS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "own metadata.jsonl": (write_own_metadata, "metadata.jsonl"),
-    "COCO boxes in metadata.jsonl": (write_hf_metadata, "metadata.jsonl"),
+    "own metadata.jsonl": (write_own_metadata, "metadata"),
+    "COCO boxes in metadata.jsonl": (write_hf_metadata, "metadata"),
     "COCO": (write_coco, "COCO"),
     "YOLO": (write_yolo, "YOLO"),
     "YOLO classes.txt": (write_yolo_classes, "YOLO"),
     "Pascal VOC": (write_voc, "Pascal VOC"),
     "save_to_disk": (write_saved, "save_to_disk"),
     "Parquet": (write_parquet, "Parquet"),
+    "cppe-5": (write_hub_columns, "Parquet"),
+    "objects as a list of dicts": (write_list_of_dicts, "metadata"),
+    "metadata.csv": (write_metadata_csv, "metadata"),
+    "YOLO polygons": (write_yolo_shapes, "YOLO"),
+    "DOTA": (write_dota, "YOLO"),
+    "a zip": (write_zip, "YOLO"),
+    "CVAT": (write_cvat, "CVAT"),
+    "Label Studio": (write_labelstudio, "Label Studio"),
+    "labelme": (write_labelme, "labelme"),
+    "VIA": (write_via, "VIA"),
+    "CreateML": (write_createml, "CreateML"),
+    "CSV": (write_csv, "CSV"),
+    "Qwen2-VL": (write_qwen, "chat"),
+    "Qwen2.5-VL": (write_qwen25, "chat"),
+    "ms-swift": (write_swift, "chat"),
+    "Florence-2": (write_florence, "chat"),
 }
 
 
@@ -157,7 +323,7 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_every_format_gives_the_same_rows(name: str, tmp_path: Path, capsys):
     make, said = FORMATS[name]
     make(tmp_path / "set")
-    ds = data.load_splits(str(tmp_path / "set"), val_share=1)
+    ds = load_splits(tmp_path / "set")
     assert f"is read as {said} (" in capsys.readouterr().out
     assert {split: len(rows) for split, rows in ds.items()} == {"train": 0, "selection": 0, "val": 3}
     assert ds["val"].features == FEATURES == ds["train"].features
@@ -171,11 +337,11 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path, capsys):
 
 def test_a_parquet_or_coco_file_may_be_named_itself(tmp_path: Path):
     write_parquet(tmp_path / "parquet")
-    assert len(data.load_raw(str(tmp_path / "parquet/data/val-00001-of-00002.parquet"))["val"]) == 2
+    assert len(load(tmp_path / "parquet/data/val-00001-of-00002.parquet")["val"]) == 2
     write_coco(tmp_path / "coco")
-    assert len(data.load_raw(str(tmp_path / "coco/annotations.json"), val_share=1)["val"]) == 3
+    assert len(load(tmp_path / "coco/annotations.json")["val"]) == 3
     write(tmp_path / "coco/annotations/all.json", json.dumps(coco()))
-    assert len(data.load_raw(str(tmp_path / "coco/annotations/all.json"), val_share=1)["val"]) == 3
+    assert len(load(tmp_path / "coco/annotations/all.json")["val"]) == 3
 
 
 def undecoded(split: datasets.Dataset) -> list[dict]:
@@ -189,7 +355,7 @@ def test_missing_and_corrupt_pictures_are_listed_and_the_rest_is_used(tmp_path: 
     write_coco(tmp_path)
     (tmp_path / "images/a.jpg").unlink()
     (tmp_path / "images/b.jpg").write_bytes((tmp_path / "images/b.jpg").read_bytes()[:300])
-    raw = data.load_raw(str(tmp_path), val_share=1)
+    raw = load(tmp_path)
     table = data.audit(raw).table().set_index("fault")
     assert table.loc["unreadable-picture", "ids"] == ["a", "b"]
     assert data.clean(raw, data.audit(raw))["val"]["image_id"] == ["c"]
@@ -201,7 +367,7 @@ def test_a_missing_picture_is_never_replaced_by_one_of_another_split(tmp_path: P
     (tmp_path / "train2017/a.jpg").unlink()
     for split in ("train", "val"):
         write(tmp_path / f"annotations/instances_{split}2017.json", json.dumps(coco()))
-    raw = data.load_raw(str(tmp_path))
+    raw = load(tmp_path)
     assert data.audit(raw).table().set_index("fault").loc["unreadable-picture", "ids"] == ["a"]
     folders = {Path(image["path"]).parent.name for name in ("train", "selection") for image in undecoded(raw[name])}
     assert "val2017" not in folders
@@ -227,7 +393,7 @@ def test_files_written_on_windows_are_read(tmp_path: Path):
     for file in (tmp_path / "yolo/labels").iterdir():
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
     for name in ("coco", "own", "yolo"):
-        ds = data.load_splits(str(tmp_path / name), val_share=1)
+        ds = load_splits(tmp_path / name)
         assert ds["val"]["image_id"] == ["a", "b", "c"], name
         assert [row["category_name"] for row in ds["val"]["objects"]] == [[k for k, _ in t] for t in BOXES.values()]
 
@@ -240,7 +406,7 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_pa
     """As macOS puts them into a zip, as Jupyter and a labelling tool leave them: copies, and files of another kind."""
     root = tmp_path / "set"
     FORMATS[name][0](root)
-    before = data.load_raw(str(root))
+    before = load(root)
     files = [file for file in root.rglob("*") if file.is_file()]
     for folder in (".ipynb_checkpoints", "__MACOSX", ".cache/huggingface", "@eaDir"):
         for file in files:
@@ -249,7 +415,7 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_pa
             copy.write_bytes(file.read_bytes())
     for file in files:
         file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7 of macOS")
-    after = data.load_raw(str(root))
+    after = load(root)
     assert {split: rows["image_id"] for split, rows in after.items()} == {
         split: rows["image_id"] for split, rows in before.items()}
 
@@ -257,7 +423,7 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name: str, tmp_pa
 def refused(dataset_id: Path | str, *words: str) -> None:
     """Loading ends in a `DataError` of one line that has all these words."""
     with pytest.raises(data.DataError) as error:
-        data.load_raw(str(dataset_id))
+        load(dataset_id, val_share=0.1)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -274,21 +440,21 @@ BAD = [  # format, file, what stands in it, words of the sentence
     (write_own_metadata, "metadata.jsonl", lines([[1, 2, 3, 4]]), ["line 1", "objects is [[1, 2, 3, 4]]", "a dict"]),
     (write_own_metadata, "metadata.jsonl", lines({"bbox": [[1, 2, 3, 4]]}), ["objects has ['bbox']", "category_name"]),
     (write_own_metadata, "metadata.jsonl", lines({"bbox": [[50, 40, 79, 59]], "categories": [0]}),
-     ["metadata.jsonl, objects.bbox", "[50, 40, 79, 59]", "COCO's [x, y, width, height]"]),
+     ["[50, 40, 79, 59]", "box_format", "xyxy-pixels"]),
     (write_own_metadata, "metadata.jsonl", lines({"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}),
-     ["[y_min, x_min, y_max, x_max] in 0-1"]),
-    (write_own_metadata, "metadata.jsonl", "\n", ["has no pictures"]),
-    (write_own_metadata, "annotations.json", json.dumps(coco()), ["metadata.jsonl and COCO"]),
-    (write_coco, "annotations.json", '{"images": []}', ["annotations.json", "lacks the lists annotations"]),
+     ["[0.5, 0.5, 0.2, 0.1]", "may be [x, y, width, height] in 0-1"]),
+    (write_own_metadata, "metadata.jsonl", "\n", ["metadata.jsonl (a list)", "no known format"]),
+    (write_own_metadata, "annotations.json", json.dumps(coco(annotations=coco()["annotations"][1:])), ["COCO and metadata, which differ"]),
+    (write_coco, "annotations.json", '{"images": []}', ["annotations.json (has ['images'])", "annotations, categories"]),
     (write_coco, "annotations.json", json.dumps(coco(annotations=[])), ["objects.bbox is empty in all 3 pictures"]),
     (write_coco, "annotations.json", json.dumps(coco(annotations=["x"])), ["annotations[0] is 'x'", "an object"]),
     (write_coco, "annotations.json", json.dumps(coco(annotations=[
-        {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])), ["annotation 4 has image_id 99"]),
+        {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])), ["annotations, such as 4", "an image_id that no picture has"]),
     (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": [1], "name": TABLE}])),
      ["id of categories[0] is '[1]'", "expected a number"]),
-    (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt line 2", "'0 .5 .5'", "class cx cy width height"]),
+    (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt: line 2", "'0 .5 .5'", "class cx cy width height"]),
     (write_yolo, "data.yaml", "names: [a\n", ["data.yaml", "not valid YAML"]),
-    (write_yolo, "data.yaml", "names: [nutrition-table]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
+    (write_yolo, "data.yaml", "names: [nutrition-table, nutrition-table-text]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
     (write_voc, "Annotations/b.xml", "<annotation><filename>b.jpg</filename>", ["b.xml", "not valid XML"]),
 ]
 
@@ -310,7 +476,7 @@ def test_what_is_no_data_set_is_refused_with_the_choices(tmp_path: Path):
     file.write_bytes(whole[: len(whole) // 2])
     refused(tmp_path / "cut", file.name, "not a whole Parquet file")
     table_rows().remove_columns(["width", "objects"]).to_parquet(str(file))
-    refused(tmp_path / "cut", file.name, "lacks ['width', 'objects']", "expected ['image_id', 'image'")
+    refused(tmp_path / "cut", file.name, "lacks ['objects']", "expected ['image_id', 'image'")
 
 
 @pytest.mark.parametrize("file_name", ["../outside.jpg", "/etc/hostname", "link/outside.jpg"])
@@ -326,7 +492,7 @@ def test_a_path_that_leaves_the_folder_is_refused(file_name: str, tmp_path: Path
     refused(root, "annotations.json", repr(file_name), "leads out of")
     write(root / "metadata.jsonl", json.dumps({"file_name": file_name, "objects": {"bbox": [], "category_name": []}}))
     (root / "annotations.json").unlink()
-    refused(root, "metadata.jsonl line 1", repr(file_name), "leads out of")
+    refused(root, "metadata.jsonl", repr(file_name), "leads out of")
 
 
 def test_the_hub_offline_is_an_error_and_never_another_data_set():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RECIPES = ["r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint"]
+RECIPES = ["r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint", "r5-reward"]
 NOTE = f"""\
 #!{sys.executable}
 import json, sys

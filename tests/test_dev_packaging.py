@@ -1,6 +1,9 @@
 """pyproject.toml is the one list of dependencies: everything imported stands there, and the lock follows from it."""
 
 import ast
+import importlib
+import inspect
+import json
 import re
 import sys
 import tomllib
@@ -8,8 +11,12 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from helpers.use import serve
 
 
 def pinned(repo: Path) -> dict[str, str]:
@@ -52,3 +59,26 @@ def test_the_data_files_of_the_package_are_declared(repo, name):
     declared = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert (repo / name).is_dir()
     assert f"helpers.{name.split('/')[1]}" in declared
+
+
+def test_the_image_and_its_services_are_made_of_what_is_there(repo):
+    lines = (repo / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    cuda, ubuntu = re.fullmatch(r"FROM nvidia/cuda:(\d+\.\d+)\.\d+-base-ubuntu([\d.]+)", lines[1]).groups()
+    assert f"\ncuda-toolkit=={cuda}." in (repo / "requirements.lock").read_text()
+    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
+    assert {"24.04": "3.12"}[ubuntu] in SpecifierSet(project["requires-python"])
+    copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    assert copied == ["requirements.lock", "helpers"] and all((repo / source).exists() for source in copied)
+    install = "pip install --no-cache-dir --require-hashes --no-deps --requirement requirements.lock"
+    assert any(install in line for line in lines)
+    assert install.replace("--no-cache-dir", "--quiet") in (repo / "Makefile").read_text()  # as `make setup` does
+    services = yaml.safe_load((repo / "compose.yaml").read_text())["services"]
+    commands = {name: service["command"].removesuffix(" ${MODEL:-}") for name, service in services.items()}
+    assert commands["server"].split() == json.loads(lines[-1].removeprefix("CMD "))
+    for name, port in (("server", 8000), ("page", 7860)):
+        python, option, module, *rest = commands[name].split()
+        assert (python, option, rest) == ("python", "-m", ["--host", "0.0.0.0"])
+        assert f"{port}, arguments)" in inspect.getsource(importlib.import_module(module).main)
+        assert services[name]["ports"] == [f"127.0.0.1:{port}:{port}"]
+        assert services[name]["volumes"] == ["./runs:/app/runs:ro"]
+    assert services["server"]["environment"] == [serve.KEY]

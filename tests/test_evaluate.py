@@ -66,6 +66,26 @@ def test_every_metric_by_hand():
     json.dumps(result, allow_nan=False)
 
 
+def test_a_box_of_ones_own_classes_counts_for_its_own_class_alone():
+    """Two classes in one place, the names swapped in one picture; kinds of nutrition table have any of their names."""
+    names, swapped = ["logo", "price"], ["price", "logo"]
+    truth = [true_row("right", A, B, names=names), true_row("swapped", A, B, names=names),
+             true_row("same place", A, A, names=names)]  # fmt: skip
+    predictions = [predicted("right", A, B, labels=names), predicted("swapped", A, B, labels=swapped),
+                   predicted("same place", A, [0.1, 0.1, 0.5, 0.4], labels=swapped)]  # IoU .75 for the logo
+    got = values(score(truth, predictions, resamples=0)["summary"])
+    assert got["mean_iou"] == pytest.approx((1 + 0 + (1 + 0.75) / 2) / 3) and got["recall"] == got["precision"] == 4 / 6
+    assert values(score(truth[:1], predictions[:1], resamples=0)["summary"])["ap"] == pytest.approx(1)
+    assert values(score(truth[1:2], predictions[1:2], resamples=0)["summary"])["ap"] == 0
+    kinds = [true_row("swapped", A, B, names=["nutrition-table", "nutrition-table-text"])]
+    assert values(score(kinds, predictions[1:2], resamples=0)["summary"])["ap"] == pytest.approx(1)
+    box = best_constant_box([true_row("a", A, names=["logo"]), true_row("b", A, B, B, names=["logo", "price", "price"]),
+                             true_row("c", A, names=["logo"])])
+    assert box == pytest.approx(A, abs=1e-3)
+    (line,) = constant_predictions(box, [true_row("a", A, A, B, names=["logo", "logo", "price"])])
+    assert line["labels"] == ["logo"]
+
+
 unit_boxes = st.tuples(*[st.floats(0, 1)] * 4).map(
     lambda c: [min(c[0], c[1]), min(c[2], c[3]), max(c[0], c[1]), max(c[2], c[3])]
 )

@@ -45,7 +45,8 @@ def random_detections(seed, pictures=25):
 
 
 def records_of(true, found, scores):
-    return [{"true": true[p].tolist(), "predicted": found[p].tolist(), "confidences": scores[p]} for p in found]
+    return [{"true": true[p].tolist(), "predicted": found[p].tolist(), "confidences": scores[p], "by_class": False}
+            for p in found]
 
 
 @pytest.mark.parametrize("seed", range(4))

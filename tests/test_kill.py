@@ -24,7 +24,7 @@ from helpers.trainer import is_complete, last_checkpoint, read_log
 
 SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",
-         "predict_batch_size=2", "max_new_tokens=64", "report_to=none")
+         "predict_batch_size=2", "max_new_tokens=64", "reward_steps=4", "report_to=none")
 SEED = os.environ.get("KILL_TEST", "")  # set by `make test-all`
 MOMENTS = ("start", "step", "checkpoint", "step", "evaluation", "saving") if SEED else ("step", "checkpoint", "saving")
 PATIENCE = 600  # seconds until a run that does not end counts as hung

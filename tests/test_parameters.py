@@ -51,6 +51,22 @@ def test_what_was_not_given_comes_from_the_scale_and_the_recipe(defaults, monkey
     names = [stage.folder.name for stage in run.stages]
     assert names == ["qwen2vl-nutrition-detection-r3-stage1", "qwen2vl-nutrition-detection-r3-stage2"]
     assert run.folder == run.stages[-1].folder and run.merged_folder.name.endswith("-r3-merged")
+    assert run.stages[1].base == str(run.stages[0].result) and not run.stages[1].start
+
+
+def test_r5_goes_on_with_the_adapter_of_a_stage_that_is_r1s_own(defaults, monkeypatch):
+    alone = settle(defaults, monkeypatch, "recipe=r1-llm-only", "learning_rate=0.002")
+    run = settle(defaults, monkeypatch, "recipe=r5-reward", "learning_rate=0.002", "reward_learning_rate=3e-5",
+                 "reward_beta=0")
+    labels, rewards = run.stages
+    assert [stage.folder.name for stage in run.stages] == [f"{settings.PROJECT}-r5-reward-r1", run.folder.name]
+    assert rewards.base == labels.base == run.model_path and (labels.start, rewards.start) == (None, labels.result)
+    assert (labels.learning_rate, rewards.learning_rate) == (0.002, 3e-5)
+    assert runs.training_values(run, labels.stage) == runs.training_values(alone)
+    assert runs.training_values(run, rewards.stage)["reward_beta"] == 0
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ParameterError, match="r5-reward trains on one GPU a process, and this one shows 2; give"):
+        settings._check_gpus(run.stages, "r5-reward")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +74,8 @@ def test_what_was_not_given_comes_from_the_scale_and_the_recipe(defaults, monkey
     [
         ("recipe=r5", ["recipe='r5'", "r1-llm-only", "r4-joint"]),
         ("recpie=r4-joint", ["recpie", "did you mean recipe"]),
+        ("reward_completions=1", ["reward_completions=1", "from 2"]),
+        ("reward_beta=-1", ["reward_beta=-1", "from 0 to below 1"]),
         ("epochs=three", ["epochs='three'", "number above 0"]),
         ("epochs=0", ["epochs=0"]),
         ("lora_rank=0", ["lora_rank=0", "whole number from 1"]),

@@ -149,6 +149,28 @@ def test_r3_runs_both_stages_on_top_of_each_other():
 
 
 @pytest.mark.slow
+def test_r5_takes_over_what_r1_has_trained_and_goes_on_by_rewards(trained, capsys):
+    trained("r1-llm-only")
+    names = run("recipe=r5-reward", "reward_completions=2", "eval_steps=2", "eval_pictures=4")
+    folder, labels = f"{PREFIX}r5-reward", load_file(f"{PREFIX}r1-llm-only/adapter/adapter_model.safetensors")
+    assert "r5-reward-r1: taken over from runs/qwen2vl-nutrition-detection-r1-llm-only" in capsys.readouterr().out
+    assert list(names["trained"]) == ["r5-reward"]
+    check_scores(folder)
+    assert read(f"{folder}/manifest.json")["parameters"]["reward_steps"] == 3
+    log = trainer.read_log(Path(folder) / "log.jsonl")
+    assert [line["step"] for line in log if "reward" in line] == [1, 2, 3]
+    assert [line["step"] for line in log if "eval_iou" in line] == [2, 3]
+    taken = load_file(f"{folder}-r1/adapter/adapter_model.safetensors")
+    assert all(torch.equal(weight, taken[name]) for name, weight in labels.items())
+    rewarded = load_file(f"{folder}/adapter/adapter_model.safetensors")
+    assert rewarded.keys() == taken.keys() and any(not torch.equal(weight, taken[n]) for n, weight in rewarded.items())
+    assert Path(f"{folder}-merged/model.safetensors").exists()
+    assert run("recipe=r5-reward", "reward_completions=2", "eval_steps=2", "eval_pictures=4")["trained"] == {}
+    with pytest.raises(runs.ParameterError, match="reward_beta was 0.04, now 0.1.*run_name"):
+        run("recipe=r5-reward", "reward_completions=2", "reward_beta=0.1")
+
+
+@pytest.mark.slow
 def test_base_trains_nothing_and_a_second_start_repeats_nothing(monkeypatch):
     run("recipe=base")
     check_scores(f"{PREFIX}base")

@@ -7,10 +7,11 @@ import pytest
 from datasets import Dataset
 from matplotlib import pyplot as plt
 from PIL import Image
-from test_data import row, splits
+from test_data import jpeg, row, splits
 
 from helpers import data, plots
 from helpers.evaluate import score
+from helpers.plots import sheet
 
 A = [0.1, 0.2, 0.5, 0.6]
 
@@ -49,6 +50,37 @@ def test_boxes_are_drawn_where_they_are_and_differ():
     assert (whole.get_width(), whole.get_height()) == (256, 128)
     assert truth.get_linestyle() != whole.get_linestyle() and truth.get_edgecolor() != whole.get_edgecolor()
     plt.close("all")
+
+
+def test_gallery_names_the_boxes_of_several_classes_of_ones_own(scored, as_figures):
+    rows, truth, predictions, _ = scored
+    truth = [line | {"objects": line["objects"] | {"category_name": [f"kind {i % 2}"] * len(line["objects"]["bbox"])}}
+             for i, line in enumerate(truth)]
+    predictions = [line | {"labels": ["kind 1"] * len(line["boxes"])} for line in predictions]
+    assert titles(plots.gallery(rows.select([0, 1]), truth)) == ["kind 0", "kind 1"]
+    assert titles(plots.gallery(rows.select([1, 0]), truth, predictions)) == ["kind 1 IoU 0.95", "kind 1 IoU 0.00"]
+
+
+def test_the_page_of_make_data_shows_pictures_boxes_guesses_and_findings(tmp_path, monkeypatch, capsys):
+    for number, name in enumerate("abcdefgh"):
+        (tmp_path / f"set/train/{name}.jpg").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"set/train/{name}.jpg").write_bytes(jpeg(number, (120, 80)))
+        (tmp_path / f"set/train/{name}.txt").write_text(f"{number % 2} 0.5 0.5 0.2 0.5\n")
+    (tmp_path / "set/train/h.jpg").write_bytes(b"no picture")
+    (tmp_path / "set/data.yaml").write_text("names: ['<table>', logo]")
+    page = tmp_path / "audit.html"
+    monkeypatch.setattr("sys.argv", ["sheet", f"dataset_id={tmp_path / 'set'}", "val_share=0.25", f"page={page}"])
+    sheet.main()
+    text = page.read_text()
+    assert "audit: 1 × unreadable-picture: row dropped" in capsys.readouterr().out
+    for words in ("is read as YOLO", "2 of its 8 pictures become val (val_share=0.25)", "2 classes are trained on",
+                  "unreadable-picture", "cannot be read", "of 2 pictures, with the boxes as trained on",
+                  "left:40.00%;top:25.00%;width:20.00%;height:50.00%", "120 × 80 px"):
+        assert words in text, words
+    assert text.count("data:image/jpeg;base64,") == 7 and text.count("src=") == 7 and "http" not in text
+    monkeypatch.setattr("sys.argv", ["sheet", f"dataset_id={tmp_path / 'set'}", "classes=price"])
+    with pytest.raises(SystemExit, match="has no class 'price'; it has"):
+        sheet.main()
 
 
 def test_gallery_shows_each_row_in_order(scored, as_figures):

@@ -1,16 +1,23 @@
 """Many photos: kills, bad pictures, several processes, COCO, crops; and what is refused."""
 
+import contextlib
 import errno
+import functools
+import http.server
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
 
 import finished_model
+import pyarrow.parquet
 import pytest
 from filelock import FileLock
 from PIL import Image
@@ -19,9 +26,10 @@ from helpers import predict
 from helpers.data import pictures
 from helpers.runs import read_json, write_json
 from helpers.settings import ParameterError
-from helpers.use import load
+from helpers.use import inputs, load
 from helpers.use import photos as many
-from helpers.use.photos import find_pictures, main, predict_photos, summary
+from helpers.use.inputs import find_pictures
+from helpers.use.photos import main, predict_photos, summary
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +111,11 @@ def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
     assert summary(tmp_path, coco=True) == {"pictures": 2, "with a box": 1, "without": 1, "unreadable": 0,
                                             "never stopped": 1}
     truth = COCO(str(tmp_path / "coco_images.json"))
-    (found,) = truth.loadRes(str(tmp_path / "coco_results.json")).dataset["annotations"]
+    found, other = truth.loadRes(str(tmp_path / "coco_results.json")).dataset["annotations"]
     assert found["bbox"] == [20, 20, 40, 40] and found["score"] == 0.7
     assert truth.loadImgs(found["image_id"])[0]["file_name"] == "a.jpg"
-    assert truth.loadCats(found["category_id"])[0]["name"] == "nutrition-table"
+    names = [truth.loadCats(one["category_id"])[0]["name"] for one in (found, other)]
+    assert names == ["nutrition-table", "barcode"]
 
 
 def test_the_same_command_does_nothing_twice_and_goes_on_after_the_last_whole_line(
@@ -236,6 +245,92 @@ def test_a_data_set_is_asked_too_and_its_split_is_named(model, tmp_path):
     assert find_pictures(str(embedded(tmp_path)), "val", tmp_path)[0] == keys
 
 
+@pytest.fixture
+def site(photos):
+    """A web server of the photos: under /moved/ it leads on to them by another name of this machine."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/moved/"):
+                self.send_response(302)
+                self.send_header("Location", f"http://127.0.0.1:{server.server_port}/{self.path[7:]}")
+                self.end_headers()
+            else:
+                super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=photos)) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_zip_and_a_list_of_paths_and_urls_give_the_lines_of_the_folder(model, photos, answers, site, tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for file in sorted(photos.rglob("*.*")):
+            archive.write(file, file.relative_to(photos))
+        archive.writestr("__MACOSX/._1.jpg", b"")
+    run(tmp_path / "photos.zip", tmp_path / "zip", model)
+    names = {"1.jpg": "1.jpg", f"{photos}/2.jpg": "2.jpg", f"{site}/moved/4.JPG": "4.JPG", f"{site}/b/1.jpg": "b/1.jpg"}
+    shutil.copy(photos / "1.jpg", tmp_path)
+    (tmp_path / "list.txt").write_text("\n".join([*names, "", "1.jpg", f"{site}/none.jpg"]))
+    run(tmp_path / "list.txt", tmp_path / "list", model, private=True, parquet=True)
+    zipped = {line["image_id"]: line for line in predict.read_jsonl(tmp_path / "zip" / "predictions.jsonl")}
+    listed = {line["image_id"]: line for line in predict.read_jsonl(tmp_path / "list" / "predictions.jsonl")}
+    assert set(zipped) == {*answers, "cut.jpg", "empty.jpg", "strip.png", "text.jpg"}
+    assert set(listed) == {*names, f"{site}/none.jpg"} and "404" in listed[f"{site}/none.jpg"]["error"]
+    for name, line in answers.items():
+        assert zipped[name]["text"] == line["text"]
+    assert all(listed[one]["text"] == answers[name]["text"] for one, name in names.items())
+    table = pyarrow.parquet.read_table(tmp_path / "list" / "predictions.parquet").to_pylist()
+    assert [{name: value for name, value in row.items() if value is not None} for row in table] == [*listed.values()]
+
+
+def test_addresses_of_ones_own_network_are_refused_unless_allowed(photos, site, tmp_path, monkeypatch):
+    (tmp_path / "list.txt").write_text(f"https://example.com/1.jpg\n{site}/1.jpg")
+    with pytest.raises(ParameterError, match="localhost is an address of your own network"):
+        find_pictures(str(tmp_path / "list.txt"), "val", tmp_path)
+    checked = []
+    monkeypatch.setattr(inputs, "_refuse_private", checked.append)
+    assert inputs.read_place(f"{site}/moved/1.jpg", private=False) == (photos / "1.jpg").read_bytes()
+    assert checked == ["localhost", "127.0.0.1"]  # at the redirect too
+    assert inputs.read_place(f"{site}/1.jpg", private=True) and len(checked) == 2
+
+
+@pytest.fixture
+def bucket(photos, tmp_path, monkeypatch):
+    """The photos in a bucket of a local S3 server."""
+    s3fs = pytest.importorskip("s3fs")
+    if not (program := shutil.which("moto_server")):
+        pytest.skip("moto_server is not there: pip install 'moto[server]'")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in {"ENDPOINT_URL": f"http://127.0.0.1:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
+                        "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    files = s3fs.S3FileSystem()
+    for _ in range(100):
+        with contextlib.suppress(Exception):
+            files.mkdir("photos")
+            break
+        time.sleep(0.2)
+    files.put(f"{photos}/", "photos/some", recursive=True)
+    yield "s3://photos/some"
+    server.kill()
+
+
+def test_a_bucket_is_read_and_what_cannot_be_is_said(model, photos, answers, bucket, tmp_path, capsys):
+    run(bucket, tmp_path / "out", model)
+    lines = {line["image_id"]: line for line in predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")}
+    assert len(lines) == 9 and all(lines[name]["text"] == line["text"] for name, line in answers.items())
+    said = refusal("s3://elsewhere", tmp_path / "out", "--model", model)
+    assert "INPUT=s3://elsewhere cannot be listed (The specified bucket does not exist)" in said
+    assert "names no pictures" in refusal("s3://photos/none", tmp_path / "out", "--model", model)
+
+
 def embedded(folder: Path) -> Path:
     """A data set without picture files of its own: the embedded scenes as Parquet."""
     from helpers import data
@@ -273,6 +368,9 @@ def test_what_cannot_be_done_is_said_in_one_sentence(model, photos, tmp_path, mo
     out = tmp_path / "out"
     assert "is not there" in refusal("./nowhere", out, "--model", model)
     assert "is no file or folder" in refusal("nowhere", out, "--model", model)
+    assert "cannot be listed (Please install gcsfs" in refusal("gs://bucket/photos", out, "--model", model)
+    (tmp_path / "none.zip").write_bytes(b"PK")
+    assert "cannot be listed (File is not a zip file)" in refusal(tmp_path / "none.zip", out, "--model", model)
     (tmp_path / "none").mkdir()
     assert "is a folder without files" in refusal(tmp_path / "none", out, "--model", model)
     (tmp_path / "none" / ".hidden.jpg").write_bytes(finished_model.scene(0))

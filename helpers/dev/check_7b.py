@@ -38,6 +38,7 @@ EXPECTED = {  # weights that train, a row a stage
     "r2-vision-only": [WHOLE_VISION],
     "r3-two-stage": [WHOLE_VISION, ON_LANGUAGE],
     "r4-joint": [ON_LANGUAGE | {"vision": LORA_VISION}],
+    "r5-reward": [ON_LANGUAGE],  # in both stages
 }
 CAPPED = ("r1-llm-only", "r4-joint", "base")  # the ones promised to fit a card of 24 GiB, or of 16 with memory=low
 WAYS = ("one process", "one GPU", "processes")
@@ -80,10 +81,11 @@ def pipeline_arguments(options: argparse.Namespace, recipe: str, runs: Path) -> 
         "recipe": recipe, "scale": "7b", "model_id": options.folder / "model",
         "dataset_id": options.folder / "pictures", "output_root": runs, "epochs": 1,
         "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
-        "max_new_tokens": NEW_TOKENS, "memory": options.memory,
+        "max_new_tokens": NEW_TOKENS, "memory": options.memory, "reward_steps": options.steps,
     }  # fmt: skip
     if options.tiny:  # no GPU, so scale 7b would be refused: its values one by one, and small pictures
         values = {name: value for name, value in options.values.items() if not name.endswith("_id")}
+        values["reward_completions"] = 2
         pixels = {"min_pixels": 16 * IMAGE_TOKEN, "max_pixels": 64 * IMAGE_TOKEN}
         given = values | given | pixels | {"scale": "tiny"}
     return [f"{name}={value}" for name, value in given.items()]
@@ -214,8 +216,9 @@ def main(words: list[str] | None = None) -> int:
     report.mkdir(parents=True, exist_ok=True)
     prepare(options)
     for way in options.ways:
-        for recipe in options.recipes:
-            run_recipe(options, recipe, way)
+        for recipe in options.recipes:  # rewards need a process a GPU
+            if options.gpus == 1 or way != "one process" or not any(stage.reward for stage in RECIPES[recipe]):
+                run_recipe(options, recipe, way)
     rows = [read_json(file) for file in sorted(report.glob("r*.*.json")) + sorted(report.glob("base.*.json"))]
     for row in rows:
         row["wrong"] += other_losses(row, rows)

@@ -31,9 +31,9 @@ CALLS: dict[str, tuple] = {  # name in the file -> where pipeline.py finds it, a
     "load": (model, "load", None),
     "nf4 layers": (model, "check_precision", len),
     "trainable": (model, "check_trainable", lambda table: {name: row["trainable"] for name, row in table.items()}),
-    "train": (trainer.BoxTrainer, "train", None),
-    "save checkpoint": (trainer.BoxTrainer, "_save_checkpoint", None),
-    "load checkpoint": (trainer.BoxTrainer, "_load_from_checkpoint", None),
+    "train": (trainer.ExactTrainer, "train", None),
+    "save checkpoint": (trainer.ExactTrainer, "_save_checkpoint", None),
+    "load checkpoint": (trainer.ExactTrainer, "_load_from_checkpoint", None),
     "predict": (predict, "predict", len),
     "merge": (merge, "merge_adapter", lambda value: value[1]),  # None with memory=low
     "save model": (merge, "save_whole", None),

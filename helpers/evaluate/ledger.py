@@ -17,7 +17,7 @@ from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matri
 from helpers.runs import read_json, write_json
 
 BEGIN, END = "<!-- results: make table ARGS=--write -->", "<!-- end of results -->"
-ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint")
+ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint", "r5-reward")
 SHOWN = (*METRICS.values(), "ap50", "ap75")
 HEADS = {head: METRICS[head] for head in ("median", "detection", "IoU > .5", "IoU > .7", "F1", "AP")}  # of README
 # Mean IoU at 7B on the first 50 pictures of the real val, two RTX 6000 Ada.

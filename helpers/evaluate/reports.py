@@ -112,6 +112,13 @@ def metrics_table(metrics: dict) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def class_table(scored: dict) -> pd.DataFrame:
+    """One score of `write_metrics`, to look at: a row a class of the truth, with mean IoU and recall at IoU .5."""
+    return pd.DataFrame({name: {"boxes": one["recall"]["n"], "mean IoU (95 %)": with_interval(one["mean_iou_boxes"]),
+                                "found": number(one["recall"]["value"], True)}
+                         for name, one in scored["by_category"].items()}).T  # fmt: skip
+
+
 def table_line(cells: list[str]) -> str:
     """A line of a table in Markdown."""
     return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"

@@ -33,8 +33,9 @@ def overview(stages: Sequence[Stage], loss_scope: str = "assistant", path: Path 
             axes.text((start + end) / 2, 15, text, ha="center", va="bottom", fontsize=7)
         axes.annotate("", (61, 8), (61, 5), arrowprops={"arrowstyle": "->"})
         if stage:
-            where = "on the completion" if loss_scope == "assistant" else "on all text"
-            axes.text(90, 5, f"loss {where}", ha="center", color=COLOURS[1], weight="bold", fontsize=9)
+            where = "loss on the completion" if loss_scope == "assistant" else "loss on all text"
+            where = "rewards of its boxes" if stage.reward else where
+            axes.text(90, 5, where, ha="center", color=COLOURS[1], weight="bold", fontsize=9)
     return finish(figure, path)
 
 

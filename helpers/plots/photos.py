@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from PIL.Image import Image
 
 from helpers.data.pictures import as_rgb
-from helpers.evaluate import score
+from helpers.evaluate.match import by_class, match_picture, pair_up
 from helpers.plots.figure import finish, new_figure
 
 TRUTH, PREDICTION = "#0072B2", "#E69F00"
@@ -93,15 +93,17 @@ def _captioned(
     """What `panels` takes for each row: IoU as its caption where there are predictions."""
     rows = list(rows)
     ids = {row["image_id"] for row in rows}
-    kept = [[line for line in lines if line["image_id"] in ids] for lines in (truth, predictions or [])]
-    records = {record["image_id"]: record for record in score(*kept, resamples=0)["per_picture"]}
+    pairs, problems = pair_up([line for line in truth if line["image_id"] in ids], predictions or [])
+    named = by_class(truth)
+    records = {line["image_id"]: match_picture(line, found, problems, named) for line, found in pairs}
     pictures = []
     for row in rows:
         record = records[row["image_id"]]
-        caption = ""
+        caption = ", ".join(record["box_categories"]) if record["by_class"] else ""
         if record["iou"] is None:
             caption = "no table" + (", false alarm" if record["predicted"] else "")
         elif predictions is not None:
-            caption = f"IoU {record['iou']:.2f}" if record["predicted"] else "no box"
+            found = ", ".join(record["predicted_categories"]) + " " if record["by_class"] else ""
+            caption = f"{found}IoU {record['iou']:.2f}" if record["predicted"] else "no box"
         pictures.append((caption, row["image"], record["true"], record["predicted"]))
     return pictures

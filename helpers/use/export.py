@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 
 from helpers import data, evaluate, merge, model, parity, predict, runs
+from helpers.boxes import CATEGORIES
 from helpers.evaluate.intervals import number
 from helpers.recipes import RECIPES
 from helpers.runs import read_json, write_json, write_text
@@ -121,11 +122,13 @@ def model_card(copy: str, run: Path, made_with: dict[str, Any], size: int, compa
                        else f"local photos ({Path(values['dataset_id']).name})")
     name = manifest["run"].removesuffix("-stage2") + ("-nf4" if copy == "nf4" else "")
     shipped = next(scores[which] for which in ("merged", "fine-tuned", "base") if which in scores)
+    own = [] if {*shipped["by_category"]} <= {*CATEGORIES} else [*shipped["by_category"]]  # classes of one's own
+    topics = [] if own else ["nutrition-table", "open-food-facts"]
     scored_in = "nf4" if values.get("memory") == "low" and "merged" in scores else "bf16"
     results = [
-        EvalResult(task_type="object-detection", task_name="Nutrition table detection", dataset_split="val",
-                   dataset_type=photos or "embedded", dataset_name=words, metric_type=kind, metric_name=metric,
-                   metric_value=round(shipped["summary"][key]["value"], 4))
+        EvalResult(task_type="object-detection", task_name=f"{', '.join(own) or 'Nutrition table'} detection",
+                   dataset_split="val", dataset_type=photos or "embedded", dataset_name=words, metric_type=kind,
+                   metric_name=metric, metric_value=round(shipped["summary"][key]["value"], 4))
         for kind, metric, key in (("iou", "mean IoU", "mean_iou"), ("f1", "F1 at IoU .5", "f1"),
                                   ("map", "AP (IoU .50 to .95)", "ap"))
         if copy == scored_in and shipped["summary"][key]["value"] is not None  # measured with this copy's weights
@@ -133,13 +136,13 @@ def model_card(copy: str, run: Path, made_with: dict[str, Any], size: int, compa
     head = ModelCardData(
         model_name=name, base_model=base, license="apache-2.0", datasets=[photos] if photos else None,
         library_name="transformers", pipeline_tag="image-text-to-text", eval_results=results or None,
-        tags=["qwen2_vl", "object-detection", "nutrition-table", "open-food-facts", manifest["recipe"]]
+        tags=["qwen2_vl", "object-detection", *topics, manifest["recipe"]]
              + (["bitsandbytes", "4-bit"] if copy == "nf4" else []))  # fmt: skip
     return ModelCard.from_template(
         head, template_path=str(Path(__file__).with_name("card.md")), copy=copy, name=name, made_with=made_with,
         prompt_literal=json.dumps(made_with["prompt"], ensure_ascii=False), values=values, manifest=manifest,
         size=f"{size / 1e9:.3g} GB" if size > 1e8 else f"{size / 1e6:.3g} MB", metrics=metrics, shipped=shipped,
-        scored_in=scored_in, compared=compared, stages=RECIPES[manifest["recipe"]], data=words,
+        scored_in=scored_in, compared=compared, own=own, stages=RECIPES[manifest["recipe"]], data=words,
         base=base or made_with.get("base", {}).get("name", "unknown"), number=number,
         with_interval=evaluate.with_interval).content
 

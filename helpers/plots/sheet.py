@@ -1,11 +1,17 @@
-"""What a data set becomes, as one page to look at before a training: its pictures and boxes, guesses and findings."""
+"""`make data`: a data set on one page, to look at before a training: its pictures and boxes, guesses and findings.
+
+    python -m helpers.plots.sheet dataset_id=path/to/export classes=table val_share=0.2 page=audit.html
+"""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
-from collections.abc import Iterable, Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +19,15 @@ import datasets
 import numpy as np
 from PIL import ImageOps
 
-from helpers.data.audit import Audit
-from helpers.data.checks import RULES
+from helpers import data
 from helpers.data.pictures import as_rgb, open_picture
+from helpers.plots.figure import COLOURS
+from helpers.recipes import PARAMETERS, Parameter, text
+from helpers.settings import ParameterError, check, choose_cache, read_given
 
+GIVEN: dict[str, Any] = {"dataset_id": None, "dataset_revision": None, **dict.fromkeys(data.OPTIONS), "val_share": 0.1,
+                         "hf_home": None, "page": "audit.html"}  # fmt: skip
 SIDE = 400  # pixels of a picture's longer side on the page
-COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # of the classes; Okabe and Ito's
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em; color: #222 }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; margin-top: 2em } table { border-collapse: collapse }
@@ -33,10 +42,8 @@ figcaption { font-size: 12px; color: #555; overflow-wrap: anywhere } .class { co
 """
 
 
-def write_sheet(
-    path: Path, where: str, raw: datasets.DatasetDict, audit: Audit, cleaned: datasets.DatasetDict, said: Sequence[str],
-    *, most: int = 24, each: int = 4,
-) -> None:  # fmt: skip
+def write_sheet(path: Path, where: str, raw: datasets.DatasetDict, audit: data.Audit, cleaned: datasets.DatasetDict,
+                said: Sequence[str], *, most: int = 24, each: int = 4) -> None:  # fmt: skip
     """Write the page for the data set `where` to `path`, one file with all that is in it.
 
     The first `most` pictures of each split of `cleaned`, as the model gets them; up to `each` with each fault that
@@ -58,7 +65,7 @@ def write_sheet(
         few = rows.select(range(min(most, len(rows)))).cast_column("image", datasets.Image(decode=False))
         figures = [_figure(row["image"], _boxes(row["objects"], colours), f"{row['image_id']} · {row['width']} × "
                            f"{row['height']} px") for row in few]  # fmt: skip
-        title = f"{name}: the first {len(few)} of {len(rows):,} pictures, with the boxes as trained on"
+        title = f"{name}: {len(few)} of {len(rows):,} pictures, with the boxes as trained on"
         parts += [f'<h2>{title}</h2><div class="pictures">', *figures, "</div>"] if len(few) else []
     if found:
         parts += ['<h2>Pictures with a finding</h2><p>Dashed: a box as it came in. Solid: as it is trained on.</p>'
@@ -78,9 +85,9 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
-def _findings(raw: datasets.DatasetDict, audit: Audit, colours: dict[str, str], each: int) -> Iterable[str]:
+def _findings(raw: datasets.DatasetDict, audit: data.Audit, colours: dict[str, str], each: int) -> Iterator[str]:
     """The first pictures of each fault, with the boxes that came in and those that stay."""
-    for rule in RULES:
+    for rule in data.RULES:
         for fault in [fault for fault in audit.faults if fault.fault == rule.fault][:each]:
             rows = raw[fault.split].select([fault.index]).cast_column("image", datasets.Image(decode=False))
             row, kept = rows[0], fault.index in audit.keep[fault.split]
@@ -120,3 +127,39 @@ def _figure(image: dict[str, Any] | None, boxes: list[str], caption: str) -> str
     except Exception as error:  # Pillow's readers raise many kinds
         photo = f'<div class="none">cannot be read: {html.escape(str(error)[:120])}</div>'
     return f"<figure>{photo}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+class Heard(io.StringIO):
+    """What is printed, kept, and printed all the same."""
+
+    def write(self, written: str) -> int:
+        sys.__stdout__.write(written)  # type: ignore[union-attr]
+        return super().write(written)
+
+
+def main() -> None:
+    """Load, audit, write the page; a fault in what was given ends in one sentence and exit status 1."""
+    start, values, heard = time.monotonic(), dict(GIVEN), Heard()
+    rules = {name: PARAMETERS[name] for name in GIVEN if name != "page"} | {"page": Parameter(text("a file"))}
+    try:
+        read_given(values, rules)
+        check(values, rules)
+        if values["dataset_id"] is None:
+            raise ParameterError("dataset_id is missing; name a folder or file, such as dataset_id=path/to/export.")
+        choose_cache(values["hf_home"])
+        datasets.disable_progress_bars()
+        with contextlib.redirect_stdout(heard):
+            raw = data.load_raw(**data.source_of(values))
+            audit = data.audit(raw)
+            cleaned = data.clean(raw, audit)
+        for line in audit.table().itertuples():
+            print(f"audit: {line.count} × {line.fault}: {line.action}")
+        said = [line.removeprefix("data: ") for line in heard.getvalue().splitlines() if line]
+        write_sheet(Path(values["page"]), values["dataset_id"], raw, audit, cleaned, said)
+    except (ParameterError, data.DataError, OSError) as error:
+        sys.exit(str(error))
+    print(f"{values['page']}: open it and look at the boxes ({time.monotonic() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()
