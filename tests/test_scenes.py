@@ -10,7 +10,18 @@ import pytest
 from PIL import Image, ImageOps
 
 from helpers.boxes import CATEGORIES, pairwise_iou
-from helpers.scenes import SPLITS, THINGS, Scene, barcode_of, compose, planted_faults, render_scene
+from helpers.scenes import (
+    EXTRA_SPLITS,
+    LEAST,
+    SPLITS,
+    TABLES,
+    THINGS,
+    Scene,
+    barcode_of,
+    compose,
+    planted_faults,
+    render_scene,
+)
 
 HASHES = json.loads((Path(__file__).parent / "scene_hashes.json").read_text())
 
@@ -37,10 +48,21 @@ def test_first_scenes_are_those_that_every_committed_number_rests_on(split, inde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [*SPLITS, *EXTRA_SPLITS])
 def test_all_scenes_are_those_that_every_committed_number_rests_on(split):
-    hashes = [hash_of(render_scene(0, index, split)) for index in range(SPLITS[split])]
+    hashes = [hash_of(render_scene(0, index, split)) for index in range((SPLITS | EXTRA_SPLITS)[split])]
     assert hashlib.sha256("".join(hashes).encode()).hexdigest() == HASHES["all"][split]
+
+
+def test_extra_splits_show_several_tables_or_none_and_another_table_in_every_second_of_these():
+    several = [render_scene(0, index, "val-multi").tables for index in range(6)]
+    assert {len(tables) for tables in several} <= {2, 3, 4}
+    assert min(min(x1 - x0, y1 - y0) for tables in several for _, (x0, y0, x1, y1) in tables) >= LEAST
+    none = [render_scene(0, index, "val-none") for index in range(4)]
+    assert not any(scene.tables for scene in none)
+    assert [any(name in TABLES for name, _ in scene.things) for scene in none] == [False, True] * 2
+    with pytest.raises(ValueError, match="'val-none', whose scenes are 0 to 99"):
+        render_scene(0, 100, "val-none")
 
 
 @pytest.mark.slow

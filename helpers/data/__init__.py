@@ -11,7 +11,7 @@ import datasets
 from helpers.data.audit import Audit, Fault, audit, clean
 from helpers.data.checks import RULES
 from helpers.data.classes import take_classes
-from helpers.data.embedded import load_embedded
+from helpers.data.embedded import load_embedded, load_extra
 from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, categories_of

@@ -13,7 +13,7 @@ import numpy as np
 
 from helpers.boxes import xyxy_unit_to_yxyx_unit
 from helpers.messages import target_text
-from helpers.scenes import THINGS
+from helpers.scenes import TABLES, THINGS
 
 PROMPTS = (
     "Detect the bounding box of the {name}.",
@@ -25,7 +25,6 @@ PROMPT_WEIGHTS = (0.85, 0.05, 0.05, 0.05)
 MADE_UP_SHARE, MOST_BOXES = 0.1, 3
 SMALLEST = 0.08  # of the picture's side: an image token is about .1 wide
 WHOLE = np.array([0.0, 0.0, 1.0, 1.0])
-TABLES = frozenset(("cooking table", "price table", "dosage table", "drug facts"))  # drawn twice as often
 
 # the tokenizer's training text, beside prompts and completions
 SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu zen bra clo dri fle gno pri stu tra".split()
@@ -105,7 +104,7 @@ def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5
 def question(named: dict[str, np.ndarray], rng: random.Random) -> tuple[str, str]:
     """One (prompt, completion) about a thing of `named` (at least one), sometimes under a made-up name."""
     names = sorted(named)
-    (name,) = rng.choices(names, [2 if name in TABLES else 1 for name in names])
+    (name,) = rng.choices(names, [2 if name in TABLES else 1 for name in names])  # tables twice as often
     shown = made_up_name(rng) if rng.random() < MADE_UP_SHARE else name
     shown = name if "nutri" in shown else shown  # the base is never told of nutrition
     return prompt_text(shown, rng), completion_text(shown, named[name])
