@@ -29,6 +29,8 @@ model_revision = None  # commit, branch or tag on the Hub; None: the commit this
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
 classes = None  # which to train on, such as "Nutrition Facts=nutrition-table, Logo"; None: all, as they are named
+box_format = None  # what the files' boxes are, such as xyxy-pixels or cxcywh-unit; None: what they say, or what fits
+unlabelled = None  # pictures listed without a box: negative (no table in them) or skip; None: refused if many
 val_share = 0.1  # where the data set names no val: the share of its pictures that become val
 
 # the prompt, and what the loss is computed on

@@ -14,7 +14,7 @@ from PIL import Image
 from helpers import data, evaluate, scenes
 from helpers.data import embedded
 from helpers.data.audit import _twins, audit, clean
-from helpers.data.pictures import picture_facts, shown_size
+from helpers.data.pictures import head, picture_facts
 from helpers.data.schema import FEATURES, SPLIT_NAMES, empty_split, objects_of
 from helpers.data.splits import carve
 from helpers.use.load import open_upright
@@ -70,10 +70,10 @@ def cleaned(raw: datasets.DatasetDict) -> datasets.DatasetDict:
     [
         ("inverted-box", [[0.5, 0.6, 0.1, 0.2]], None, [[0.1, 0.2, 0.5, 0.6]]),
         ("out-of-range-box", [[-0.1, 0.2, 1.3, 0.6]], None, [[0.0, 0.2, 1.0, 0.6]]),
-        ("empty-box", [[0.1, 0.2, 0.1, 0.6]], None, []),
-        ("empty-box", [[1.1, 0.2, 1.4, 0.6]], None, []),  # wholly outside
-        ("not-a-box", [[0.1, 0.2, 0.5]], None, []),
-        ("not-a-box", [[0.1, float("nan"), 0.5, 0.6]], None, []),
+        ("empty-box", [[0.1, 0.2, 0.1, 0.6], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
+        ("empty-box", [[0.1, 0.2, 0.5, 0.6], [1.1, 0.2, 1.4, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),  # wholly outside
+        ("not-a-box", [[0.1, 0.2, 0.5], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
+        ("not-a-box", [[0.1, float("nan"), 0.5, 0.6], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
         ("repeated-box", [[0.1, 0.2, 0.5, 0.6]] * 2, None, [[0.1, 0.2, 0.5, 0.6]]),
         ("unknown-category", [[0.1, 0.2, 0.5, 0.6], [0.6, 0.1, 0.9, 0.9]], [TABLE, ""], [[0.1, 0.2, 0.5, 0.6]]),
         ("no-table", [], None, []),
@@ -85,6 +85,12 @@ def test_a_planted_box_fault_is_named_and_treated_as_its_rule_says(fault, boxes,
     assert cleaned(raw)["val"][1]["objects"]["bbox"] == left
     assert cleaned(raw)["val"][0]["objects"] == raw["val"][0]["objects"]
     assert raw["val"].to_list()[1]["objects"]["bbox"][0:1] == boxes[0:1] or np.isnan(boxes[0]).any()  # raw stays raw
+
+
+def test_a_picture_whose_boxes_are_all_unusable_is_dropped_and_is_none_without_a_table():
+    raw = splits(val=[row(1), row(2, [[0.1, 0.2, 0.1, 0.6]]), row(3, [[0.1, 0.2, 0.5]]), row(4, [])])
+    assert found(raw)["no-box-left"] == ["0000000000002_1", "0000000000003_1"]
+    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1", "0000000000004_1"]
 
 
 def test_float32_rounding_is_no_fault_and_leaves_the_unit_square():
@@ -165,11 +171,11 @@ def test_scores_count_the_raw_truth_whole_and_the_cleaned_truth_alone():
     truth, raw_truth = data.truth_rows(cleaned(raw)["val"]), data.raw_truth(raw["val"])
     answers = [{"image_id": r["image_id"], "boxes": [[0.2, 0.1, 0.6, 0.5]], "labels": [TABLE]} for r in truth]
     after = evaluate.score(truth, answers, resamples=0)
-    assert (after["pictures"], after["summary"]["mean_iou"]["n"], after["summary"]["mean_iou"]["value"]) == (4, 2, 1.0)
+    assert (after["pictures"], after["summary"]["mean_iou"]["n"], after["summary"]["mean_iou"]["value"]) == (3, 2, 1.0)
     before = evaluate.score(raw_truth, answers, resamples=0)
     assert (before["pictures"], before["summary"]["mean_iou"]["n"]) == (5, 4)
     assert before["summary"]["mean_iou"]["value"] == (1 + 0.5 + 0 + 0) / 4
-    assert before["problems"]["pictures without a prediction"] == ["0000000000003_1"]
+    assert before["problems"]["pictures without a prediction"] == ["0000000000003_1", "0000000000004_1"]
     json.dumps(before, allow_nan=False)
 
 
@@ -311,7 +317,7 @@ def test_a_transparent_picture_on_its_side_is_turned_and_has_one_size_everywhere
     exif, file = Image.Exif(), tmp_path / "a"
     exif[0x0112] = 6
     Image.new("RGBA", (80, 40)).save(file, kind, exif=exif)
-    assert shown_size(file) == (40, 80) and open_upright(file).size == (40, 80)
+    assert head({"bytes": None, "path": file}).shown == (40, 80) and open_upright(file).size == (40, 80)
     facts = picture_facts({"bytes": None, "path": str(file)})
     assert (facts["stored"], facts["orientation"]) == ([80, 40], 6)
     raw = splits(val=[row(1, image=picture(file.read_bytes()), width=40, height=80)])

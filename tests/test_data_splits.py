@@ -143,7 +143,7 @@ def test_the_files_of_coco_tell_splits_apart_and_so_do_the_names_of_a_flat_folde
     write_pictures(tmp_path / "coco/val2017")
     for split in ("train", "val"):
         write(tmp_path / f"coco/annotations/instances_{split}2017.json", json.dumps(coco()))
-    raw = data.load_raw(str(tmp_path / "coco"))
+    raw = data.load_raw(str(tmp_path / "coco"), unlabelled="negative")
     folders = {name: {Path(image["path"]).parent.name for image in undecoded(split)} for name, split in raw.items()}
     assert folders == {"train": {"train2017"}, "selection": {"train2017"}, "val": {"val2017"}}
     for number, name in enumerate(("train_0", "train_1", "val_0")):

@@ -18,6 +18,8 @@ from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, categories_of
 from helpers.data.sources import HUB_ID, HUB_REVISION, check_content, load_hub, load_local
 from helpers.data.splits import arrange
 
+OPTIONS = ("classes", "val_share", "box_format", "unlabelled")  # arguments of `load_raw` that are parameters of a run
+
 
 def load_raw(
     dataset_id: str,
@@ -25,6 +27,8 @@ def load_raw(
     revision: str | None = None,
     classes: str | None = None,
     val_share: float = 0.1,
+    box_format: str | None = None,
+    unlabelled: str | None = None,
     cache_dir: str | None = None,
     seed: int = 0,
     limit: dict[str, int] | None = None,
@@ -34,6 +38,8 @@ def load_raw(
     `dataset_id`: "embedded" (the rendered scenes), a local file or folder (`FORMATS`), or a Hub id, at `revision`.
     `classes`: which classes to train on, and under which names (`take_classes`); None: all, as they are named.
     `val_share`: where the source names no val, the share of its pictures that become val; 1: all, and train is empty.
+    `box_format`: what the numbers of a box are (`frames`), where the files do not say it or say it wrongly.
+    `unlabelled`: "negative" or "skip", for pictures that are listed and neither labelled nor said to have no table.
     `seed`: which scenes are rendered, which rows become `selection` (and `val`, where there is none).
     `limit`: at most so many pictures of a split. `cache_dir`: the usual cache of `datasets` where None.
     Raises `DataError`: one sentence with the file or field, what was found, what was expected.
@@ -44,9 +50,9 @@ def load_raw(
         return datasets.DatasetDict(take_classes(embedded, classes, dataset_id) if classes else embedded)
     path = Path(dataset_id).expanduser()
     if path.exists():
-        found = load_local(path, cache_dir)
+        found = load_local(path, cache_dir, box_format=box_format, unlabelled=unlabelled)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset_id):
-        found = load_hub(dataset_id, revision, cache_dir)
+        found = load_hub(dataset_id, revision, cache_dir, box_format=box_format, unlabelled=unlabelled)
     else:
         raise DataError(
             f"dataset_id is {dataset_id!r}, which is no file or folder; expected embedded, an existing path, "
@@ -70,7 +76,7 @@ def load_splits(dataset_id: str, **source: Any) -> datasets.DatasetDict:
 
 def source_of(values: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `load_raw` in a run's parameters; those of an older manifest may lack some."""
-    names = {"dataset_id": "dataset_id", "dataset_revision": "revision", "classes": "classes", "val_share": "val_share"}
+    names = {"dataset_id": "dataset_id", "dataset_revision": "revision", **dict(zip(OPTIONS, OPTIONS, strict=True))}
     return {argument: values[name] for name, argument in names.items() if name in values}
 
 

@@ -37,19 +37,24 @@ RULES = (
     Rule("repeated-id", "an image_id for the second time", "'#2', '#3' … added to the id"),
     Rule("barcode-in-two-splits", "the same barcode in two splits", "row stays in val, then selection, then train"),
     Rule("picture-in-two-splits", "the same picture in two splits", "row stays in val, then selection, then train"),
-    Rule("no-table", "no box, or none left", "kept: a picture without a table"),
+    Rule("no-box-left", "it had boxes and none of them can be used: whether it shows a table is unknown", "row dropped"),
+    Rule("no-table", "no box", "kept: a picture without a table"),
 )
 
 
-def _turned(box: list[float], orientation: int) -> list[float]:
-    """A corner box [y0, x0, y1, x1] of the picture as stored, in the picture as EXIF `orientation` 5-8 shows it."""
+def turned(box: Any, orientation: int) -> Any:
+    """A corner box [y0, x0, y1, x1] in 0-1 of the picture as stored, in the picture as EXIF `orientation` 1-8 shows it.
+
+    The four may be arrays of equal length.
+    """
     y0, x0, y1, x1 = box
-    return {
-        5: [x0, y0, x1, y1],  # mirrored along the diagonal
-        6: [x0, 1 - y1, x1, 1 - y0],  # a quarter turn clockwise
-        7: [1 - x1, 1 - y1, 1 - x0, 1 - y0],
-        8: [1 - x1, y0, 1 - x0, y1],  # a quarter turn anticlockwise
-    }[orientation]
+    if orientation in (5, 6, 7, 8):
+        y0, x0, y1, x1 = x0, y0, x1, y1
+    if orientation in (2, 3, 6, 7):
+        x0, x1 = 1 - x1, 1 - x0
+    if orientation in (3, 4, 7, 8):
+        y0, y1 = 1 - y1, 1 - y0
+    return [y0, x0, y1, x1]
 
 
 def _check_size(row: dict[str, Any], facts: dict[str, Any]) -> tuple[Found, tuple[int, int], bool]:
@@ -102,11 +107,13 @@ def _check_objects(objects: dict[str, list], turn: int, categories: tuple[str, .
         if number != categories.index(name):
             faults.append(("category-mismatch", f"id {number}, name {name!r}"))
         if fixed is not None:
-            entry = (_turned(fixed, turn) if turn != 1 else fixed, categories.index(name), name)
+            entry = (turned(fixed, turn), categories.index(name), name)
             faults += [("repeated-box", str(box))] if entry in kept else []
             kept += [] if entry in kept else [entry]
-    if not kept:
-        faults.append(("no-table", f"{len(boxes)} boxes in the raw row"))
+    if not boxes:
+        faults.append(("no-table", "no box in the raw row"))
+    elif not kept:
+        faults.append(("no-box-left", f"{len(boxes)} boxes in the raw row"))
     columns = list(zip(*kept, strict=True)) or [(), (), ()]
     return faults, {key: list(col) for key, col in zip(("bbox", "category_id", "category_name"), columns, strict=True)}
 
@@ -125,4 +132,6 @@ def check_row(
     faults, (width, height), stored = _check_size(row, facts)
     objects = row["objects"] or {"bbox": [], "category_id": [], "category_name": []}
     box_faults, objects = _check_objects(objects, facts["orientation"] if stored else 1, categories)
+    if any(fault == "no-box-left" for fault, _ in box_faults):
+        return faults + box_faults, None
     return faults + box_faults, {"width": width, "height": height, "objects": objects}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import mimetypes
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -15,7 +17,7 @@ from datasets import List, Value
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from helpers.data.schema import DataError, meta_of, objects_of, safe_path
+from helpers.data.schema import DataError
 from helpers.data.splits import split_of
 
 KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]  # EPS starts programs
@@ -28,7 +30,9 @@ except ImportError:
     pass
 HEIC = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")  # the brands of such files
 LEFTOVERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found")  # folders of systems and their programs
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints")  # folders of training programs
+BESIDE = ("thumb", "vis", "preview", "overlay", "annotated", "mask", "segmentation", "debug", "plots")  # not the photos
+ENDINGS = {".heic", ".heif"} | {end for end, kind in PILImage.registered_extensions().items() if kind in KINDS}
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
 NAN_BOX = [float("nan")] * 4  # stands for a box that cannot be read, until the audit names it
 
@@ -62,14 +66,43 @@ def _stored(picture: PILImage.Image) -> tuple[int, int, int]:
     return (*(picture.size[::-1] if turned else picture.size), orientation)
 
 
-def shown_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels as EXIF shows the picture, from the file's head; (0, 0) where it cannot be read."""
+class Head(NamedTuple):
+    """What the head of a picture file says: (width, height) in pixels, and how EXIF turns the picture, 1 to 8."""
+
+    stored: tuple[int, int]
+    orientation: int
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        """(width, height) as EXIF shows the picture."""
+        return self.stored[::-1] if self.orientation in SIDEWAYS else self.stored
+
+
+def head(image: dict[str, Any]) -> Head | None:
+    """The head of an undecoded picture; None where it cannot be read."""
     try:
-        with open_picture({"bytes": None, "path": path}) as picture:
-            width, height, orientation = _stored(picture)
-            return (height, width) if orientation in SIDEWAYS else (width, height)
+        with open_picture(image) as picture:
+            *stored, orientation = _stored(picture)
+            return Head(tuple(stored), orientation)
     except Exception:  # the audit reads every picture to its end and names what it finds
-        return 0, 0
+        return None
+
+
+def completed(path: Path) -> bytes | None:
+    """The bytes of a JPEG of which only the end is lost, with an end, so that it decodes; None for any other file.
+
+    What is lost is grey: at most 2 % of the pixels here.
+    """
+    try:
+        found = path.read_bytes()
+        if found[:2] != b"\xff\xd8" or b"\xff\xd9" in found[-64:]:
+            return None
+        found += b"\xff\xd9"
+        with open_picture({"bytes": found, "path": None}) as picture:
+            grey = (np.asarray(picture.convert("RGB")) == 128).all(axis=2).mean()
+    except Exception:  # as in `head`
+        return None
+    return found if grey <= 0.02 else None
 
 
 def escaped(name: str) -> str:
@@ -77,56 +110,123 @@ def escaped(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+class Wanted(NamedTuple):
+    """A picture as an annotation names it."""
+
+    name: str  # a path as written, perhaps of another machine or system
+    file: Path  # the annotation file: paths may start at its folder
+    split: str  # "" where the annotation names none
+    stem: str = ""  # the annotation file's own name, where it belongs to one picture
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
+
+
+RULES: dict[str, Callable[[str], str]] = {  # how a name may differ from the file's, from strict to loose
+    "in another folder": lambda name: name,
+    "in another spelling (case, %20, accents)": _plain,
+    "with another ending": lambda name: _stem(_plain(name)),
+}
+
+
+def _stem(name: str) -> str:
+    """`name` without the ending of a picture; other dots belong to the name."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in ENDINGS else name
+
+
 class Pictures:
     """The picture files below `root`, found by the names that annotations use for them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.files = [path for path in files_below(root) if path.suffix.lower() in ENDINGS]
-        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        snapshots = [parent for parent in root.resolve().parents if parent.name == "snapshots"]
+        self._homes = [root.resolve(), *(parent.parent / "blobs" for parent in snapshots)]  # of the Hub's cache
+        pictures = (path for path in files_below(root) if path.suffix.lower() in ENDINGS)
+        self.files = [path for path in pictures if not set(TOOLS) & set(path.relative_to(root).parts)]
+        self._by: dict[str, dict[str, list[Path]]] = {rule: defaultdict(list) for rule in RULES}
         for path in self.files:
-            self._by_name[path.name].append(path)
+            if not path.is_symlink() or self._inside(path):
+                for rule, key in RULES.items():
+                    self._by[rule][key(path.name)].append(path)
 
-    def find(self, name: str, base: Path, split: str, where: str) -> Path:
-        """The file that `name` means: beside the annotation (`base`), else the one below `root` that ends in `name`.
+    def _inside(self, path: Path) -> bool:
+        return any(home in path.resolve().parents for home in self._homes)
 
-        A picture of another split is never taken. A file that is not there gets the path where it should be, and the
-        audit names it. `DataError` where `name` leads out of `root` or two files have it.
+    def find(self, wanted: list[Wanted]) -> list[Path]:
+        """The file that each name means; what was not found under the very name is counted in a printed line.
+
+        First the path as it is written, from the annotation's folder or from `root`; then a file of that name below
+        `root` by the first of `RULES` that knows one; then one named as the annotation file itself. A picture of
+        another split, and one that another annotation names exactly, is never taken. A file that is not there gets the
+        path where it should be, and the audit names it. `DataError` where a path leads out of `root` or two files fit.
         """
-        name = name.replace("\\", "/")  # written on Windows
-        direct = safe_path(self.root, name, where, base)
-        if direct.exists():
-            return direct
-        parts = Path(name).parts
-        found = [path for path in self._by_name[direct.name] if path.parts[-len(parts) :] == parts]
-        found = [path for path in found if not split or split_of(path.parent, self.root) in ("", split)]
-        if len(found) > 1:
-            raise DataError(
-                f"{where}: the picture {name!r} is {found[0]} or {found[1]}; expected one file of that name"
-            )
-        return safe_path(self.root, str(found[0]), where) if found else direct
+        found = [self._exact(one) for one in wanted]
+        taken, said = set(found), defaultdict(list)
+        for number, one in enumerate(wanted):
+            if found[number] is None or (one.stem and _stem(one.name) != one.stem):
+                path, rule = self._search(one, one.name, taken)
+                if one.stem and _stem(one.name) != one.stem:
+                    own, _ = self._search(one, one.stem, taken)
+                    first = found[number] or path
+                    if own and first and own != first:
+                        raise DataError(f"{one.file} names the picture {one.name!r}, which is {first}, but beside it "
+                                        f"lies {own}; expected one picture: correct the name in the file")
+                    path, rule = (path, rule) if path else (own, "named as the annotation file")
+                if found[number] is None and path:
+                    found[number] = path
+                    said[rule].append(f"{escaped(one.name)} -> {escaped(str(path.relative_to(self.root)))}")
+        for rule, names in said.items():
+            print(f"data: {len(names)} pictures were found {rule}, such as {names[0]}")
+        return [path or self._missing(one) for path, one in zip(found, wanted, strict=True)]
+
+    def _exact(self, one: Wanted) -> Path | None:
+        try:
+            for base in (one.file.parent, self.root):
+                path = base / one.name.replace("\\", "/")
+                if path.is_file() and self._inside(path):
+                    return path
+        except (OSError, ValueError) as error:  # too long, or with a zero byte
+            reason = f"the picture path {one.name[:60]!r} cannot be one ({error})"
+            raise DataError(f"{one.file}: {reason}; expected the path of a file") from None
+        return None
+
+    def _search(self, one: Wanted, name: str, taken: set[Path | None]) -> tuple[Path | None, str]:
+        """The file for `name` by the first rule that knows one, and the rule."""
+        parts = Path(unquote(name).replace("\\", "/")).parts or ("",)
+        beside = one.file.relative_to(self.root).parts[:-1] if one.file.is_relative_to(self.root) else ()
+        for rule, key in RULES.items():
+            ranked: dict[tuple, list[Path]] = defaultdict(list)
+            for path in self._by[rule].get(key(parts[-1]), ()):
+                folders = path.relative_to(self.root).parts[:-1]
+                if path not in taken and (not one.split or split_of(path.parent, self.root) in ("", one.split)):
+                    same = sum(1 for _ in _equal(folders[::-1], parts[-2::-1]))
+                    aside = any(part.lower().startswith(BESIDE) for part in folders)
+                    ranked[same, not aside, len(set(folders) & set(beside))].append(path)
+            if ranked:
+                best = ranked[max(ranked)]
+                if len(best) > 1:
+                    raise DataError(f"{one.file}: the picture {name!r} is {best[0]} or {best[1]}; "
+                                    "expected one file of that name")
+                return best[0], rule
+        return None, ""
+
+    def _missing(self, one: Wanted) -> Path:
+        """Where a picture that is not there should be: inside `root`."""
+        name = one.name.replace("\\", "/")
+        if any((base / name).exists() for base in (one.file.parent, self.root)):
+            raise DataError(f"{one.file}: the picture path {one.name!r} leads out of {self.root}; "
+                            "expected a path inside that folder")
+        return self.root / (Path(name).name or "no name")
 
 
-def row(path: Path, image_id: Any = None, meta: dict | None = None, size: tuple[Any, Any] = (0, 0)) -> dict[str, Any]:
-    """A row of the schema without boxes; a size that is not given is read from the picture."""
-    image_id = str(image_id or path.stem)
-    try:
-        width, height = (int(value or 0) for value in size)
-        if max(width, height) > 10**6:
-            raise ValueError("no picture is as large")
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{path.name}: width and height are {size!r}; expected whole numbers of pixels") from None
-    if width <= 0 or height <= 0:
-        width, height = shown_size(path)
-    image = {"path": str(path), "bytes": None}
-    return {
-        "image_id": image_id,
-        "image": image,
-        "width": width,
-        "height": height,
-        "meta": meta_of(meta),
-        "objects": objects_of([], []),
-    }
+def _equal(some: tuple[str, ...], others: tuple[str, ...]) -> Iterator[str]:
+    """What two paths have in common, from their starts on."""
+    for one, other in zip(some, others, strict=False):
+        if _plain(one) != _plain(other):
+            return
+        yield one
 
 
 FACTS = datasets.Features(

@@ -92,9 +92,10 @@ def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
 
 
 def read_text(file: Path) -> str:
-    """The text of an annotation file, UTF-8 with or without the mark that Windows puts first."""
+    """The text of an annotation file, UTF-8, or UTF-16 with the mark that Windows puts first."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        found = file.read_bytes()
+        return found.decode("utf-16" if found[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); expected UTF-8") from None
     except OSError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,9 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
-from helpers.data.pictures import Pictures, escaped, files_below
-from helpers.data.schema import FEATURES, DataError, fingerprint, meta_of, safe_path
-from helpers.data.splits import by_place, split_of
+from helpers.data.pictures import TOOLS, Pictures, escaped, files_below, head
+from helpers.data.schema import FEATURES, DataError, fingerprint, safe_path
+from helpers.data.splits import Rows, by_place, split_name, split_of
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
@@ -26,24 +28,58 @@ Splits = dict[str, datasets.Dataset]
 # --- tables that already have columns ---------------------------------------------------------------------------------
 
 
-def _check_columns(columns: list[str], where: str | Path) -> None:
-    missing = [name for name in FEATURES if name not in columns and name != "meta"]
-    if missing:
-        raise DataError(f"{where} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
+def _to_schema(splits: Splits, where: str, root: Path | None, **options: Any) -> Splits:
+    """`splits` with the schema's columns alone; other columns beside pictures and boxes are read as `formats` does.
+
+    `DataError` names the columns that are missing or have another type.
+    """
+    if any(set(FEATURES) - set(rows.column_names) for rows in splits.values()):
+        return _from_columns(splits, where, **options)
+    cast = {}
+    for name, rows in splits.items():
+        rows = rows.select_columns(list(FEATURES))
+        try:
+            rows = rows if rows.features == FEATURES else rows.cast(FEATURES)
+        except Exception as error:  # pyarrow and datasets raise many kinds
+            found = {name: rows.features[name] for name in FEATURES if rows.features[name] != FEATURES[name]}
+            raise DataError(f"{where}, {name or 'its rows'}: the columns {found} cannot be read as "
+                            f"{[FEATURES[n] for n in found]}") from error
+        cast[name] = _only_own_pictures(rows, where, root)
+    return cast
 
 
-def _to_schema(split: datasets.Dataset, where: str, root: Path | None) -> datasets.Dataset:
-    """`split` with the schema's columns alone; `DataError` names the columns it lacks or that have another type."""
-    _check_columns(split.column_names, where)
-    if "meta" not in split.column_names:
-        split = split.add_column("meta", [meta_of()] * len(split), feature=FEATURES["meta"])
-    split = split.select_columns(list(FEATURES))
-    try:
-        split = split if split.features == FEATURES else split.cast(FEATURES)
-    except Exception as error:  # pyarrow and datasets raise many kinds
-        found = {name: split.features[name] for name in FEATURES if split.features[name] != FEATURES[name]}
-        raise DataError(f"{where}: the columns {found} cannot be read as {[FEATURES[n] for n in found]}") from error
-    return _only_own_pictures(split, where, root)
+def _from_columns(splits: Splits, where: str, **options: Any) -> Splits:
+    """Rows with a picture and `objects`, such as those of cppe-5, as rows of the schema."""
+    found, pictures = [], {}
+    for name, rows in splits.items():
+        if missing := [column for column in ("image", "objects") if column not in rows.column_names]:
+            raise DataError(f"{where} has the columns {rows.column_names}; it lacks {missing}, expected {list(FEATURES)}")
+        classes = _class_names(rows.features["objects"])
+        pictures[name] = rows.cast_column("image", datasets.Image(decode=False))
+        for number, line in enumerate(pictures[name]):
+            size = line.get("width"), line.get("height")
+            new = formats.row(str(number), size, str(line.get("image_id", f"{name}-{number}")), line.get("meta"))
+            one = formats.Found(new, name, [], "", [], Path(where), head=head(line["image"]))
+            one = formats.of_objects(one, line["objects"], f"{where}, {name} row {number}", "meta" in line)
+            named = [classes[n] if classes and type(n) is int and 0 <= n < len(classes) else n for n in one.names]
+            found.append(one._replace(names=named))
+    made = {}
+    for name, lines in formats.to_rows(found, None, where, **options).items():
+        own = pictures[name].select([int(line["image"]["path"]) for line in lines]).select_columns("image")
+        rest = [{key: value for key, value in line.items() if key != "image"} for line in lines]
+        features = datasets.Features({**FEATURES, "image": datasets.Image(decode=False)})
+        full = own.map(lambda row, number, rest=rest: row | rest[number], with_indices=True, features=features,
+                       new_fingerprint=fingerprint(own, rest))  # fmt: skip
+        made[name] = full.cast_column("image", datasets.Image())
+    return made
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of the first `ClassLabel` in a column's type."""
+    if isinstance(feature, datasets.ClassLabel):
+        return feature.names
+    inner = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]
+    return next((names for one in inner if one is not None and (names := _class_names(one))), None)
 
 
 def _only_own_pictures(split: datasets.Dataset, where: str, root: Path | None) -> datasets.Dataset:
@@ -66,8 +102,8 @@ def _only_own_pictures(split: datasets.Dataset, where: str, root: Path | None) -
     return own_alone.cast_column("image", datasets.Image())
 
 
-def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Splits:
-    """A data set of the Hub that has the schema. Offline, gated or missing: a `DataError` that says what to do."""
+def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **options: Any) -> Splits:
+    """A data set of the Hub with pictures and boxes. Offline, gated or missing: a `DataError` that says what to do."""
     revision = revision or (HUB_REVISION if dataset_id == HUB_ID else None)
     name = f"{dataset_id} at revision {revision or 'main'}"
     try:
@@ -84,30 +120,36 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None) -> Sp
     commits = {name for name in cached if _COMMIT.fullmatch(name)}  # datasets names the folder after the commit
     if _COMMIT.fullmatch(revision or "") and commits - {revision}:
         raise DataError(f"the cache has {dataset_id} at revision {', '.join(commits)} only; expected {revision}")
-    return {split: _to_schema(rows, f"{name}, {split}", None) for split, rows in found.items()}
+    return _to_schema(dict(found), name, None, **options)
 
 
-def _load_parquet(root: Path, files: list[Path], cache_dir: str | None) -> Splits:
+def _load_parquet(root: Path, files: list[Path], cache_dir: str | None, **options: Any) -> Splits:
     by_split: dict[str, list[str]] = {}
     for file in files:
-        try:
-            columns = pyarrow.parquet.read_schema(file).names
-        except Exception as error:
-            raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
-        _check_columns(columns, file)  # what one shard of several lacks, `datasets` fills with None
+        columns = parquet_columns(file)
+        if missing := [name for name in ("image", "objects") if name not in columns]:
+            # what one shard of several lacks, `datasets` fills with None
+            raise DataError(f"{file} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
         by_split.setdefault(split_of(file, root), []).append(str(file))
     splits = {}
     for name, own in by_split.items():
         try:
-            rows = datasets.load_dataset("parquet", data_files=own, split="train", cache_dir=cache_dir)
+            splits[name] = datasets.load_dataset("parquet", data_files=own, split="train", cache_dir=cache_dir)
         except Exception as error:
             reason = " ".join(str(error.__cause__ or error).split())[:300]
             raise DataError(f"{', '.join(own)}: cannot be read as Parquet ({reason})") from error
-        splits[name] = _to_schema(rows, ", ".join(own), root)
-    return splits
+    return _to_schema(splits, str(root), root, **options)
 
 
-def _load_saved(root: Path, cache_dir: str | None) -> Splits:
+def parquet_columns(file: Path) -> list[str]:
+    """The columns of a Parquet file; `DataError` where it is cut off."""
+    try:
+        return pyarrow.parquet.read_schema(file).names
+    except Exception as error:
+        raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
+
+
+def _load_saved(root: Path, cache_dir: str | None, **options: Any) -> Splits:
     """A folder of `save_to_disk`, read through the cache: `datasets` would else write its own files into the folder."""
     splits = {}
     try:
@@ -117,36 +159,69 @@ def _load_saved(root: Path, cache_dir: str | None) -> Splits:
             splits[name] = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=cache_dir)
     except Exception as error:
         raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error})") from error
-    return {name: _to_schema(rows, f"{root}, {name or 'its rows'}", root) for name, rows in splits.items()}
+    return _to_schema(splits, str(root), root, **options)
 
 
 # --- a local path -----------------------------------------------------------------------------------------------------
 
 FORMATS = {
-    "Parquet": "*.parquet files, as the Hub serves them",
+    "Parquet": "*.parquet files with pictures, as the Hub serves them",
     "save_to_disk": "state.json or dataset_dict.json, written by datasets",
-    "metadata.jsonl": "a Hugging Face imagefolder",
-    "YOLO": "a .yaml with names, or classes.txt",
-    "Pascal VOC": "*.xml",
-    "COCO": "*.json with images, annotations, categories",
+    **{name: mark for name, (mark, _) in formats.READERS.items()},
 }
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
+DATA = (".json", ".jsonl", ".xml", ".csv", ".txt", ".parquet", ".arrow")  # of a data set that is not packed
 
 
-def detect_format(path: Path) -> str:
-    """The key of `FORMATS` that fits `path`; `DataError` for none or for several."""
+def _root_of(path: Path) -> Path:
+    """The folder of a data set: that of a file, and the one folder in a folder that has nothing else."""
     if path.is_file():
-        found = {".parquet": ["Parquet"], ".json": ["COCO"]}.get(path.suffix.lower(), [])
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        found = ["save_to_disk"]
-    else:
-        marks = {"Parquet": "*.parquet", "metadata.jsonl": "metadata.jsonl", "Pascal VOC": "*.xml"}
-        found = [name for name, mark in marks.items() if any(files_below(path, mark))]
-        found += ["YOLO"] if formats.yolo_files(path) else []
-        found += ["COCO"] if formats.coco_files(path, sure=bool(found)) else []
-    if len(found) != 1:
+        return path.parent.parent if path.parent.name == "annotations" else path.parent  # COCO's usual layout
+    inside = [one for one in path.iterdir() if not one.name.startswith((".", "__"))]
+    alone = len(inside) == 1 and inside[0].is_dir() and not inside[0].is_symlink()
+    return _root_of(inside[0]) if alone and split_name(inside[0].name) not in ("train", "val", "test") else path
+
+
+def _unpacked(archives: list[Path], cache_dir: str | None) -> Path:
+    """A folder of the cache with what the archives hold, each in a folder of its name; unpacked once."""
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE)
+    folder = cache / f"unpacked-{Hasher.hash([(str(file), _stamp(file)) for file in archives])}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as half:
+            for file in archives:
+                try:
+                    target = Path(half, "all", file.name.split(".")[0])
+                    shutil.unpack_archive(file, target, **({} if file.suffix == ".zip" else {"filter": "data"}))
+                except Exception as error:  # zipfile, tarfile and zlib each have their own
+                    raise DataError(f"{file}: cannot be unpacked ({error}); unpack it and give the folder") from error
+            shutil.move(Path(half, "all"), folder)
+    return folder
+
+
+def detect_formats(path: Path, root: Path) -> dict[str, dict[Path, Any]]:
+    """{key of `FORMATS`: its files and what they hold} of `path`; `DataError` where there is none."""
+    if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+        return {"save_to_disk": {}}
+    files = [path] if path.is_file() and not path.suffix.startswith(".y") else list(files_below(root))
+    files = [file for file in files if not set(TOOLS) & set(file.relative_to(root).parts)]
+    found, others = formats.annotations(files)
+    for file in files:
+        if file.suffix == ".parquet":
+            if "file_name" in parquet_columns(file):
+                found.setdefault("metadata", {})[file] = pyarrow.parquet.read_table(file).to_pylist()
+            else:
+                found.setdefault("Parquet", {})[file] = None
+    labels = {} if files == [path] else formats.yolo_labels(root, Pictures(root))
+    if labels and (formats.is_yolo(labels) or (not found and formats.yolo_names(root))):
+        found["YOLO"] = labels
+    if not found:
         known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
-        raise DataError(f"{path} holds {' and '.join(found) or 'no known format'}; expected one of: {known}")
-    return found[0]
+        raise DataError(f"{path} holds no known format{': ' if others else ''}{', '.join(others[:3])}; "
+                        f"expected one of: {known}")
+    if others:
+        print(f"data: {len(others)} files hold no annotations and are not read, such as {others[0]}")
+    return found
 
 
 def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
@@ -162,19 +237,18 @@ def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Datas
     return datasets.Dataset.from_generator(
         _rows,
         features=FEATURES,
-        gen_kwargs={"rows": tuple(_in_utf8(row) for row in rows)},
+        gen_kwargs={"rows": tuple(map(_storable, rows))},
         cache_dir=cache_dir,
         fingerprint=Hasher.hash(["files", rows, stamps]),
     )
 
 
-def _in_utf8(row: dict[str, Any]) -> dict[str, Any]:
-    """The row of a file whose name is not UTF-8, which Arrow holds alone: the name escaped, the bytes for the path."""
-    path = row["image"]["path"]
-    if path == escaped(path):
+def _storable(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its bytes for the path where it has bytes, or a file name that is not UTF-8, which Arrow cannot hold."""
+    path, found = row["image"]["path"], row["image"]["bytes"]
+    if path == escaped(path) and found is None:
         return row
-    image = {"path": None, "bytes": Path(path).read_bytes() if Path(path).is_file() else None}
-    return row | {"image_id": escaped(row["image_id"]), "image": image}
+    return row | {"image": {"path": None, "bytes": found or (Path(path).read_bytes() if Path(path).is_file() else None)}}
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
@@ -182,21 +256,32 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
 
 
-def load_local(path: Path, cache_dir: str | None) -> Splits:
+def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
     """Every split of a local file or folder under the name it has there ("" without one), its format said out loud."""
     path = path.resolve()
-    root = path if path.is_dir() else path.parent
-    if path.is_file() and root.name == "annotations":
-        root = root.parent  # COCO's usual layout: annotations/ beside the folders of pictures
-    kind = detect_format(path)
-    print(f"data: {path} is read as {kind} ({FORMATS[kind]})")
-    if kind == "Parquet":
-        return _load_parquet(root, list(files_below(path, "*.parquet")) if path.is_dir() else [path], cache_dir)
-    if kind == "save_to_disk":
-        return _load_saved(root, cache_dir)
-    read = {"metadata.jsonl": formats.read_metadata, "YOLO": formats.read_yolo, "Pascal VOC": formats.read_voc}
-    splits = formats.to_rows(formats.read_coco(root, path if path.is_file() else None) if kind == "COCO"
-                             else read[kind](root))
+    files = [path] if path.is_file() else list(files_below(path))
+    archives = [file for file in files if file.suffix.lower() in ARCHIVES]
+    if archives and not any(file.suffix.lower() in DATA for file in files):
+        print(f"data: {', '.join(file.name for file in archives)} unpacked into the cache")
+        path = _unpacked(archives, cache_dir)
+    root = _root_of(path)
+    found = detect_formats(root if path.is_dir() else path, root)
+    first, *more = sorted(found, key=list(FORMATS).index)
+    print(f"data: {path} is read as {first} ({FORMATS[first]})")
+    if first in ("Parquet", "save_to_disk"):
+        if more:
+            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file or folder of the one")
+        if first == "save_to_disk":
+            return _load_saved(root, cache_dir, **options)
+        return _load_parquet(root, list(found[first]), cache_dir, **options)
+    splits: Rows = {}
+    for name in (first, *more):
+        read = formats.READERS[name][1](root, found[name])
+        rows = formats.to_rows(read, root, str(root), **options)
+        if name != first and not formats.same_rows(splits, rows):
+            raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to read, "
+                            "or a folder without the other")
+        splits = splits or rows
     splits = by_place(splits, root, list(files_below(root)))
     used = {Path(row["image"]["path"]).resolve() for rows in splits.values() for row in rows}
     unused = [file for file in Pictures(root).files if file.resolve() not in used]

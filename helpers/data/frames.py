@@ -1,0 +1,225 @@
+"""What the four numbers of a box mean: their order, unit and frame, decided once for all boxes of a set.
+
+A reading is written `order-unit-frame`. An order is one of `ORDERS`, a unit one of `UNITS`. The frame is what the numbers
+are measured in: the picture as `shown` (turned by EXIF), as `stored`, or the size that the annotation has `declared`.
+What a format does not say is found from all boxes together: the one reading in which they lie in their pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from helpers.data.checks import turned
+from helpers.data.pictures import SIDEWAYS, Head
+from helpers.data.schema import DataError
+
+ORDERS = {
+    "xywh": "[x, y, width, height]",
+    "xyxy": "[x_min, y_min, x_max, y_max]",
+    "cxcywh": "[centre x, centre y, width, height]",
+    "yxyx": "[y_min, x_min, y_max, x_max]",
+}
+UNITS = {"pixels": 0, "unit": 1, "percent": 100, "1000": 1000, "1024": 1024}  # the number at the picture's far edge
+FRAMES = ("shown", "stored", "declared")
+USUAL_ORDERS, USUAL_UNITS = ("xywh", "xyxy", "cxcywh"), ("pixels", "unit", "1000")  # tried where nothing is said
+ANY = "any order"  # the kind of boxes that may also be this project's own, yxyx
+FEW = 0.05  # of the pictures may be left out because their boxes cannot be known; with more the set is refused
+MARGIN = 0.02  # of a side: how far a box that lies in its picture may leave it
+SAME = 0.005  # of a side: readings that differ by less are one
+FAR = 0.8  # of a side: the boxes of a set reach as far in the frame that is theirs
+CHANCE = 1e-3  # that all boxes end near the upper left corner by accident
+
+
+class Framed(NamedTuple):
+    """The boxes of one picture as written, and what is known of its size."""
+
+    boxes: list[Any]  # as written; a tuple is corners in the set's unit, whatever its order
+    head: Head | None  # None: the picture cannot be read
+    declared: tuple[int, int]  # (width, height) by the annotation, (0, 0) where it gives none
+
+
+def left_out(bad: list[str], of: int, where: str, what: str) -> None:
+    """Print that these of `of` pictures are not used, and why; `DataError` where they are more than `FEW`."""
+    if len(bad) > FEW * of:
+        raise DataError(f"{where}: {len(bad)} of {of} pictures {what}; the first is {bad[0]}")
+    if bad:
+        print(f"data: {len(bad)} of {of} pictures {what}: left out, such as {bad[0]}")
+
+
+def numbers_of(box: Any) -> list[float] | None:
+    """Four finite numbers, perhaps written as text, as floats; None for anything else."""
+    try:
+        numbers = [float(value) for value in box if not isinstance(value, bool)]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    whole = isinstance(box, list | tuple) and len(box) == len(numbers) == 4 and all(map(math.isfinite, numbers))
+    return numbers if whole else None
+
+
+def around(points: Any) -> tuple[float, ...] | str:
+    """The corners of the upright box around [[x, y], …] or [x, y, x, y, …]; the points as text where they are none."""
+    try:
+        xy = np.array(points, np.float64).reshape(-1, 2)
+        if len(xy) > 1 and np.isfinite(xy).all():
+            return tuple(np.concatenate([xy.min(0), xy.max(0)]).tolist())
+    except (TypeError, ValueError, OverflowError):
+        pass
+    return f"the points {str(points)[:60]}"
+
+
+def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: str) -> list[list[list[float]] | None]:
+    """The boxes of each picture as [y0, x0, y1, x1] in 0-1 of it as shown; None where they cannot be known.
+
+    `kind`: what the format says of its boxes, `order-unit`, `order`, "" for nothing, or `ANY`. `box_format` (the
+    parameter) overrules it. Boxes are converted as they stand: inverted, empty or outside, they stay so for the audit.
+    `DataError` where no reading fits, or two fit and more than `FEW` of the pictures depend on it.
+    """
+    index = np.array([i for i, one in enumerate(pictures) for _ in one.boxes], int)
+    if not len(index):
+        return [[] for _ in pictures]
+    boxes = Boxes([(box, one) for one in pictures for box in one.boxes])
+    order, unit, frame = (*(box_format or kind).split("-"), "", "")[:3] if box_format or kind != ANY else ("", "", "")
+    said, others = [], []
+    if unit:
+        boxes.read(order, unit, [frame] if frame else FRAMES if unit == "pixels" else ["shown"])
+        said = list(boxes.readings)
+    if not box_format or not unit:
+        for other in [order] if order and not unit else ORDERS if kind == ANY else USUAL_ORDERS:
+            for scale in USUAL_UNITS:
+                boxes.read(other, scale, FRAMES if scale == "pixels" else ["shown"])
+        others = [reading for reading in boxes.readings if reading not in said]
+    pool = boxes.fitting(said, others, where)
+    pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
+    chosen = pool[0]
+    unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
+    if unknown:
+        formats = dict.fromkeys(one.removesuffix("-shown") for one in pool)
+        left_out([str(pictures[i].boxes[0]) for i in sorted(unknown)], len(set(index)), where,
+                 f"have boxes that may be {' or '.join(map(explained, pool[:3]))}: nothing decides, give box_format, "
+                 f"one of {', '.join(formats)}")
+    order_unit = chosen.rsplit("-", 1)[0]
+    if order_unit != kind:
+        print(f"data: boxes are read as {order_unit}: {explained(order_unit)}, by box_format" if box_format else
+              f"data: boxes are read as {order_unit}: {explained(order_unit)}, found from all {len(index)} boxes")
+    boxes.tell_frame(chosen, index, where)
+    result: list[list[list[float]] | None] = [None if i in unknown else [] for i in range(len(pictures))]
+    for i, (x0, y0, x1, y1) in zip(index, boxes.readings[chosen].tolist(), strict=True):
+        if (known := result[i]) is not None:
+            known.append([y0, x0, y1, x1])
+    return result
+
+
+def explained(reading: str) -> str:
+    """A reading in words."""
+    order, unit, frame = (*reading.split("-"), "")[:3]
+    size = UNITS[unit]
+    within = f"0-{size}" if size else "pixels"
+    frames = {"stored": " of the picture as stored, before EXIF turns it", "declared": " of the size that the file gives"}
+    return f"{ORDERS[order]} in {within}{frames.get(frame, ' of the picture')}" if frame else f"{ORDERS[order]} in {within}"
+
+
+class Boxes:
+    """All boxes of a set [N, 4] and, for each reading, where it puts them: corners in 0-1 of the picture as shown."""
+
+    def __init__(self, boxes: list[tuple[Any, Framed]]) -> None:
+        self.numbers = np.array([numbers_of(box) for box, _ in boxes], np.float64)
+        self.corners = np.array([isinstance(box, tuple) for box, _ in boxes])
+        heads = [one.head or Head(one.declared, 1) for _, one in boxes]
+        self.known = np.array([one.head is not None for _, one in boxes])  # the others decide nothing
+        self.orientation = np.array([one.orientation for one in heads])
+        self.shown = np.maximum([one.shown for one in heads], 1).astype(float)
+        self.stored = np.maximum([one.stored for one in heads], 1).astype(float)
+        declared = np.array([one.declared for _, one in boxes], float)
+        self.as_shown, as_stored = _alike(declared, self.shown), _alike(declared, self.stored)
+        mirrored = _alike(declared[:, ::-1], self.shown)  # not turned by EXIF: nobody knows which way it was
+        self.other = (declared > 0).all(axis=1) & ~self.as_shown & ~as_stored & ~mirrored
+        self.declared = np.where(self.other[:, None], declared, self.shown)
+        self.by_size = np.where(self.as_shown, "shown", np.where(as_stored, "stored", "shown"))
+        self.readings: dict[str, np.ndarray] = {}
+
+    def read(self, order: str, unit: str, frames: Iterable[str]) -> None:
+        """Add the readings in these frames, but for one that puts every box where an earlier one of them does."""
+        a, b, c, d = self.numbers.T
+        corners = {"xywh": [a, b, a + c, b + d], "xyxy": [a, b, c, d], "yxyx": [b, a, d, c],
+                   "cxcywh": [a - c / 2, b - d / 2, a + c / 2, b + d / 2]}[order]  # fmt: skip
+        written = np.where(self.corners[:, None], self.numbers, np.stack(corners, axis=1))
+        for frame in frames:
+            stored = np.full(len(written), frame == "stored") if frame != "declared" else self.by_size == "stored"
+            size = np.where(stored[:, None], self.stored, self.declared if frame == "declared" else self.shown)
+            xyxy = written / (UNITS[unit] or np.tile(size, 2))
+            for orientation in range(2, 9):
+                turn = stored & (self.orientation == orientation)
+                y0, x0, y1, x1 = turned(xyxy[turn][:, [1, 0, 3, 2]].T, orientation)
+                xyxy[turn] = np.stack([x0, y0, x1, y1], axis=1)
+            earlier = [r for r in self.readings if r.startswith(f"{order}-{unit}-")]
+            if not any((np.abs(self.readings[r] - xyxy) < SAME).all() for r in earlier):
+                self.readings[f"{order}-{unit}-{frame}"] = xyxy
+
+    def fits(self, name: str) -> np.ndarray:
+        """Whether each box lies in its picture with two sides longer than nothing: bool [N]."""
+        xyxy, unit = self.readings[name], name.split("-")[1]
+        fits = (xyxy > -MARGIN).all(axis=1) & (xyxy < 1 + MARGIN).all(axis=1) & (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
+        return fits & (self.numbers.max(axis=1) > 1.5) if unit != "unit" else fits  # 0.4 is no pixel
+
+    def only(self, one: str, other: str) -> int:
+        """How many boxes fit in reading `one` and not in the other."""
+        return int((self.fits(one) & ~self.fits(other) & self.differ(one, other) & self.known).sum())
+
+    def differ(self, one: str, other: str) -> np.ndarray:
+        """Which boxes the two readings put elsewhere: bool [N]."""
+        return (np.abs(self.readings[one] - self.readings[other]) >= SAME).any(axis=1)
+
+    def fitting(self, said: list[str], others: list[str], where: str) -> list[str]:
+        """The readings that may be meant: those that were `said`, unless most boxes fit in another alone."""
+        known = max(int(self.known.sum()), 1)
+        share = {name: (self.fits(name) & self.known).sum() / known for name in (*said, *others)}
+        if not self.known.any():
+            return [*said, *others][:1]
+        fit = [name for name in others if share[name] >= 1 - FEW]
+        stronger = [name for name in fit if all(
+            self.only(name, one) > max(0.1 * known, 20 * self.only(one, name)) for one in said)]
+        best = max((share[name] for name in said), default=0)
+        if said and best >= 0.5 and not stronger:
+            return said
+        if stronger and best < 0.5:
+            return stronger
+        box = self.numbers[~self.fits(said[0])][0].tolist() if said else self.numbers[0].tolist()
+        expected = explained(said[0]) if said else "boxes in pixels, 0-1 or 0-1000"
+        hint = f"; they would fit as {', '.join(name.rsplit('-', 1)[0] for name in stronger)}" if stronger else ""
+        raise DataError(f"{where}: too many boxes, such as {box}, do not lie in their pictures; expected {expected}{hint} "
+                        f"(box_format says what they are)")
+
+    def beats(self, one: str, other: str) -> bool:
+        """Whether reading `one` is right where it differs from `other`."""
+        differ = self.differ(one, other) & self.known
+        alone, against = self.only(one, other), self.only(other, one)
+        if alone >= max(1, 0.02 * differ.sum(), 20 * against):
+            return True
+        if alone or against or (one.split("-")[0] != other.split("-")[0] and one.split("-")[1] == other.split("-")[1]):
+            return False
+        if one.endswith("shown") and other.endswith("stored"):  # the tool knew how EXIF shows the pictures
+            sideways = differ & np.isin(self.orientation, SIDEWAYS)
+            return bool(sideways.any() and self.as_shown[sideways].all())
+        ends = [self.readings[name][differ][:, 2:].max(axis=0) for name in (one, other)]
+        return bool((ends[0] >= FAR).all() and ends[1].prod() ** differ.sum() < CHANCE)
+
+    def tell_frame(self, chosen: str, index: np.ndarray, where: str) -> None:
+        """Print what was decided about pictures that EXIF turns, or whose size is not the one that the file gives."""
+        is_pixels, frame = "-pixels-" in chosen, chosen.split("-")[2]
+        exif = len(set(index[(self.orientation > 1) & self.known]))
+        if exif:
+            how = "as the file sizes them" if frame == "declared" else f"as {frame}"
+            print(f"data: EXIF turns {exif} pictures; their boxes are read in the pictures {how}")
+        other = len(set(index[self.other & self.known])) if is_pixels else 0
+        if other:
+            print(f"data: {other} pictures have another size than their annotations say; their boxes are in pixels of "
+                  f"{'that size' if frame == 'declared' else 'the picture'}")
+
+
+def _alike(sizes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which sizes [N, 2] are equal but for rounding: bool [N]."""
+    return (np.abs(sizes - others) <= np.maximum(2, 0.005 * others)).all(axis=1)
