@@ -103,7 +103,7 @@ PIXELS = whole(IMAGE_TOKEN, 16384 * IMAGE_TOKEN)
 REVISION = text("a commit, branch or tag")
 
 
-BOX_FORMAT = r"(xywh|xyxy|cxcywh|yxyx)(-(pixels|unit|percent|1000|1024)(-(shown|stored|declared))?)?"  # `data.frames`
+BOX_FORMAT = r"(xywh|xyxy|cxcywh|yxyx)(-(pixels|unit|percent|1000)(-(shown|stored|declared))?)?"  # `data.frames`
 
 
 def both(value: Any) -> dict[str, Any]:
@@ -122,8 +122,8 @@ PARAMETERS: dict[str, Parameter] = {
     "dataset_revision": Parameter(REVISION, optional=True, trains=True),
     "classes": Parameter(text("names of classes with commas between them, old=new to rename one"), optional=True),
     "val_share": Parameter(number(0, 1)),
-    "box_format": Parameter(text("xywh, xyxy, cxcywh or yxyx, perhaps with -pixels, -unit (0-1), -percent, -1000 or -1024, "
-                                 "and with -shown, -stored or -declared", BOX_FORMAT), optional=True),
+    "box_format": Parameter(text("xywh, xyxy, cxcywh or yxyx, perhaps with -pixels, -unit (0-1), -percent or -1000, and "
+                                 "with -shown, -stored or -declared", BOX_FORMAT), optional=True),
     "unlabelled": Parameter(one_of("negative", "skip"), optional=True),
     "prompt": Parameter(PROMPT, trains=True),
     "loss_scope": Parameter(one_of("assistant", "all-text"), trains=True),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,146 @@ def write_voc(root: Path) -> None:
         write(root / "Annotations" / f"{name}.xml", text)
 
 
+def write_json(root: Path, name: str, entry: Callable[[str, list], dict], whole: Callable[[list], object] = list) -> None:
+    """The pictures, and a JSON of one entry each; JSON lines by its ending."""
+    write_pictures(root / "images")
+    entries = [entry(f"{picture}.jpg", things) for picture, things in BOXES.items()]
+    lines = name.endswith("l")
+    write(root / name, "\n".join(map(json.dumps, entries)) if lines else json.dumps(whole(entries)))
+
+
+def write_createml(root: Path) -> None:
+    def entry(picture: str, things: list) -> dict:
+        notes = [(kind, xywh(box)) for kind, box in things]
+        return {"image": picture, "annotations": [{"label": kind, "coordinates": {
+            "x": x + w / 2, "y": y + h / 2, "width": w, "height": h}} for kind, (x, y, w, h) in notes]}
+
+    write_json(root, "createml.json", entry)
+
+
+def write_via(root: Path) -> None:
+    def entry(picture: str, things: list) -> dict:
+        regions = [{"shape_attributes": dict(zip(["name", "x", "y", "width", "height"], ["rect", *xywh(box)], strict=True)),
+                    "region_attributes": {"label": kind}} for kind, box in things]
+        return {"filename": picture, "regions": regions}
+
+    write_json(root, "via.json", entry, lambda entries: {one["filename"] + "9": one for one in entries})
+
+
+def write_labelstudio(root: Path) -> None:
+    def entry(picture: str, things: list) -> dict:
+        result = [{"original_width": WIDTH, "original_height": HEIGHT, "value": {
+            "x": 100 * x0, "y": 100 * y0, "width": 100 * (x1 - x0), "height": 100 * (y1 - y0), "rotation": 0,
+            "rectanglelabels": [kind]}} for kind, (y0, x0, y1, x1) in things]
+        return {"data": {"image": f"/data/upload/1/{picture}"}, "annotations": [{"result": result}]}
+
+    write_json(root, "project.json", entry)
+
+
+def write_labelme(root: Path) -> None:
+    write_pictures(root)
+    for name, things in BOXES.items():
+        shapes = [{"label": kind, "points": [[x1, y0], [x0, y1]]} for kind, (x0, y0, x1, y1) in
+                  ((kind, pixels(box)) for kind, box in things)]
+        write(root / f"{name}.json", json.dumps({"shapes": shapes, "imagePath": f"..\\old\\{name}.jpg"}))
+
+
+def write_cvat(root: Path) -> None:
+    write_pictures(root / "images")
+    images = ""
+    for name, things in BOXES.items():
+        boxes = "".join('<box label="{}" xtl="{}" ytl="{}" xbr="{}" ybr="{}"/>'.format(kind, *pixels(box))
+                        for kind, box in things)
+        images += f'<image name="{name}.jpg" width="{WIDTH}" height="{HEIGHT}">{boxes}</image>'
+    write(root / "annotations.xml", f"<annotations>{images}</annotations>")
+
+
+def write_csv(root: Path) -> None:
+    write_pictures(root / "images")
+    lines = [f"{name}.jpg,{WIDTH},{HEIGHT},{kind}," + ",".join(map(str, pixels(box)))
+             for name, things in BOXES.items() for kind, box in things]
+    write(root / "labels.csv", "\n".join(["filename,width,height,class,xmin,ymin,xmax,ymax", *lines, "c.jpg,80,60,,,,,"]))
+
+
+def thousandths(box: list[float]) -> list[int]:
+    return [round(1000 * box[i]) for i in (1, 0, 3, 2)]
+
+
+def said(things: list, box: str, none: str) -> str:
+    return "".join(box.format(kind, *thousandths(found)) for kind, found in things) or none
+
+
+def write_qwen(root: Path) -> None:
+    form = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
+    write_json(root, "all.jsonl", lambda picture, things: {"images": [f"images/{picture}"], "messages": [
+        {"role": "user", "content": "<image>Find the tables."},
+        {"role": "assistant", "content": said(things, form, "no nutrition table")}]})
+
+
+def write_qwen25(root: Path) -> None:
+    write_json(root, "all.json", lambda picture, things: {"image": picture, "conversations": [
+        {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "```json\n" + json.dumps(
+            [{"bbox_2d": pixels(box), "label": kind} for kind, box in things]) + "\n```"}]})
+
+
+def write_swift(root: Path) -> None:
+    write_json(root, "all.jsonl", lambda picture, things: {
+        "messages": [{"role": "assistant", "content": "<ref-object><bbox>"}], "images": [f"/mnt/other/{picture}"],
+        "objects": {"ref": [kind for kind, _ in things], "bbox": [pixels(box) for _, box in things], "bbox_type": "real"}})
+
+
+def write_florence(root: Path) -> None:
+    write_json(root, "annotations.jsonl", lambda picture, things: {"image": picture, "prefix": "<OD>", "suffix": said(
+        things, "{}<loc_{}><loc_{}><loc_{}><loc_{}>", "[]")})
+
+
+def write_list_of_dicts(root: Path) -> None:
+    write_metadata(root, lambda things: [{"bbox": list(map(str, xywh(box))), "category": kind} for kind, box in things])
+
+
+def write_metadata_csv(root: Path) -> None:
+    write_hf_metadata(root)
+    lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    (root / "metadata.jsonl").unlink()
+    cells = [(one["file_name"], str(one["objects"])) for one in lines]  # as Python writes a dict
+    write(root / "metadata.csv", "file_name,objects\n" + "".join(f'{name},"{cell}"\n' for name, cell in cells))
+
+
+def write_yolo_shapes(root: Path) -> None:
+    """a: a polygon and a confidence; b: an oriented box as Roboflow writes it; c: one blank line."""
+    write_yolo(root)
+    write(root / "labels/a.txt", "0.0 0.1 0.25 0.3 0.25 0.5 0.6 0.2 0.75\n\n")
+    x0, y0, x1, y1 = 0.25, 0.5, 0.75, 1.0
+    write(root / "labels/b.txt", f"0 {x0} {y0} {x1} {y0} {x1} {y1} {x0} {y1}\n1 0.5 0.125 1.0 0.25 0.93\n")
+    write(root / "labels/c.txt", "\n")
+
+
+def write_dota(root: Path) -> None:
+    write_pictures(root / "images")
+    for name, things in BOXES.items():
+        corners = [(kind, pixels(box)) for kind, box in things]
+        write(root / "labelTxt" / f"{name}.txt", "imagesource:GoogleEarth\n" + "".join(
+            f"{x0} {y0} {x1} {y0} {x1} {y1} {x0} {y1} {kind} 0\n" for kind, (x0, y0, x1, y1) in corners))
+
+
+def write_zip(root: Path) -> None:
+    write_yolo(root / "export/nutrition.v1i")
+    shutil.make_archive(str(root / "nutrition"), "zip", root / "export")
+    shutil.rmtree(root / "export")
+
+
+def write_hub_columns(root: Path) -> None:
+    """Pictures and COCO's boxes, the class a ClassLabel, as cppe-5 has them."""
+    label = datasets.ClassLabel(names=["nutrition-table-text", TABLE])
+    features = datasets.Features({"image_id": datasets.Value("string"), "image": datasets.Image(), "objects": {
+        "bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": datasets.List(label)}})
+    rows = [{"image_id": row["image_id"], "image": row["image"], "objects": {
+        "bbox": [xywh(box) for box in row["objects"]["bbox"]], "category": row["objects"]["category_name"]}}
+            for row in table_rows().cast_column("image", datasets.Image(decode=False))]
+    root.mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(root / "val.parquet"))
+
+
 def table_rows() -> datasets.Dataset:
     """The pictures a, b, c as a data set with their bytes, float32 boxes as on the Hub and a column too many."""
     write_own_metadata(Path("source"))
@@ -159,6 +300,22 @@ FORMATS: dict[str, tuple[Callable[[Path], None], str]] = {
     "Pascal VOC": (write_voc, "Pascal VOC"),
     "save_to_disk": (write_saved, "save_to_disk"),
     "Parquet": (write_parquet, "Parquet"),
+    "cppe-5": (write_hub_columns, "Parquet"),
+    "objects as a list of dicts": (write_list_of_dicts, "metadata"),
+    "metadata.csv": (write_metadata_csv, "metadata"),
+    "YOLO polygons": (write_yolo_shapes, "YOLO"),
+    "DOTA": (write_dota, "YOLO"),
+    "a zip": (write_zip, "YOLO"),
+    "CVAT": (write_cvat, "CVAT"),
+    "Label Studio": (write_labelstudio, "Label Studio"),
+    "labelme": (write_labelme, "labelme"),
+    "VIA": (write_via, "VIA"),
+    "CreateML": (write_createml, "CreateML"),
+    "CSV": (write_csv, "CSV"),
+    "Qwen2-VL": (write_qwen, "chat"),
+    "Qwen2.5-VL": (write_qwen25, "chat"),
+    "ms-swift": (write_swift, "chat"),
+    "Florence-2": (write_florence, "chat"),
 }
 
 

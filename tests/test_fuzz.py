@@ -145,7 +145,7 @@ def broken_bytes(value: bytes, draw: random.Random) -> bytes:
 def accepted_or_refused(root: Path) -> bool:
     """Whether the folder loads; it may be refused, in one line. No picture outside of it is ever named."""
     try:
-        raw = data.load_raw(str(root))
+        raw = data.load_raw(str(root), unlabelled="negative", val_share=1)
         for picture in formats.undecoded(raw["val"]):
             assert Path(picture["path"]).is_relative_to(root)
         data.clean(raw, data.audit(raw))

@@ -1,9 +1,9 @@
 """Annotation files -> rows of the schema.
 
-A format is one small function from its files to annotated pictures (`Found`): the picture's name, its boxes as the file
+A format is one small function from a file to annotated pictures (`Found`): the picture's name, its boxes as the file
 has them, what kind of boxes they are, the names of their classes. Everything after that is done once, in `to_rows`: the
-picture is found, unit, order and frame of the boxes are decided for the whole set (`frames`), and what cannot be read is
-left out by name or refused. A broken annotation file stops the load with a `DataError`; a broken picture never does.
+picture is found, unit, order and frame of the boxes are decided for the whole set (`frames`), and what cannot be read
+is left out by name or refused. A broken annotation file stops the load with a `DataError`, a broken picture never.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -30,17 +30,28 @@ from helpers.messages import parse_text
 
 
 class Found(NamedTuple):
-    """One annotated picture: its row without boxes, its split ("" where none is named), its boxes as written."""
+    """One annotated picture: its row without boxes, and its boxes and classes as written."""
 
     row: dict[str, Any]  # of `row`
-    split: str
     boxes: list[Any] | None  # a tuple: corners, whatever the order of `kind`; None: listed, and nothing is said of it
     kind: str  # as `frames.to_unit` takes it
     names: list[Any]  # one a box; a number is a category_id
-    file: Path
+    split: str = ""  # where the file itself says it
     stem: str = ""  # the file's own name where it belongs to this picture alone
     ids: list[int] | None = None  # category_id where the file gives it beside the name
     head: Head | None = None  # of a picture that is no file
+    file: Path = Path()
+
+
+def read(kind: str, root: Path, files: dict[Path, Any]) -> Iterator[Found]:
+    """The annotated pictures of `files`, which `annotations` or `yolo_labels` gave for this key of `READERS`."""
+    if kind == "YOLO":
+        yield from read_yolo(root, files)
+        return
+    for file, content in files.items():
+        for one in READERS[kind][1](file, content):
+            said = split_of(file.parent if one.stem else file, root)
+            yield one._replace(file=file, split=one.split or said)
 
 
 def row(name: str, size: Iterable[Any] = (), image_id: Any = None, meta: dict | None = None) -> dict[str, Any]:
@@ -128,18 +139,22 @@ def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
     """The entries to take: of a picture that stands there several times with much the same boxes the first."""
     first: dict[tuple[str, str], int] = {}
     again, differ = 0, set()
-    for number, one in enumerate(found):
+    known: dict[str, int] = {}
+    for number in sorted(boxes, key=lambda number: not found[number].split):  # a list of all beside those of the splits
         if boxes[number] is None:
             continue
-        same = first.setdefault((one.split, one.row["image"]["path"] or str(number)), number)
+        one, path = found[number], found[number].row["image"]["path"]
+        same = known.setdefault(path, number) if not one.split else first.setdefault((one.split, path), number)
+        known[path] = same
         again += same != number
         if not _agree(boxes[same], boxes[number]):
             differ.add(same)
+    first |= {("", path): number for path, number in known.items() if not found[number].split}
     left_out([f"{found[n].row['image_id']} ({found[n].file.name})" for n in differ], len(found), where,
              "are annotated twice with other boxes; remove one of the two")
     if again:
         print(f"data: {again} pictures are annotated twice, with the same boxes: the first counts")
-    return [number for number in first.values() if number not in differ]
+    return sorted(number for number in first.values() if number not in differ)
 
 
 def _agree(some: list[list[float]], others: list[list[float]]) -> bool:
@@ -156,29 +171,47 @@ def same_rows(some: Rows, others: Rows) -> bool:
 
 # --- what a file is ---------------------------------------------------------------------------------------------------
 
+_OBJECTS: dict[str, Callable[[dict], bool]] = {  # of a JSON file that is one object
+    "COCO": lambda one: isinstance(one.get("images"), list) and isinstance(one.get("annotations"), list),
+    "labelme": lambda one: isinstance(one.get("shapes"), list) and "imagePath" in one,
+    "VIA": lambda one: any(isinstance(part, dict) and "regions" in part for part in _via_entries(one)[:9]),
+}
+_LINES: dict[str, Callable[[dict], bool]] = {  # of a list of objects, or of JSON lines
+    "metadata": lambda one: "file_name" in one and ("objects" in one or "bbox" in one),
+    "CreateML": lambda one: "image" in one and isinstance(one.get("annotations"), list),
+    "Label Studio": lambda one: isinstance(one.get("data"), dict) and "annotations" in one,
+    "chat": lambda one: any(key in one for key in ("conversations", "messages", "suffix")) and _chat_image(one) != "",
+}
+_COLUMNS = {  # of a table
+    "image": "filename file image imageid imagename img path imagepath imagefile frame".split(),
+    "name": "class classname label labelname category categoryname name".split(),
+    "x0": "xmin x1 left".split(), "y0": "ymin y1 top".split(), "x1": "xmax x2 right".split(),
+    "y1": "ymax y2 bottom".split(), "x": "x bboxx".split(), "y": "y bboxy".split(), "w": "w bboxwidth bboxw".split(),
+    "h": "h bboxheight bboxh".split(), "width": "width imagewidth".split(), "height": "height imageheight".split(),
+}  # fmt: skip
+_CORNERS = {"xyxy": ["x0", "y0", "x1", "y1"], "xywh": ["x", "y", "w", "h"]}
+
 
 def annotations(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
     """{format: {file: what it holds}} of the annotation files among `files`, and what the others of their kind hold.
 
     `DataError` for one that is broken; what is no annotation at all is only listed.
     """
+    readers = {".json": _json, ".jsonl": _json, ".ndjson": _json, ".xml": _xml, ".csv": _table}
     known: dict[str, dict[Path, Any]] = {}
     others = []
     for file in files:
-        read = _CONTENT.get(file.suffix.lower())
-        if read is None:
-            continue
-        content, kind = read(file)
-        if kind:
-            known.setdefault(kind, {})[file] = content
-        else:
-            others.append(f"{file.name} ({content})")
+        if file.suffix.lower() in readers:
+            content, kind = readers[file.suffix.lower()](file)
+            if kind:
+                known.setdefault(kind, {})[file] = content
+            else:
+                others.append(f"{file.name} ({content})")
     return known, others
 
 
 def _json(file: Path) -> tuple[Any, str]:
-    text = read_text(file)
-    where = str(file)
+    text, where = read_text(file), str(file)
     try:
         if file.suffix.lower() == ".json":
             found = json.loads(text)
@@ -191,29 +224,10 @@ def _json(file: Path) -> tuple[Any, str]:
         if any(word in text for word in ('"bbox', '"objects"', '"annotations"', '"shapes"', '"regions"')):
             raise DataError(f"{where}: not valid JSON ({error}); expected a whole file") from None
         return "not valid JSON", ""
-    first = found[0] if isinstance(found, list) and found else found
-    if not isinstance(first, dict):
-        return f"a {type(found).__name__}", ""
-    holds = f"has {sorted(first)[:8]}"
-    if isinstance(found, list):
-        kinds = [name for name, fits in _LISTS.items() if any(isinstance(one, dict) and fits(one) for one in found[:9])]
-        return (found, kinds[0]) if kinds else (holds, "")
-    kinds = [name for name, fits in _OBJECTS.items() if fits(found)]
-    return (found, kinds[0]) if kinds else (holds, "")
-
-
-_OBJECTS: dict[str, Callable[[dict], bool]] = {
-    "COCO": lambda one: isinstance(one.get("images"), list) and isinstance(one.get("annotations"), list),
-    "labelme": lambda one: isinstance(one.get("shapes"), list) and "imagePath" in one,
-    "VIA": lambda one: "_via_img_metadata" in one or any(
-        isinstance(part, dict) and "regions" in part for part in list(one.values())[:9]),
-}
-_LISTS: dict[str, Callable[[dict], bool]] = {
-    "metadata": lambda one: "file_name" in one and ("objects" in one or "bbox" in one),
-    "CreateML": lambda one: "image" in one and isinstance(one.get("annotations"), list),
-    "Label Studio": lambda one: bool(_regions(one)) or isinstance(one.get("data"), dict) and "annotations" in one,
-    "chat": lambda one: any(key in one for key in ("conversations", "messages", "suffix")) and _chat_image(one) != "",
-}
+    first = [one for one in (found[:9] if isinstance(found, list) else [found]) if isinstance(one, dict)]
+    kinds = _LINES if isinstance(found, list) else _OBJECTS
+    kind = next((name for name, fits in kinds.items() if any(map(fits, first))), "")
+    return found if kind else f"has {sorted(first[0])[:8]}" if first else f"a {type(found).__name__}", kind
 
 
 def _xml(file: Path) -> tuple[Any, str]:
@@ -230,7 +244,7 @@ def _xml(file: Path) -> tuple[Any, str]:
             raise DataError(f"{file}: not valid XML ({error}); expected a whole annotation file") from None
         return "not valid XML", ""
     kind = {"annotation": "Pascal VOC", "annotations": "CVAT"}.get(tree.tag, "")
-    return (tree, kind) if kind else (f"<{tree.tag}>", "")
+    return tree if kind else f"<{tree.tag}>", kind
 
 
 def _table(file: Path) -> tuple[Any, str]:
@@ -238,49 +252,21 @@ def _table(file: Path) -> tuple[Any, str]:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python", encoding_errors="replace")
     except Exception as error:  # pandas and csv raise many kinds
         return f"no table ({type(error).__name__})", ""
-    names = [str(name) for name in table.columns]
-    if table.empty:
-        return f"the columns {names[:8]} and no line", ""
-    if len(names) == 6 and all(numbers_of([name]) is None and re.fullmatch(r"-?[\d.]+", name) for name in names[1:5]):
-        table.loc[-1] = names  # keras-retinanet writes no header
-        table = table.sort_index().set_axis(["path", "x1", "y1", "x2", "y2", "class"], axis=1)
-    columns = {key: name for key, names in _COLUMNS.items() for name in table.columns
-               if re.sub(r"[\W_]", "", str(name).lower()) in names}  # fmt: skip
-    if "file_name" in table.columns and ("objects" in table.columns or "bbox" in table.columns):
+    if not table.empty and {"file_name", "objects"} <= set(table.columns):
         return [{key: _value(value) for key, value in line.items()} for line in table.to_dict("records")], "metadata"
-    if "image" in columns and "regions" in columns:
-        return table.rename(columns={name: key for key, name in columns.items()}), "VIA"
-    if "image" in columns and ("box" in columns or any(all(c in columns for c in cs) for cs in _CORNERS.values())):
-        return table.rename(columns={name: key for key, name in columns.items()}), "CSV"
-    return f"has {names[:8]}", ""
+    plain = {name: re.sub(r"[\W_]", "", str(name).lower()) for name in table.columns}
+    table = table.rename(columns={name: key for name, same in plain.items() for key, known in _COLUMNS.items()
+                                  if same in known})  # fmt: skip
+    fits = not table.empty and any({"image", "name", *corners} <= set(table) for corners in _CORNERS.values())
+    return (table, "CSV") if fits else (f"{len(table)} lines with the columns {list(plain)[:8]}", "")
 
 
-_COLUMNS = {
-    "image": "filename file image imageid imagename img path imagepath imagefile frame".split(),
-    "name": "class classname label labelname category categoryname name".split(),
-    "x0": "xmin x1 left".split(), "y0": "ymin y1 top".split(),
-    "x1": "xmax x2 right".split(), "y1": "ymax y2 bottom".split(),
-    "x": "x bboxx boxx".split(), "y": "y bboxy boxy".split(),
-    "w": "w bboxwidth boxwidth bboxw".split(), "h": "h bboxheight boxheight bboxh".split(),
-    "box": "bbox box boundingbox".split(), "width": "width imagewidth".split(), "height": "height imageheight".split(),
-    "regions": ["regionshapeattributes"], "attributes": ["regionattributes"],
-}  # fmt: skip
-_CORNERS = {"xyxy": ("x0", "y0", "x1", "y1"), "xywh": ("x", "y", "w", "h")}
-
-
-def _value(text: Any) -> Any:
+def _value(text: str) -> Any:
     """JSON, or Python's way to write it, in a cell of a table; other text stays."""
-    if not isinstance(text, str) or text[:1] not in ("[", "{"):
-        return text
     try:
-        return yaml.safe_load(text)  # reads both
+        return yaml.safe_load(text) if text[:1] in ("[", "{") else text  # YAML knows both
     except yaml.YAMLError:
         return text
-
-
-_CONTENT: dict[str, Callable[[Path], tuple[Any, str]]] = {
-    ".json": _json, ".jsonl": _json, ".ndjson": _json, ".xml": _xml, ".csv": _table
-}  # fmt: skip
 
 
 # --- metadata of an imagefolder ---------------------------------------------------------------------------------------
@@ -290,22 +276,14 @@ _NAME_FIELDS = ("category_name", "category_names", "categories", "category", "la
                 "class", "names", "name")  # fmt: skip
 
 
-def _names_field(objects: dict[str, Any]) -> str | None:
-    return next((key for key in _NAME_FIELDS if isinstance(objects.get(key), list)), None)
-
-
-def read_metadata(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
+def read_metadata(file: Path, lines: list[Any]) -> Iterator[Found]:
     """Hugging Face `imagefolder`: metadata.jsonl, .json, .csv or .parquet, one or one in each split's folder."""
-    for file, lines in files.items():
-        for number, line in enumerate(lines, 1):
-            where = f"{file} line {number}"
-            if not isinstance(line, dict):
-                raise DataError(f"{where}: found a {type(line).__name__}; expected one object {{...}}")
-            name, split = line.get("file_name"), split_of(file.parent, root)
-            if not isinstance(name, str):
-                raise DataError(f"{where}: file_name is {name!r}; expected a str")
-            new = row(name, (line.get("width"), line.get("height")), line.get("image_id"), line.get("meta"))
-            yield of_objects(Found(new, split, [], "", [], file), line.get("objects", line), where, "meta" in line)
+    for number, line in enumerate(lines, 1):
+        where = f"{file} line {number}"
+        if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
+            raise DataError(f"{where}: found {str(line)[:60]}; expected an object {{...}} with file_name and objects")
+        new = row(line["file_name"], (line.get("width"), line.get("height")), line.get("image_id"), line.get("meta"))
+        yield of_objects(Found(new, [], "", []), line.get("objects", line), where, "meta" in line)
 
 
 def of_objects(found: Found, objects: Any, where: str, own: bool) -> Found:
@@ -314,52 +292,50 @@ def of_objects(found: Found, objects: Any, where: str, own: bool) -> Found:
     Only a row that also has `meta` (`own`) is surely one of this project's schema, whose boxes are yxyx.
     """
     if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
-        objects = {key: [one.get(key) for one in objects] for key in dict.fromkeys(k for one in objects for k in one)}
-        objects = objects or {"bbox": [], "category": []}
+        keys = dict.fromkeys(key for one in objects for key in one) or ("bbox", "category")
+        objects = {key: [one.get(key) for one in objects] for key in keys}
     if not isinstance(objects, dict):
         raise DataError(f"{where}: objects is {str(objects)[:60]}; expected a dict")
     boxes = next((objects[key] for key in _BOX_FIELDS if isinstance(objects.get(key), list)), None)
-    field = _names_field(objects)
-    if boxes is None or (field is None and boxes):
+    field = next((key for key in _NAME_FIELDS if isinstance(objects.get(key), list)), None)
+    if boxes is None or field is None:
         raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
     ids = objects.get("category_id")
     given = field == "category_name" and isinstance(ids, list) and all(type(n) is int and abs(n) < 2**31 for n in ids)
     kind = "" if field != "category_name" else "yxyx-unit" if own else ANY
-    return found._replace(boxes=boxes, names=objects[field] if field else [], kind=kind, ids=ids if given else None)
+    return found._replace(boxes=boxes, names=objects[field], kind=kind, ids=ids if given else None)
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------
 
 
-def read_coco(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
+def read_coco(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """COCO JSON (`images`, `annotations`, `categories`): one file, or one a split; [x, y, width, height] in pixels."""
-    for file, found in files.items():
-        categories = found.get("categories") or []
-        for kind, ids in (("images", ["id"]), ("categories", ["id"]), ("annotations", ["image_id", "category_id"])):
-            for number, item in enumerate(found.get(kind) or []):
-                if not isinstance(item, dict):
-                    raise DataError(f"{file}: {kind}[{number}] is {str(item)[:40]!r}; expected an object {{...}}")
-                for key in ids:
-                    if not isinstance(item.get(key), (int, str)):
-                        found_id = str(item.get(key))[:40]
-                        raise DataError(f"{file}: {key} of {kind}[{number}] is {found_id!r}; expected a number")
-        names = {str(category["id"]): str(category.get("name")) for category in categories}
-        notes: dict[str, list[dict[str, Any]]] = {str(picture["id"]): [] for picture in found["images"]}
-        for note in found["annotations"]:
-            notes.setdefault(str(note["image_id"]), []).append(note)
-        for picture in found["images"]:
-            if not isinstance(picture.get("file_name"), str):
-                raise DataError(f"{file}: image {picture['id']!r} has no file_name; expected the picture's path")
-            own = notes.pop(str(picture["id"]), [])
-            new = row(picture["file_name"], (picture.get("width"), picture.get("height")), None, picture)
-            yield Found(new, split_of(file, root), [_coco_box(note) for note in own] or None, "xywh-pixels",
-                        [names.get(n, f"class {n}") for n in (str(note["category_id"]) for note in own)], file)
-        lost = [note.get("id") for others in notes.values() for note in others]
-        if len(lost) * 2 > len(found["annotations"]):
-            raise DataError(f"{file}: {len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has; "
-                            "expected an id of images")
-        if lost:
-            print(f"data: {file}: {len(lost)} annotations belong to no picture of images, such as {lost[0]}: not used")
+    for kind, ids in (("images", ["id"]), ("categories", ["id"]), ("annotations", ["image_id", "category_id"])):
+        for number, item in enumerate(found.get(kind) or []):
+            if not isinstance(item, dict):
+                raise DataError(f"{file}: {kind}[{number}] is {str(item)[:40]!r}; expected an object {{...}}")
+            for key in ids:
+                if not isinstance(item.get(key), (int, str)):
+                    found_id = str(item.get(key))[:40]
+                    raise DataError(f"{file}: {key} of {kind}[{number}] is {found_id!r}; expected a number")
+    names = {str(category["id"]): str(category.get("name")) for category in found.get("categories") or []}
+    notes: dict[str, list[dict[str, Any]]] = {str(picture["id"]): [] for picture in found["images"]}
+    for note in found["annotations"]:
+        notes.setdefault(str(note["image_id"]), []).append(note)
+    for picture in found["images"]:
+        if not isinstance(picture.get("file_name"), str):
+            raise DataError(f"{file}: image {picture['id']!r} has no file_name; expected the picture's path")
+        own = notes.pop(str(picture["id"]), [])
+        new = row(picture["file_name"], (picture.get("width"), picture.get("height")), None, picture)
+        yield Found(new, [_coco_box(note) for note in own] or None, "xywh-pixels",
+                    [names.get(n, f"class {n}") for n in (str(note["category_id"]) for note in own)])
+    lost = [note.get("id") for others in notes.values() for note in others]
+    if len(lost) * 2 > len(found["annotations"]):
+        raise DataError(f"{file}: {len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has; "
+                        "expected an id of images")  # fmt: skip
+    if lost:
+        print(f"data: {file}: {len(lost)} annotations belong to no picture of images, such as {lost[0]}: not used")
 
 
 def _coco_box(note: dict[str, Any]) -> Any:
@@ -368,142 +344,113 @@ def _coco_box(note: dict[str, Any]) -> Any:
     if numbers_of(note.get("bbox")) is not None or not mask:
         return note.get("bbox")
     if isinstance(mask, list):
-        return around([point for part in mask for point in (part if isinstance(part, list) else [part])])
+        return around([number for part in mask for number in (part if isinstance(part, list) else [part])])
     try:
         from pycocotools import mask as coco_mask
 
-        height, width = mask["size"]
-        packed = mask if isinstance(mask["counts"], str | bytes) else coco_mask.frPyObjects(mask, height, width)
+        packed = mask if isinstance(mask["counts"], str | bytes) else coco_mask.frPyObjects(mask, *mask["size"])
         return coco_mask.toBbox(packed).tolist()
     except Exception:  # pycocotools raises many kinds
         return f"the mask {str(mask)[:60]}"
 
 
-# --- labelme, VIA, CreateML, Label Studio, CSV: a list of shapes a picture --------------------------------------------
+# --- other tools' JSON and tables -------------------------------------------------------------------------------------
 
 
-def read_labelme(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
+def read_labelme(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """labelme: a JSON a picture, points in pixels."""
-    for file, found in files.items():
-        shapes = [shape for shape in found["shapes"] if isinstance(shape, dict)]
-        new = row(str(found["imagePath"]), (found.get("imageWidth"), found.get("imageHeight")))
-        boxes = [_around_labelme(shape) for shape in shapes]
-        yield Found(new, split_of(file.parent, root), boxes, "xyxy-pixels", [shape.get("label") for shape in shapes], file,
-                    file.stem)
+    shapes = [shape for shape in found["shapes"] if isinstance(shape, dict)]
+    boxes = [around(shape.get("points")) if shape.get("shape_type") != "circle" else
+             "a circle" for shape in shapes]  # fmt: skip
+    new = row(str(found["imagePath"]), (found.get("imageWidth"), found.get("imageHeight")))
+    yield Found(new, boxes, "xyxy-pixels", [shape.get("label") for shape in shapes], stem=file.stem)
 
 
-def _around_labelme(shape: dict[str, Any]) -> Any:
-    if shape.get("shape_type") == "circle" and (box := around(shape.get("points"))) and not isinstance(box, str):
-        (x, y), (x1, y1) = shape["points"]  # the centre, and a point of the circle
-        radius = math.hypot(x1 - x, y1 - y)
-        return (x - radius, y - radius, x + radius, y + radius)
-    return around(shape.get("points"))
+def _via_entries(found: dict[str, Any]) -> list[Any]:
+    entries = found.get("_via_img_metadata", found)
+    return list(entries.values()) if isinstance(entries, dict) else []
 
 
-def read_via(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """VGG Image Annotator: JSON (a project or an export) or CSV, shapes in pixels."""
-    for file, found in files.items():
-        if isinstance(found, pd.DataFrame):
-            entries = [{"filename": name, "regions": [
-                {"shape_attributes": _value(line.regions), "region_attributes": _value(getattr(line, "attributes", ""))}
-                for line in lines.itertuples() if line.regions not in ("", "{}")]} for name, lines in found.groupby("image")]
-        else:
-            entries = [one for one in found.get("_via_img_metadata", found).values() if isinstance(one, dict)]
-        for entry in entries:
-            regions = entry.get("regions") or []
-            regions = list(regions.values()) if isinstance(regions, dict) else regions
-            names = [next(iter(_texts(region.get("region_attributes"))), "") for region in regions]
-            yield Found(row(str(entry.get("filename"))), split_of(file, root),
-                        [_via_box(region.get("shape_attributes") or {}) for region in regions] or None, "xywh-pixels", names,
-                        file)
-
-
-def _texts(found: Any) -> list[str]:
-    """The texts in the values of a dict, where a value may itself be {choice: True}."""
-    values = found.values() if isinstance(found, dict) else [found]
-    return [text for value in values for text in (list(value) if isinstance(value, dict) else [value]) if text]
+def read_via(file: Path, found: dict[str, Any]) -> Iterator[Found]:
+    """VGG Image Annotator: JSON of a project or an export, rectangles and polygons in pixels."""
+    for entry in (one for one in _via_entries(found) if isinstance(one, dict)):
+        regions = entry.get("regions") or []
+        regions = list(regions.values()) if isinstance(regions, dict) else regions
+        named = [list((region.get("region_attributes") or {}).values()) for region in regions]
+        names = [next(iter(first[0]), "") if first and isinstance(first[0], dict) else (first or [""])[0]
+                 for first in named]  # a checkbox is {choice: true}
+        boxes = [_via_box(region.get("shape_attributes") or {}) for region in regions]
+        yield Found(row(str(entry.get("filename"))), boxes or None, "xywh-pixels", names)
 
 
 def _via_box(shape: dict[str, Any]) -> Any:
-    if "all_points_x" in shape:
-        return around(list(zip_longest(shape["all_points_x"], shape.get("all_points_y") or [])))
-    if "cx" in shape:
-        rx, ry = (shape.get(key, shape.get("r")) for key in ("rx", "ry"))
-        box = numbers_of([shape["cx"], shape.get("cy"), rx, ry])
-        return tuple([box[0] - box[2], box[1] - box[3], box[0] + box[2], box[1] + box[3]]) if box else str(shape)
+    xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
+    if isinstance(xs, list) and isinstance(ys, list) and len(xs) == len(ys):
+        return around(list(zip(xs, ys, strict=True)))
     return [shape.get(key) for key in ("x", "y", "width", "height")]
 
 
-def read_createml(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
+def read_createml(file: Path, entries: list[Any]) -> Iterator[Found]:
     """CreateML JSON: [centre x, centre y, width, height] in pixels."""
-    for file, entries in files.items():
-        for entry in entries:
-            notes = [note for note in entry.get("annotations") or [] if isinstance(note, dict)]
-            boxes = [[(note.get("coordinates") or {}).get(key) for key in ("x", "y", "width", "height")] for note in notes]
-            yield Found(row(str(entry.get("image") or entry.get("imagefilename"))), split_of(file, root), boxes or None,
-                        "cxcywh-pixels", [note.get("label") for note in notes], file)
+    for entry in entries:
+        notes = [note for note in entry.get("annotations") or [] if isinstance(note, dict)]
+        places = [note.get("coordinates") or {} for note in notes]
+        boxes = [[place.get(key) for key in ("x", "y", "width", "height")] for place in places]
+        yield Found(row(str(entry.get("image"))), boxes or None, "cxcywh-pixels", [note.get("label") for note in notes])
 
 
-def _regions(task: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The regions of a Label Studio task, in its full or its short JSON; None where nobody has annotated it."""
-    done = [one for one in task.get("annotations") or task.get("completions") or [] if isinstance(one, dict)]
-    done = [one for one in done if not one.get("was_cancelled")]
-    if done:
-        return [one for one in done[0].get("result") or [] if isinstance(one.get("value"), dict)
-                and any(key.endswith("labels") for key in one["value"])]
-    short = [value for value in task.values() if isinstance(value, list)]
-    return next(([{"value": one} for one in value] for value in short if value and all(
-        isinstance(one, dict) and any(key.endswith("labels") for key in one) for one in value)), None)
+def read_labelstudio(file: Path, tasks: list[Any]) -> Iterator[Found]:
+    """Label Studio's JSON: rectangles and polygons in percent of the picture as shown; the first annotation counts."""
+    for task in tasks:
+        texts = [value for value in task["data"].values() if isinstance(value, str) and "." in value]
+        name = (texts or [""])[0].split("?d=")[-1]  # local files are served as /data/local-files/?d=path
+        done = [one for one in task["annotations"] if isinstance(one, dict) and not one.get("was_cancelled")]
+        regions = [one for one in (done[0].get("result") or [] if done else []) if isinstance(one.get("value"), dict)]
+        labels = [next((v for key, v in one["value"].items() if key.endswith("labels")), None) for one in regions]
+        regions, labels = [r for r, v in zip(regions, labels, strict=True) if v], [v[0] for v in labels if v]
+        size = [regions[0].get(f"original_{side}") for side in ("width", "height")] if regions else []
+        yield Found(row(name, size), [_labelstudio_box(one) for one in regions] if done else None, "xywh-percent", labels)
 
 
-def read_labelstudio(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """Label Studio's own JSON: shapes in percent of the picture as shown."""
-    for file, tasks in files.items():
-        for task in tasks:
-            named = [value for value in (task.get("data") or task).values() if isinstance(value, str) and "." in value]
-            regions = _regions(task)
-            values = [region["value"] for region in regions or []]
-            names = [next((value[key][0] for key in value if key.endswith("labels") and value[key]), "") for value in values]
-            size = next(((one.get("original_width"), one.get("original_height")) for one in regions or []), ())
-            name = (named or [""])[0].split("?d=")[-1]  # local files are served as /data/local-files/?d=path
-            yield Found(row(name, size), split_of(file, root), [_labelstudio_box(one, *size) for one in values]
-                        if regions is not None else None, "xywh-percent", names, file)
-
-
-def _labelstudio_box(value: dict[str, Any], width: Any = None, height: Any = None) -> Any:
+def _labelstudio_box(region: dict[str, Any]) -> Any:
+    value = region["value"]
     box = [value.get(key) for key in ("x", "y", "width", "height")]
     if "points" in value:
         return around(value["points"])
-    if not value.get("rotation") or (numbers := numbers_of(box)) is None or not (width and height):
-        return box if not value.get("rotation") else f"the rotated box {box}"
-    x, y, w, h = numbers  # turned around its upper left corner, in pixels
-    turn, aspect = math.radians(float(value["rotation"])), height / width
-    return around([[x + dx * math.cos(turn) - dy * aspect * math.sin(turn),
-                    y + dx / aspect * math.sin(turn) + dy * math.cos(turn)] for dx in (0, w) for dy in (0, h)])
+    numbers, size = numbers_of(box), [region.get(f"original_{side}") for side in ("width", "height")]
+    if not value.get("rotation") or numbers is None or not all(size):
+        return box
+    scale = np.array(size) / 100  # turned around its upper left corner, in pixels
+    start, side = numbers[:2] * scale, numbers[2:] * scale
+    corners = _turned(start, [[0, 0], [side[0], 0], [0, side[1]], side], value["rotation"])
+    return around(corners / scale)
 
 
-def read_csv(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """A table with a line a box (TensorFlow, OpenImages, keras-retinanet and others): corners, or x, y, w, h."""
-    for file, table in files.items():
-        order = next((order for order, names in _CORNERS.items() if set(names) <= set(table.columns)), "")
-        if "name" not in table.columns:
-            raise DataError(f"{file} has the columns {list(table.columns)}; expected one named class or label too")
-        for name, lines in table.groupby("image", sort=False):
-            size = [lines[side].iloc[0] for side in ("width", "height") if side in lines.columns]
-            boxes = lines[list(_CORNERS[order])].to_numpy().tolist() if order else [_value(box) for box in lines["box"]]
-            boxes, names = [box for box in boxes if any(box)], lines["name"].tolist()
-            yield Found(row(str(name), size), split_of(file, root), boxes or None, order, names[: len(boxes)], file)
+def _turned(centre: Any, points: Any, degrees: Any) -> np.ndarray:
+    """`points` [N, 2], relative to `centre`, turned clockwise around it, in pixels."""
+    turn = math.radians(float(degrees))
+    matrix = [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+    return np.asarray(centre) + np.asarray(points, float) @ np.array(matrix)
+
+
+def read_csv(file: Path, table: pd.DataFrame) -> Iterator[Found]:
+    """A table with a line a box (TensorFlow, OpenImages and others): corners, or x, y, width and height."""
+    order = next(order for order, corners in _CORNERS.items() if set(corners) <= set(table))
+    for name, lines in table.groupby("image", sort=False):
+        size = [lines[side].iloc[0] for side in ("width", "height") if side in lines]
+        lines = lines[lines[_CORNERS[order]].ne("").any(axis=1)]
+        yield Found(row(str(name), size), lines[_CORNERS[order]].to_numpy().tolist() or None, order, lines["name"].tolist())
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
 
-_LOC = re.compile(r"([^<>;]*)((?:<loc_?\d+>){4,})([^<>;]*)")
+_LOC = re.compile(r"([^<>]*)<loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)>")  # Florence-2
 
 
 def _chat_image(item: dict[str, Any]) -> str:
-    """The name of the picture of a chat."""
-    parts = [part for turn in item.get("messages") or [] if isinstance(turn, dict) and isinstance(turn.get("content"), list)
-             for part in turn["content"] if isinstance(part, dict)]  # fmt: skip
+    """The name of the picture of a chat, or ""."""
+    turns = [turn for turn in item.get("messages") or [] if isinstance(turn, dict)]
+    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
     for found in (item.get("image"), item.get("images"), *(part.get("image") for part in parts)):
         found = found[0] if isinstance(found, list) and len(found) == 1 else found
         found = found.get("path") if isinstance(found, dict) else found
@@ -512,22 +459,20 @@ def _chat_image(item: dict[str, Any]) -> str:
     return ""
 
 
-def read_chats(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """Lines to fine-tune a model on, as LLaVA, Qwen, ms-swift, Florence-2 and PaliGemma take them: boxes in the text."""
-    for file, items in files.items():
-        for number, item in enumerate(items, 1):
-            name = _chat_image(item) if isinstance(item, dict) else ""
-            if not name:
-                raise DataError(f"{file}: entry {number} names no picture, or several; expected one each")
-            new = Found(row(name), split_of(file, root), None, "", [], file)
-            objects = item.get("objects")
-            if isinstance(objects, dict) and isinstance(objects.get("bbox"), list):  # ms-swift
-                names = objects.get("ref") or [""]
-                names = names * len(objects["bbox"]) if len(names) == 1 else names
-                kind = {"norm1": "xyxy-unit", "real": "xyxy-pixels"}.get(objects.get("bbox_type"), "xyxy")
-                yield new._replace(boxes=objects["bbox"], names=names, kind=kind)
-            else:
-                yield _of_text(new, _completion(item))
+def read_chats(file: Path, items: list[Any]) -> Iterator[Found]:
+    """Lines to fine-tune a model on, as LLaVA, Qwen, ms-swift and Florence-2 take them: boxes in the completion."""
+    for number, item in enumerate(items, 1):
+        name = _chat_image(item) if isinstance(item, dict) else ""
+        if not name:
+            raise DataError(f"{file}: entry {number} names no picture, or several; expected one each")
+        objects = item.get("objects")
+        if isinstance(objects, dict) and isinstance(objects.get("bbox"), list):  # ms-swift
+            names = objects.get("ref") or [""]
+            kind = {"norm1": "xyxy-unit", "real": "xyxy-pixels"}.get(objects.get("bbox_type", ""), "xyxy")
+            names = names * len(objects["bbox"]) if len(names) == 1 else names
+            yield Found(row(name), objects["bbox"], kind, names)
+        else:
+            yield Found(row(name), *_of_text(_completion(item)))
 
 
 def _completion(item: dict[str, Any]) -> str:
@@ -535,123 +480,96 @@ def _completion(item: dict[str, Any]) -> str:
     turns = item.get("conversations") or item.get("messages") or [{"role": "assistant", "content": item.get("suffix")}]
     texts = []
     for turn in (turn for turn in turns if isinstance(turn, dict)):
-        said = turn.get("value", turn.get("content"))
-        if turn.get("from", turn.get("role")) in ("gpt", "assistant", "model"):
-            texts += [part.get("text", "") for part in said if isinstance(part, dict)] if isinstance(said, list) else [said]
+        if turn.get("from", turn.get("role")) in ("gpt", "assistant"):
+            said = turn.get("value", turn.get("content"))
+            texts += [part.get("text") for part in said] if isinstance(said, list) else [said]
     return "\n".join(str(text) for text in texts if text)
 
 
-def _of_text(new: Found, text: str) -> Found:
-    """`new` with the boxes that a text names: Qwen2-VL's form, `<loc>` tokens or JSON with bbox_2d."""
+def _of_text(text: str) -> tuple[list[Any] | None, str, list[str]]:
+    """Boxes, kind and names in a completion: Qwen2-VL's form, JSON with bbox_2d, or Florence-2's tokens."""
     if tokens := _LOC.findall(text):
-        paligemma = "<loc_" not in text
-        groups = [(before.strip() or after.strip(), re.findall(r"\d+", numbers)) for before, numbers, after in tokens]
-        boxes = [(name, numbers[i : i + 4]) for name, numbers in groups for i in range(0, len(numbers), 4)]
-        return new._replace(boxes=[box for _, box in boxes], names=[name for name, _ in boxes],
-                            kind="yxyx-1024" if paligemma else "xyxy-1000")
+        names = [name for name, *_ in tokens]  # a name stands before the first of its boxes
+        names = [next(name for name in names[i::-1] if name or not i) for i in range(len(names))]
+        return [numbers for _, *numbers in tokens], "xyxy-1000", names
     if "bbox" in text or text.strip() == "[]":
-        start = min((at for at in map(text.find, "[{") if at >= 0), default=0)
         try:
-            found = json.JSONDecoder().raw_decode(text[start:])[0]
-        except json.JSONDecodeError:
-            return new._replace(boxes=[text[:60]], names=[""], kind="xyxy")
+            found = json.JSONDecoder().raw_decode(text[re.search(r"[\[{]", text).start() :])[0]  # type: ignore[union-attr]
+        except (json.JSONDecodeError, AttributeError):
+            return [text[:60]], "xyxy", [""]
         found = [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, dict)]
-        return new._replace(boxes=[one.get("bbox_2d", one.get("bbox")) for one in found], kind="xyxy",
-                            names=[one.get("label", "") for one in found])
+        return [one.get("bbox_2d", one.get("bbox")) for one in found], "xyxy", [one.get("label", "") for one in found]
     read = parse_text(text)
     if read.rejected and "box" in text:
-        return new._replace(boxes=read.rejected[:1], names=[""], kind="xyxy-1000")
+        return read.rejected[:1], "xyxy-1000", [""]
     known = len(read.labels) or read.empty_answer
-    return new._replace(boxes=[[1000 * n for n in box] for box in read.boxes_xyxy_unit.tolist()] if known else None,
-                        names=read.labels, kind="xyxy-1000")
+    return (1000 * read.boxes_xyxy_unit).tolist() if known else None, "xyxy-1000", read.labels
 
 
 # --- XML: Pascal VOC and CVAT -----------------------------------------------------------------------------------------
 
 
-def read_voc(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """Pascal VOC: an XML a picture, corners in pixels."""
-    for file, found in files.items():
-        size = found.findtext("size/width"), found.findtext("size/height")
-        things = list(found.iter("object"))
-        yield Found(row(found.findtext("filename") or file.stem, size), split_of(file.parent, root), [_voc_box(thing) for thing in things],
-                    "xyxy-pixels", [thing.findtext("name") or "" for thing in things], file, file.stem)
+def read_voc(file: Path, found: ElementTree.Element) -> Iterator[Found]:
+    """Pascal VOC: an XML a picture, corners in pixels; of a polygon the box around it."""
+    things = list(found.iter("object"))
+    new = row(found.findtext("filename") or file.stem, [found.findtext(f"size/{side}") for side in ("width", "height")])
+    yield Found(new, [_voc_box(thing) for thing in things], "xyxy-pixels",
+                [thing.findtext("name") or "" for thing in things], stem=file.stem)
 
 
 def _voc_box(thing: ElementTree.Element) -> Any:
-    if thing.find("bndbox") is not None:
-        return [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-    if (turned := thing.find("robndbox")) is not None:  # roLabelImg
-        return _rotated([turned.findtext(key) for key in ("cx", "cy", "w", "h")], turned.findtext("angle"), 1)
-    points = [(one.tag, one.text) for one in thing.find("polygon") or []]  # x1, y1, x2 … or pt/x, pt/y
-    points = points if any(text and text.strip() for _, text in points) else [(p.tag, p.text) for p in thing.iter()]
-    return around([[text for tag, text in points if tag[:1] == axis and tag[1:].isdigit() or tag == axis] for axis in "xy"]
-                  and list(zip_longest(*[[text for tag, text in points if re.fullmatch(rf"{axis}\d*", tag)]
-                                         for axis in "xy"])))
+    if thing.find("bndbox") is None and (polygon := thing.find("polygon")) is not None:
+        points = [[one.text for one in polygon.iter() if re.fullmatch(rf"{axis}\d*", one.tag)] for axis in "xy"]
+        return around(list(zip(*points, strict=False)))  # x1, y1, x2 …, or pt/x, pt/y
+    return [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
 
 
-def _rotated(box: list[Any], angle: Any, unit: float) -> Any:
-    """The box around [centre x, centre y, width, height] turned by `angle` (times `unit` radians)."""
-    numbers, turn = numbers_of(box), numbers_of([angle, 0, 0, 0])
-    if numbers is None or turn is None:
-        return f"the rotated box {box}"
-    x, y, w, h = numbers
-    cos, sin = math.cos(turn[0] * unit), math.sin(turn[0] * unit)
-    return around([[x + dx * cos - dy * sin, y + dx * sin + dy * cos] for dx in (-w / 2, w / 2) for dy in (-h / 2, h / 2)])
-
-
-def read_cvat(root: Path, files: dict[Path, Any]) -> Iterator[Found]:
+def read_cvat(file: Path, found: ElementTree.Element) -> Iterator[Found]:
     """CVAT for images 1.1: one XML, corners or points in pixels of the picture as shown."""
-    for file, found in files.items():
-        if found.find("track") is not None:
-            raise DataError(f"{file}: has tracks of a video; expected an export as CVAT for images, or COCO, with the frames")
-        for image in found.iter("image"):
-            shapes = [shape for shape in image if shape.get("label")]
-            split = split_name(image.get("subset") or "")
-            split = split if split in ("train", "val", "test") else split_of(file, root)
-            yield Found(row(image.get("name") or "", (image.get("width"), image.get("height"))), split,
-                        [_cvat_box(shape) for shape in shapes] or None, "xyxy-pixels",
-                        [shape.get("label") for shape in shapes], file)
+    if found.find("track") is not None:
+        raise DataError(f"{file}: has tracks of a video; expected an export as CVAT for images, or COCO, with frames")
+    for image in found.iter("image"):
+        shapes = [shape for shape in image if shape.get("label")]
+        split = split_name(image.get("subset") or "")
+        yield Found(row(image.get("name") or "", (image.get("width"), image.get("height"))),
+                    [_cvat_box(shape) for shape in shapes] or None, "xyxy-pixels",
+                    [shape.get("label") for shape in shapes], split if split in ("train", "val", "test") else "")
 
 
 def _cvat_box(shape: ElementTree.Element) -> Any:
     if points := shape.get("points"):
         return around(re.split("[;,]", points))
-    if shape.tag == "ellipse":
-        box = numbers_of([shape.get(key) for key in ("cx", "cy", "rx", "ry")])
-        return tuple([box[0] - box[2], box[1] - box[3], box[0] + box[2], box[1] + box[3]]) if box else "an ellipse"
-    if shape.tag == "mask":
-        box = numbers_of([shape.get(key) for key in ("left", "top", "width", "height")])
-        return (box[0], box[1], box[0] + box[2], box[1] + box[3]) if box else "a mask"
     box = [shape.get(key) for key in ("xtl", "ytl", "xbr", "ybr")]
     corners = numbers_of(box)
     if corners is None or not shape.get("rotation"):
-        return box
-    x0, y0, x1, y1 = corners
-    return _rotated([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], shape.get("rotation"), math.pi / 180)
+        return box if shape.tag == "box" else f"a {shape.tag}"
+    (x0, y0), (x1, y1) = corners[:2], corners[2:]
+    half = np.array([[x0 - x1, y0 - y1], [x1 - x0, y0 - y1], [x0 - x1, y1 - y0], [x1 - x0, y1 - y0]]) / 2
+    return around(_turned([(x0 + x1) / 2, (y0 + y1) / 2], half, shape.get("rotation")))
 
 
 # --- YOLO -------------------------------------------------------------------------------------------------------------
 
-_NAME_FILES = ("classes.txt", "obj.names", "*.names", "_darknet.labels")
 _SIDES = ("images", "labels", "labeltxt", "jpegimages", "annotations")  # folders that labels and pictures differ by
 
 
 def yolo_names(root: Path) -> Path | None:
     """The file that names YOLO's classes: a YAML file with `names`, or a list of names."""
-    configs = (path for pattern in ("*.yaml", "*.yml") for path in files_below(root, pattern))
-    yamls = [path for path in configs if isinstance(config := _parse_yaml(path), dict) and "names" in config]
-    lists = [path for pattern in _NAME_FILES for path in files_below(root, pattern)]
+    configs = [path for pattern in ("*.yaml", "*.yml") for path in files_below(root, pattern)]
+    yamls = [path for path in configs if "names" in (_config(path) or {})]
+    lists = [path for pattern in ("classes.txt", "*.names", "_darknet.labels") for path in files_below(root, pattern)]
     return min(yamls, key=lambda path: len(path.parts), default=next(iter(lists), None))
 
 
-def _parse_yaml(path: Path) -> Any:
+def _config(path: Path) -> dict[str, Any] | None:
+    """What a YAML file holds; None for other files and for settings of another program."""
     try:
-        return yaml.safe_load(read_text(path))
+        found = yaml.safe_load(read_text(path)) if path.suffix in (".yaml", ".yml") else None
     except yaml.YAMLError as error:
-        if "names:" not in read_text(path):
-            return None
-        raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
+        if "names:" in read_text(path):
+            raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _key(path: Path, root: Path) -> tuple[str, ...]:
@@ -660,75 +578,63 @@ def _key(path: Path, root: Path) -> tuple[str, ...]:
     return tuple(part for part in parts if part.lower() not in _SIDES)
 
 
-def yolo_labels(root: Path, pictures: Pictures) -> dict[Path, list[Path]]:
-    """The label files below `root`, each with the pictures that lie where its own should."""
-    of_key: dict[tuple[str, ...], list[Path]] = {}
-    for path in pictures.files:
-        of_key.setdefault(_key(path, root), []).append(path)
+def yolo_labels(root: Path) -> dict[Path, list[Path]]:
+    """The label files below `root`, each with the pictures that lie where its own should; none where none has a box."""
+    pictures = defaultdict(list)
+    for path in Pictures(root).files:
+        pictures[_key(path, root)].append(path)
     labels = {}
     for label in files_below(root, "*.txt"):
-        within = label.relative_to(root).parts
-        own = of_key.get(_key(label, root), [])
-        in_labels = any(part.lower() in ("labels", "labeltxt") for part in within[:-1]) and label.name != "classes.txt"
-        if (own or in_labels) and not set(TOOLS) & set(within):
+        folders = {part.lower() for part in label.relative_to(root).parts[:-1]}
+        own = pictures.get(_key(label, root), [])
+        if (own or folders & {"labels", "labeltxt"}) and not folders & set(TOOLS) and label.name != "classes.txt":
             labels[label] = own
-    return labels
-
-
-def is_yolo(labels: Iterable[Path]) -> bool:
-    """Whether the label files hold lines of numbers."""
-    for label in labels:
-        words = next((line.split() for line in _lines(label) if line.split()), [])
-        if words:
-            return len(words) >= 5 and all(re.fullmatch(r"-?[\d.]+(e-?\d+)?", word) for word in words[1:5])
-    return False
+    first = next((words for label in labels for line in _lines(label) if len(words := line.split()) > 4), [])
+    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(root) else {}
 
 
 def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
 
 
-def read_yolo(root: Path, files: dict[Path, list[Path]]) -> Iterator[Found]:
+def _is_number(word: str) -> bool:
+    return numbers_of([word, 0, 0, 0]) is not None
+
+
+def read_yolo(root: Path, labels: dict[Path, list[Path]]) -> Iterator[Found]:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or a list of names.
 
     Also polygons and oriented boxes (the box around them), a confidence after the box, and DOTA's labelTxt in pixels.
-    A picture without a label file, beside others with one, has no box. Class names index the lines.
-    `files`: of `yolo_labels`.
+    A picture without a label file, beside others with one, has no box. `labels`: of `yolo_labels`.
     """
-    file = yolo_names(root)
-    config = _parse_yaml(file) if file and file.suffix in (".yaml", ".yml") else {}
-    names = _yolo_names(file, config)
-    pictures = Pictures(root)
-    lost = [label for label, own in files.items() if not own]
-    wanted = [Wanted(str(Path(*_key(label, root))), label, split_of(label.parent, root)) for label in lost]
-    of_label = {label: own[0] for label, own in files.items() if own} | dict(zip(lost, pictures.find(wanted), strict=True))
-    double = next((f"{label}: the picture is {own[0]} or {own[1]}" for label, own in files.items() if len(own) > 1), None)
-    if double:
-        raise DataError(f"{double}; expected one file of that name")
-    labelled = set(of_label.values())
-    places = {path.parent for path in labelled}
-    silent = [path for path in pictures.files if path not in labelled and path.parent in places]
-    negative = len(silent) <= len(labelled) and all(path.exists() for path in labelled)
-    if silent and negative:
+    file, pictures = yolo_names(root), Pictures(root)
+    config = _config(file) or {} if file else {}
+    names = _class_names(file, config) if file else None
+    wanted = [Wanted(str(own[0]) if len(own) == 1 else str(Path(*_key(label, root))), label, split_of(label.parent, root))
+              for label, own in labels.items()]  # fmt: skip
+    paths = pictures.find(wanted)
+    places = {path.parent for path in paths}
+    silent = sorted({path for path in pictures.files if path.parent in places} - set(paths))
+    known = len(silent) <= len(paths) and all(path.exists() for path in paths)  # else the names may have been changed
+    if silent and known:
         print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as {escaped(silent[0].name)}: "
               "read as pictures without a table")  # fmt: skip
-    entries = {path: (label, _yolo_boxes(label, names, "kpt_shape" in config)) for label, path in of_label.items()}
-    entries |= dict.fromkeys(silent, (file or root / "labels", ([] if negative else None, [], "cxcywh-unit")))
-    for path, (label, (boxes, classes, kind)) in sorted(entries.items()):
-        yield Found(row(str(path.relative_to(root))), split_of(path.parent, root), boxes, kind, classes, label)
+    for path, label in sorted({**dict.fromkeys(silent), **dict(zip(paths, labels, strict=True))}.items()):
+        boxes, classes, kind = _yolo_boxes(label, names, "kpt_shape" in config) if label else ([], [], "cxcywh-unit")
+        yield Found(row(str(path)), boxes if label or known else None, kind, classes, split_of(path.parent, root),
+                    file=label or root / "labels")
 
 
-def _yolo_names(file: Path | None, config: dict[str, Any]) -> dict[int, str] | None:
-    """{number: name} of the classes; None where no file names them."""
-    names = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()] if file else None
+def _class_names(file: Path, config: dict[str, Any]) -> dict[int, str]:
+    """{number: name} of the classes."""
+    names = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()]
     names = names.split(",") if isinstance(names, str) else names
     try:
-        if names is not None:
-            named = enumerate(names) if isinstance(names, list) else names.items()
-            return {int(number): str(name).strip() for number, name in named}
+        named = enumerate(names) if isinstance(names, list) else names.items()
+        return {int(number): str(name).strip() for number, name in named}
     except (AttributeError, ValueError, TypeError):
-        raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name") from None
-    return None
+        raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name"
+                        ) from None  # fmt: skip
 
 
 def _yolo_boxes(file: Path, names: dict[int, str] | None, poses: bool) -> tuple[list[Any], list[str], str]:
@@ -739,43 +645,33 @@ def _yolo_boxes(file: Path, names: dict[int, str] | None, poses: bool) -> tuple[
         words = line.split()
         if not words or words[0].startswith(("imagesource:", "gsd:")):
             continue
-        where = f"line {number}: {line[:60]!r}"
-        try:
-            if len(words) > 8 and not _is_number(words[8]):  # DOTA: four corners in pixels, the name, how difficult
-                kind, name = "xyxy-pixels", words[8]
-                boxes.append(around(list(map(float, words[:8]))))
-            else:
-                number_of_class, numbers = float(words[0]), list(map(float, words[1:]))
-                name = names.get(int(number_of_class), "") if names else f"class {int(number_of_class)}"
-                if not name or number_of_class != int(number_of_class):
-                    boxes.append(f"{where} is of class {words[0]}, which has no name among {list((names or {}).values())}")
-                elif len(numbers) in (4, 5) or poses:
-                    boxes.append(numbers[:4])
-                elif len(numbers) % 2 or len(numbers) < 6:
-                    raise ValueError
-                else:
-                    boxes.append(around(numbers))
-            classes.append(name)
-        except ValueError:
-            boxes.append(f"{where}; expected: class cx cy width height")
-            classes.append("")
+        box: Any = f"line {number}: {line[:60]!r}; expected: class cx cy width height"
+        name = ""
+        if len(words) > 8 and not _is_number(words[8]):  # DOTA: four corners in pixels, the name, how difficult
+            kind, name, box = "xyxy-pixels", words[8], around(words[:8])
+        elif len(words) > 4 and all(map(_is_number, words)):
+            name = names.get(int(float(words[0])), "") if names else f"class {words[0]}"
+            if not name:
+                box = f"line {number} is of class {words[0]}, which is not among {list((names or {}).values())}"
+            elif len(words) < 7 or poses:
+                box = words[1:5]
+            elif len(words) % 2:
+                box = around(words[1:])
+        boxes.append(box)
+        classes.append(name)
     return boxes, classes, kind
 
 
-def _is_number(word: str) -> bool:
-    return numbers_of([word, 0, 0, 0]) is not None
-
-
-READERS: dict[str, tuple[str, Callable[[Path, dict[Path, Any]], Iterator[Found]]]] = {
+READERS: dict[str, tuple[str, Callable[..., Iterator[Found]]]] = {
     "COCO": ("*.json with images, annotations, categories", read_coco),
-    "YOLO": (".txt files of class cx cy width height, and a .yaml with names or classes.txt", read_yolo),
+    "YOLO": ("*.txt with class cx cy width height, and a .yaml with names or classes.txt", read_yolo),
     "Pascal VOC": ("*.xml with <annotation>", read_voc),
     "metadata": ("metadata.jsonl, .json, .csv or .parquet of a Hugging Face imagefolder", read_metadata),
     "CVAT": ("*.xml of CVAT for images", read_cvat),
     "Label Studio": ("its JSON", read_labelstudio),
     "labelme": ("a .json a picture", read_labelme),
-    "VIA": ("JSON or CSV of the VGG Image Annotator", read_via),
+    "VIA": ("JSON of the VGG Image Annotator", read_via),
     "CreateML": ("*.json with image and annotations", read_createml),
     "CSV": ("a line a box with the picture, the class and corners", read_csv),
-    "chat": (".json or .jsonl to fine-tune Qwen, LLaVA, ms-swift, Florence-2 or PaliGemma on", read_chats),
+    "chat": (".json or .jsonl to fine-tune Qwen, LLaVA, ms-swift or Florence-2 on", read_chats),
 }

@@ -23,7 +23,7 @@ ORDERS = {
     "cxcywh": "[centre x, centre y, width, height]",
     "yxyx": "[y_min, x_min, y_max, x_max]",
 }
-UNITS = {"pixels": 0, "unit": 1, "percent": 100, "1000": 1000, "1024": 1024}  # the number at the picture's far edge
+UNITS = {"pixels": 0, "unit": 1, "percent": 100, "1000": 1000}  # the number at the picture's far edge
 FRAMES = ("shown", "stored", "declared")
 USUAL_ORDERS, USUAL_UNITS = ("xywh", "xyxy", "cxcywh"), ("pixels", "unit", "1000")  # tried where nothing is said
 ANY = "any order"  # the kind of boxes that may also be this project's own, yxyx
@@ -31,7 +31,7 @@ FEW = 0.05  # of the pictures may be left out because their boxes cannot be know
 MARGIN = 0.02  # of a side: how far a box that lies in its picture may leave it
 SAME = 0.005  # of a side: readings that differ by less are one
 FAR = 0.8  # of a side: the boxes of a set reach as far in the frame that is theirs
-CHANCE = 1e-3  # that all boxes end near the upper left corner by accident
+CHANCE = 1e-3  # that all boxes end inside a smaller frame by accident
 
 
 class Framed(NamedTuple):
@@ -89,12 +89,15 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
         said = list(boxes.readings)
     if not box_format or not unit:
         for other in [order] if order and not unit else ORDERS if kind == ANY else USUAL_ORDERS:
-            for scale in USUAL_UNITS:
+            for scale in USUAL_UNITS[: 2 if unit else 3]:
                 boxes.read(other, scale, FRAMES if scale == "pixels" else ["shown"])
         others = [reading for reading in boxes.readings if reading not in said]
     pool = boxes.fitting(said, others, where)
     pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
     chosen = pool[0]
+    if chosen in others and "-1000-" in chosen and not boxes.far(chosen, np.full(len(index), True), 0.9):
+        raise DataError(f"{where}: the boxes, such as {pictures[index[0]].boxes[0]}, leave their pictures as pixels and do not "
+                        f"reach 1000; give box_format, such as {chosen.removesuffix('-shown')} if they are 0-1000")
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
     if unknown:
         formats = dict.fromkeys(one.removesuffix("-shown") for one in pool)
@@ -140,6 +143,7 @@ class Boxes:
         self.declared = np.where(self.other[:, None], declared, self.shown)
         self.by_size = np.where(self.as_shown, "shown", np.where(as_stored, "stored", "shown"))
         self.readings: dict[str, np.ndarray] = {}
+        self.sizes: dict[str, np.ndarray] = {}  # width and height of the frame of each box, in the unit of the reading
 
     def read(self, order: str, unit: str, frames: Iterable[str]) -> None:
         """Add the readings in these frames, but for one that puts every box where an earlier one of them does."""
@@ -150,14 +154,15 @@ class Boxes:
         for frame in frames:
             stored = np.full(len(written), frame == "stored") if frame != "declared" else self.by_size == "stored"
             size = np.where(stored[:, None], self.stored, self.declared if frame == "declared" else self.shown)
-            xyxy = written / (UNITS[unit] or np.tile(size, 2))
+            size = np.full_like(size, UNITS[unit]) if UNITS[unit] else size
+            xyxy = written / np.tile(size, 2)
             for orientation in range(2, 9):
                 turn = stored & (self.orientation == orientation)
                 y0, x0, y1, x1 = turned(xyxy[turn][:, [1, 0, 3, 2]].T, orientation)
                 xyxy[turn] = np.stack([x0, y0, x1, y1], axis=1)
             earlier = [r for r in self.readings if r.startswith(f"{order}-{unit}-")]
             if not any((np.abs(self.readings[r] - xyxy) < SAME).all() for r in earlier):
-                self.readings[f"{order}-{unit}-{frame}"] = xyxy
+                self.readings[f"{order}-{unit}-{frame}"], self.sizes[f"{order}-{unit}-{frame}"] = xyxy, size
 
     def fits(self, name: str) -> np.ndarray:
         """Whether each box lies in its picture with two sides longer than nothing: bool [N]."""
@@ -199,13 +204,18 @@ class Boxes:
         alone, against = self.only(one, other), self.only(other, one)
         if alone >= max(1, 0.02 * differ.sum(), 20 * against):
             return True
-        if alone or against or (one.split("-")[0] != other.split("-")[0] and one.split("-")[1] == other.split("-")[1]):
+        (order, unit, _), (other_order, other_unit, _) = one.split("-"), other.split("-")
+        if against > 0.01 * differ.sum() or (order != other_order and unit == other_unit):
             return False
         if one.endswith("shown") and other.endswith("stored"):  # the tool knew how EXIF shows the pictures
             sideways = differ & np.isin(self.orientation, SIDEWAYS)
             return bool(sideways.any() and self.as_shown[sideways].all())
-        ends = [self.readings[name][differ][:, 2:].max(axis=0) for name in (one, other)]
-        return bool((ends[0] >= FAR).all() and ends[1].prod() ** differ.sum() < CHANCE)
+        narrower = np.minimum(self.sizes[one][differ] / self.sizes[other][differ], 1)
+        return self.far(one, differ, FAR) and bool(np.log(narrower).sum() < math.log(CHANCE))
+
+    def far(self, name: str, boxes: np.ndarray, share: float) -> bool:
+        """Whether these boxes reach `share` of the frame on both sides."""
+        return bool((self.readings[name][boxes][:, 2:].max(axis=0, initial=0) >= share).all())
 
     def tell_frame(self, chosen: str, index: np.ndarray, where: str) -> None:
         """Print what was decided about pictures that EXIF turns, or whose size is not the one that the file gives."""

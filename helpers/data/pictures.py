@@ -7,6 +7,7 @@ import mimetypes
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -83,7 +84,7 @@ def head(image: dict[str, Any]) -> Head | None:
     try:
         with open_picture(image) as picture:
             *stored, orientation = _stored(picture)
-            return Head(tuple(stored), orientation)
+            return Head((stored[0], stored[1]), orientation)
     except Exception:  # the audit reads every picture to its end and names what it finds
         return None
 
@@ -97,6 +98,9 @@ def completed(path: Path) -> bytes | None:
         found = path.read_bytes()
         if found[:2] != b"\xff\xd8" or b"\xff\xd9" in found[-64:]:
             return None
+        with suppress(OSError), open_picture({"bytes": found, "path": None}) as picture:
+            picture.load()
+            return None  # whole, with something behind its end
         found += b"\xff\xd9"
         with open_picture({"bytes": found, "path": None}) as picture:
             grey = (np.asarray(picture.convert("RGB")) == 128).all(axis=2).mean()

@@ -59,7 +59,7 @@ def _from_columns(splits: Splits, where: str, **options: Any) -> Splits:
         for number, line in enumerate(pictures[name]):
             size = line.get("width"), line.get("height")
             new = formats.row(str(number), size, str(line.get("image_id", f"{name}-{number}")), line.get("meta"))
-            one = formats.Found(new, name, [], "", [], Path(where), head=head(line["image"]))
+            one = formats.Found(new, [], "", [], name, head=head(line["image"]), file=Path(where))
             one = formats.of_objects(one, line["objects"], f"{where}, {name} row {number}", "meta" in line)
             named = [classes[n] if classes and type(n) is int and 0 <= n < len(classes) else n for n in one.names]
             found.append(one._replace(names=named))
@@ -212,8 +212,7 @@ def detect_formats(path: Path, root: Path) -> dict[str, dict[Path, Any]]:
                 found.setdefault("metadata", {})[file] = pyarrow.parquet.read_table(file).to_pylist()
             else:
                 found.setdefault("Parquet", {})[file] = None
-    labels = {} if files == [path] else formats.yolo_labels(root, Pictures(root))
-    if labels and (formats.is_yolo(labels) or (not found and formats.yolo_names(root))):
+    if files != [path] and (labels := formats.yolo_labels(root)):
         found["YOLO"] = labels
     if not found:
         known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
@@ -276,8 +275,7 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
         return _load_parquet(root, list(found[first]), cache_dir, **options)
     splits: Rows = {}
     for name in (first, *more):
-        read = formats.READERS[name][1](root, found[name])
-        rows = formats.to_rows(read, root, str(root), **options)
+        rows = formats.to_rows(formats.read(name, root, found[name]), root, str(root), **options)
         if name != first and not formats.same_rows(splits, rows):
             raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to read, "
                             "or a folder without the other")

@@ -97,5 +97,6 @@ def write_pictures(folder: Path, counts: dict[str, int], scale: float = 1,
             Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)).save(folder / split / name)
             box = [*random.uniform(0.05, 0.4, 2), *random.uniform(0.6, 0.95, 2)]
             objects = {"bbox": [box], "category_id": [0], "category_name": ["nutrition-table"]}
-            lines.append({"file_name": name, "image_id": name, "width": width, "height": height, "objects": objects})
+            lines.append({"file_name": name, "image_id": name, "width": width, "height": height, "meta": {},
+                          "objects": objects})
         write_text(folder / split / "metadata.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
