@@ -614,8 +614,9 @@ def read_yolo(root: Path, labels: dict[Path, list[Path]]) -> Iterator[Found]:
               for label, own in labels.items()]  # fmt: skip
     paths = pictures.find(wanted)
     places = {path.parent for path in paths}
-    silent = sorted({path for path in pictures.files if path.parent in places} - set(paths))
-    known = len(silent) <= len(paths) and all(path.exists() for path in paths)  # else the names may have been changed
+    near = (path for path in pictures.files if path.parent in places or "images" in path.relative_to(root).parts)
+    silent = sorted(set(near) - set(paths))
+    known = len(silent) <= len(paths) and all(path.exists() for path in paths) and {path.parent for path in silent} <= places
     if silent and known:
         print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as {escaped(silent[0].name)}: "
               "read as pictures without a table")  # fmt: skip

@@ -95,7 +95,13 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
     pool = boxes.fitting(said, others, where)
     pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
     chosen = pool[0]
-    if chosen in others and "-1000-" in chosen and not boxes.far(chosen, np.full(len(index), True), 0.9):
+    if "-pixels-" in chosen and not box_format:
+        for scale in ("1000", "percent"):
+            boxes.read(chosen.split("-")[0], scale, ["shown"])
+            if boxes.beats(f"{chosen.split('-')[0]}-{scale}-shown", chosen):
+                raise DataError(f"{where}: all boxes, such as {pictures[index[0]].boxes[0]}, end at {UNITS[scale]} in larger "
+                                f"pictures; give box_format, {order or 'xyxy'}-{scale} or {order or 'xyxy'}-pixels")
+    if pool == [chosen] and chosen in others and "-1000-" in chosen and not boxes.far(chosen, np.full(len(index), True), 0.9):
         raise DataError(f"{where}: the boxes, such as {pictures[index[0]].boxes[0]}, leave their pictures as pixels and do not "
                         f"reach 1000; give box_format, such as {chosen.removesuffix('-shown')} if they are 0-1000")
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
@@ -210,8 +216,8 @@ class Boxes:
         if one.endswith("shown") and other.endswith("stored"):  # the tool knew how EXIF shows the pictures
             sideways = differ & np.isin(self.orientation, SIDEWAYS)
             return bool(sideways.any() and self.as_shown[sideways].all())
-        narrower = np.minimum(self.sizes[one][differ] / self.sizes[other][differ], 1)
-        return self.far(one, differ, FAR) and bool(np.log(narrower).sum() < math.log(CHANCE))
+        narrower = self.sizes[one][differ] / self.sizes[other][differ]
+        return self.far(one, differ, FAR) and bool(np.log(narrower[narrower < FAR]).sum() < math.log(CHANCE))
 
     def far(self, name: str, boxes: np.ndarray, share: float) -> bool:
         """Whether these boxes reach `share` of the frame on both sides."""
