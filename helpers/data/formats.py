@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 def read(kind: str, pictures: Pictures, files: dict[Path, Any]) -> Iterator[Found]:
-    """The annotated pictures of `files`, which `contents` or `yolo_labels` gave for this key of `READERS`."""
+    """The annotated pictures of `files`, which `annotated` or `yolo_labels` gave for this key of `READERS`."""
     if kind == "YOLO":
         yield from read_yolo(pictures, files)
         return
@@ -189,7 +189,7 @@ _COLUMNS = {  # of a table
 _CORNERS = {"xyxy": ["x0", "y0", "x1", "y1"], "xywh": ["x", "y", "w", "h"]}
 
 
-def contents(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
+def annotated(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
     """{format: {file: what it holds}} of the annotation files among `files`, and what the others of their kind hold.
 
     `DataError` for one that is broken; what is no annotation at all is only listed.
@@ -246,7 +246,7 @@ def _xml(file: Path) -> tuple[Any, str]:
 
 def _table(file: Path) -> tuple[Any, str]:
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python", encoding_errors="replace")
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python")
     except Exception as error:  # pandas and csv raise many kinds
         return f"no table ({type(error).__name__})", ""
     if not table.empty and {"file_name", "objects"} <= set(table.columns):
@@ -269,8 +269,8 @@ def _value(text: str) -> Any:
 # --- metadata of an imagefolder ---------------------------------------------------------------------------------------
 
 _BOX_FIELDS = ("bbox", "bboxes", "boxes", "box")
-_NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id", "classes",
-                "class", "names", "name")  # fmt: skip
+_NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id",
+                "classes", "class", "names", "name")  # fmt: skip
 
 
 def read_metadata(file: Path, lines: list[Any]) -> Iterator[Found]:
@@ -404,7 +404,8 @@ def read_labelstudio(file: Path, tasks: list[Any]) -> Iterator[Found]:
         labels = [next((v for key, v in one["value"].items() if key.endswith("labels")), None) for one in regions]
         regions, labels = [r for r, v in zip(regions, labels, strict=True) if v], [v[0] for v in labels if v]
         size = [regions[0].get(f"original_{side}") for side in ("width", "height")] if regions else []
-        yield Found(row(name, size), [_labelstudio_box(one) for one in regions] if done else None, "xywh-percent", labels)
+        boxes = [_labelstudio_box(one) for one in regions] if done else None
+        yield Found(row(name, size), boxes, "xywh-percent", labels)
 
 
 def _labelstudio_box(region: dict[str, Any]) -> Any:
@@ -434,7 +435,8 @@ def read_csv(file: Path, table: pd.DataFrame) -> Iterator[Found]:
     for name, lines in table.groupby("image", sort=False):
         size = [lines[side].iloc[0] for side in ("width", "height") if side in lines]
         lines = lines[lines[_CORNERS[order]].ne("").any(axis=1)]
-        yield Found(row(str(name), size), lines[_CORNERS[order]].to_numpy().tolist() or None, order, lines["name"].tolist())
+        boxes = lines[_CORNERS[order]].to_numpy().tolist()
+        yield Found(row(str(name), size), boxes or None, order, lines["name"].tolist())
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -603,16 +605,17 @@ def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Fo
     file, root = yolo_names(pictures.all), pictures.root
     config = _config(file) or {} if file else {}
     names = _class_names(file, config) if file else None
-    wanted = [Wanted(str(own[0]) if len(own) == 1 else str(Path(*_key(label, root))), label, split_of(label.parent, root))
-              for label, own in labels.items()]  # fmt: skip
-    paths = pictures.find(wanted)
+    named = [str(own[0] if len(own) == 1 else Path(*_key(label, root))) for label, own in labels.items()]
+    paths = pictures.find([Wanted(name, label, split_of(label.parent, root))
+                           for name, label in zip(named, labels, strict=True)])  # fmt: skip
     places = {path.parent for path in paths}
     near = (path for path in pictures.files if path.parent in places or "images" in path.relative_to(root).parts)
     silent = sorted(set(near) - set(paths))
-    known = len(silent) <= len(paths) and all(path.exists() for path in paths) and {path.parent for path in silent} <= places
+    known = len(silent) <= len(paths) and all(path.exists() for path in paths) and all(
+        path.parent in places for path in silent)  # else not labelled yet, or the names were changed
     if silent and known:
-        print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as {escaped(silent[0].name)}: "
-              "read as pictures without a table")  # fmt: skip
+        print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as "
+              f"{escaped(silent[0].name)}: read as pictures without a table")  # fmt: skip
     for path, label in sorted({**dict.fromkeys(silent), **dict(zip(paths, labels, strict=True))}.items()):
         boxes, classes, kind = _yolo_boxes(label, names, "kpt_shape" in config) if label else ([], [], "cxcywh-unit")
         yield Found(row(str(path)), boxes if label or known else None, kind, classes, file=label or root / "labels")
@@ -620,7 +623,7 @@ def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Fo
 
 def _class_names(file: Path, config: dict[str, Any]) -> dict[int, str]:
     """{number: name} of the classes."""
-    names = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()]
+    names: Any = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()]
     names = names.split(",") if isinstance(names, str) else names
     try:
         named = enumerate(names) if isinstance(names, list) else names.items()

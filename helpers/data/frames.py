@@ -1,7 +1,7 @@
 """What the four numbers of a box mean: their order, unit and frame, decided once for all boxes of a set.
 
-A reading is written `order-unit-frame`. An order is one of `ORDERS`, a unit one of `UNITS`. The frame is what the numbers
-are measured in: the picture as `shown` (turned by EXIF), as `stored`, or the size that the annotation has `declared`.
+A reading is written `order-unit-frame`. An order is one of `ORDERS`, a unit one of `UNITS`. The frame is what the
+numbers are measured in: the picture as `shown` (turned by EXIF), as `stored`, or the size that the file has `declared`.
 What a format does not say is found from all boxes together: the one reading in which they lie in their pictures.
 """
 
@@ -126,10 +126,9 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
 def explained(reading: str) -> str:
     """A reading in words."""
     order, unit, frame = (*reading.split("-"), "")[:3]
-    size = UNITS[unit]
-    within = f"0-{size}" if size else "pixels"
-    frames = {"stored": " of the picture as stored, before EXIF turns it", "declared": " of the size that the file gives"}
-    return f"{ORDERS[order]} in {within}{frames.get(frame, ' of the picture')}" if frame else f"{ORDERS[order]} in {within}"
+    frames = {"": "", "shown": " of the picture", "stored": " of the picture before EXIF turns it",
+              "declared": " of the size that the file gives"}  # fmt: skip
+    return f"{ORDERS[order]} in {f'0-{UNITS[unit]}' if UNITS[unit] else unit}{frames[frame]}"
 
 
 class Boxes:
@@ -144,11 +143,12 @@ class Boxes:
         self.shown = np.maximum([one.shown for one in heads], 1).astype(float)
         self.stored = np.maximum([one.stored for one in heads], 1).astype(float)
         declared = np.array([one.declared for _, one in boxes], float)
-        self.as_shown, as_stored = _alike(declared, self.shown), ~_alike(declared, self.shown) & _alike(declared, self.stored)
+        self.as_shown = _alike(declared, self.shown)
+        as_stored = ~self.as_shown & _alike(declared, self.stored)
         self.other = (declared > 0).all(axis=1) & ~self.as_shown & ~as_stored
         self.swapped = self.other & _alike(declared[:, ::-1], self.shown)  # a picture that was turned, or a wrong size
         same_side = (declared[:, 0] > declared[:, 1]) == (self.stored[:, 0] > self.stored[:, 1])
-        self.by_size = as_stored | (self.other & same_side & np.isin(self.orientation, SIDEWAYS))  # declared before EXIF
+        self.by_size = as_stored | (self.other & same_side & np.isin(self.orientation, SIDEWAYS))  # before EXIF
         self.declared = np.select([self.other[:, None], as_stored[:, None]], [declared, self.stored], self.shown)
         self.readings: dict[str, np.ndarray] = {}
         self.sizes: dict[str, np.ndarray] = {}  # width and height of the frame of each box, in the unit of the reading
@@ -174,8 +174,8 @@ class Boxes:
     def fits(self, name: str) -> np.ndarray:
         """Whether each box lies in its picture with two sides longer than nothing: bool [N]."""
         xyxy, unit = self.readings[name], name.split("-")[1]
-        fits = (xyxy > -MARGIN).all(axis=1) & (xyxy < 1 + MARGIN).all(axis=1) & (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
-        return fits & (self.numbers.max(axis=1) > 1.5) if unit != "unit" else fits  # 0.4 is no pixel
+        inside = np.all((xyxy > -MARGIN) & (xyxy < 1 + MARGIN), axis=1) & np.all(xyxy[:, 2:] > xyxy[:, :2], axis=1)
+        return inside & ((self.numbers.max(axis=1) > 1.5) | (unit == "unit"))  # 0.4 is no pixel
 
     def only(self, one: str, other: str) -> int:
         """How many boxes fit in reading `one` and not in the other."""
@@ -183,7 +183,7 @@ class Boxes:
 
     def differ(self, one: str, other: str) -> np.ndarray:
         """Which boxes the two readings put elsewhere: bool [N]."""
-        return (np.abs(self.readings[one] - self.readings[other]) >= SAME).any(axis=1)
+        return np.any(np.abs(self.readings[one] - self.readings[other]) >= SAME, axis=1)
 
     def fitting(self, said: list[str], others: list[str], where: str) -> list[str]:
         """The readings that may be meant: those that were `said`, unless most boxes fit in another alone."""
@@ -202,8 +202,8 @@ class Boxes:
         box = self.numbers[~self.fits(said[0])][0].tolist() if said else self.numbers[0].tolist()
         expected = explained(said[0]) if said else "boxes in pixels, 0-1 or 0-1000"
         hint = f"; they would fit as {', '.join(name.rsplit('-', 1)[0] for name in stronger)}" if stronger else ""
-        raise DataError(f"{where}: too many boxes, such as {box}, do not lie in their pictures; expected {expected}{hint}: "
-                        "correct the files, or give box_format")  # fmt: skip
+        raise DataError(f"{where}: too many boxes, such as {box}, do not lie in their pictures; expected {expected}"
+                        f"{hint}: correct the files, or give box_format")  # fmt: skip
 
     def beats(self, one: str, other: str) -> bool:
         """Whether reading `one` is right where it differs from `other`."""
@@ -220,7 +220,7 @@ class Boxes:
         return self.narrower(one, other)
 
     def narrower(self, one: str, other: str) -> bool:
-        """Whether the boxes fill the frame of reading `one`, and that of `other` is so much larger that it is no chance."""
+        """Whether the boxes fill the frame of `one`, and that of `other` is so much larger that it is no chance."""
         differ = self.differ(one, other) & self.known
         times = self.sizes[one][differ] / self.sizes[other][differ]
         chance = np.log(times[times < FAR]).sum() < math.log(CHANCE)

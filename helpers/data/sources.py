@@ -28,6 +28,11 @@ Splits = dict[str, datasets.Dataset]
 # --- tables that already have columns ---------------------------------------------------------------------------------
 
 
+def _check_columns(columns: list[str], where: str | Path) -> None:
+    if missing := [name for name in ("image", "objects") if name not in columns]:
+        raise DataError(f"{where} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
+
+
 def _to_schema(splits: Splits, where: str, root: Path | None, **options: Any) -> Splits:
     """`splits` with the schema's columns alone; other columns beside pictures and boxes are read as `formats` does.
 
@@ -52,9 +57,7 @@ def _from_columns(splits: Splits, where: str, root: Path | None, **options: Any)
     """Rows with a picture and `objects`, such as those of cppe-5, as rows of the schema."""
     found, pictures = [], {}
     for name, rows in splits.items():
-        if missing := [column for column in ("image", "objects") if column not in rows.column_names]:
-            raise DataError(f"{where} has the columns {rows.column_names}; it lacks {missing}, "
-                            f"expected {list(FEATURES)}")  # fmt: skip
+        _check_columns(rows.column_names, where)
         classes = _class_names(rows.features["objects"])
         pictures[name] = _only_own_pictures(rows, where, root).cast_column("image", datasets.Image(decode=False))
         for number, line in enumerate(pictures[name]):
@@ -127,10 +130,7 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **opt
 def _load_parquet(root: Path, files: list[Path], cache_dir: str | None, **options: Any) -> Splits:
     by_split: dict[str, list[str]] = {}
     for file in files:
-        columns = parquet_columns(file)
-        if missing := [name for name in ("image", "objects") if name not in columns]:
-            # what one shard of several lacks, `datasets` fills with None
-            raise DataError(f"{file} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
+        _check_columns(parquet_columns(file), file)  # what one shard of several lacks, `datasets` fills with None
         by_split.setdefault(split_of(file, root), []).append(str(file))
     splits = {}
     for name, own in by_split.items():
@@ -205,7 +205,7 @@ def detect_formats(path: Path, pictures: Pictures) -> dict[str, dict[Path, Any]]
     if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         return {"save_to_disk": {}}
     files = [path] if path.is_file() and not path.suffix.startswith(".y") else pictures.all
-    found, others = formats.contents(files)
+    found, others = formats.annotated(files)
     for file in files:
         if file.suffix == ".parquet":
             if "file_name" in parquet_columns(file):
@@ -243,7 +243,7 @@ def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Datas
 
 
 def _storable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with bytes for the path where it has bytes, or a file name that is not UTF-8, which Arrow cannot hold."""
+    """The row with bytes for the path where it has them, or the file's name is not UTF-8, which Arrow holds alone."""
     path, found = row["image"]["path"], row["image"]["bytes"]
     if path == escaped(path) and found is None:
         return row
@@ -271,7 +271,7 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
     print(f"data: {path} is read as {first} ({FORMATS[first]})")
     if first in ("Parquet", "save_to_disk"):
         if more:
-            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give its file or folder")
+            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file to read")
         if first == "save_to_disk":
             return _load_saved(root, cache_dir, **options)
         return _load_parquet(root, list(found[first]), cache_dir, **options)
