@@ -129,7 +129,7 @@ def _unreadable(one: Found) -> str:
     boxes = one.boxes or []
     if len(boxes) != len(one.names):
         return f"{len(boxes)} boxes and {len(one.names)} names of classes"
-    return next((str(box)[:120] for box in boxes if numbers_of(box) is None), "")
+    return next((str(box)[:120] or "an empty text" for box in boxes if numbers_of(box) is None), "")
 
 
 def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
