@@ -59,6 +59,10 @@ def _from_columns(splits: Splits, where: str, root: Path | None, **options: Any)
     for name, rows in splits.items():
         _check_columns(rows.column_names, where)
         classes = _class_names(rows.features["objects"])
+        try:
+            rows = rows.cast_column("image", datasets.Image())
+        except Exception as error:  # pyarrow and datasets raise many kinds
+            raise DataError(f"{where}: the column image is {rows.features['image']}; expected pictures") from error
         pictures[name] = _only_own_pictures(rows, where, root).cast_column("image", datasets.Image(decode=False))
         for number, line in enumerate(pictures[name]):
             size = line.get("width"), line.get("height")
