@@ -144,11 +144,11 @@ def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
         same = known.setdefault(path, number) if not one.split else first.setdefault((one.split, path), number)
         known[path] = same
         again += same != number
-        if not _agree(boxes[same], boxes[number]):
+        if not _agree(boxes[same], boxes[number]) or set(found[same].names) != set(one.names):
             differ.add(same)
     first |= {("", path): number for path, number in known.items() if not found[number].split}
     left_out([f"{found[n].row['image_id']} ({found[n].file.name})" for n in differ], len(found), where,
-             "are annotated twice with other boxes; remove one of the two")
+             "are annotated twice with other boxes or classes; remove one of the two")
     if again:
         print(f"data: {again} pictures are annotated twice, with the same boxes: the first counts")
     return sorted(number for number in first.values() if number not in differ)
