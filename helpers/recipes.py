@@ -128,8 +128,8 @@ PARAMETERS: dict[str, Parameter] = {
     "dataset_revision": Parameter(REVISION, optional=True, trains=True),
     "classes": Parameter(text("names of classes with commas between them, old=new to rename one"), optional=True),
     "val_share": Parameter(number(0, 1)),
-    "box_format": Parameter(text("xywh, xyxy, cxcywh or yxyx, perhaps with -pixels, -unit (0-1), -percent or -1000, and "
-                                 "with -shown, -stored or -declared", BOX_FORMAT), optional=True),
+    "box_format": Parameter(text("xywh, xyxy, cxcywh or yxyx, with -pixels, -unit (0-1), -percent or -1000, then "
+                                 "-shown, -stored or -declared", BOX_FORMAT), optional=True),
     "unlabelled": Parameter(one_of("negative", "skip"), optional=True),
     "prompt": Parameter(PROMPT, trains=True),
     "loss_scope": Parameter(one_of("assistant", "all-text"), trains=True),

@@ -125,7 +125,7 @@ def write_voc(root: Path) -> None:
         write(root / "Annotations" / f"{name}.xml", text)
 
 
-def write_json(root: Path, name: str, entry: Callable[[str, list], dict], whole: Callable[[list], object] = list) -> None:
+def write_json(root: Path, name: str, entry: Callable[[str, list], dict], whole: Callable = list) -> None:
     """The pictures, and a JSON of one entry each; JSON lines by its ending."""
     write_pictures(root / "images")
     entries = [entry(f"{picture}.jpg", things) for picture, things in BOXES.items()]
@@ -144,7 +144,7 @@ def write_createml(root: Path) -> None:
 
 def write_via(root: Path) -> None:
     def entry(picture: str, things: list) -> dict:
-        regions = [{"shape_attributes": dict(zip(["name", "x", "y", "width", "height"], ["rect", *xywh(box)], strict=True)),
+        regions = [{"shape_attributes": dict(zip(["x", "y", "width", "height"], xywh(box), strict=True)),
                     "region_attributes": {"label": kind}} for kind, box in things]
         return {"filename": picture, "regions": regions}
 
@@ -183,7 +183,8 @@ def write_csv(root: Path) -> None:
     write_pictures(root / "images")
     lines = [f"{name}.jpg,{WIDTH},{HEIGHT},{kind}," + ",".join(map(str, pixels(box)))
              for name, things in BOXES.items() for kind, box in things]
-    write(root / "labels.csv", "\n".join(["filename,width,height,class,xmin,ymin,xmax,ymax", *lines, "c.jpg,80,60,,,,,"]))
+    lines = ["filename,width,height,class,xmin,ymin,xmax,ymax", *lines, "c.jpg,80,60,,,,,"]
+    write(root / "labels.csv", "\n".join(lines))
 
 
 def thousandths(box: list[float]) -> list[int]:
@@ -210,7 +211,8 @@ def write_qwen25(root: Path) -> None:
 def write_swift(root: Path) -> None:
     write_json(root, "all.jsonl", lambda picture, things: {
         "messages": [{"role": "assistant", "content": "<ref-object><bbox>"}], "images": [f"/mnt/other/{picture}"],
-        "objects": {"ref": [kind for kind, _ in things], "bbox": [pixels(box) for _, box in things], "bbox_type": "real"}})
+        "objects": {"ref": [kind for kind, _ in things], "bbox": [pixels(box) for _, box in things],
+                    "bbox_type": "real"}})
 
 
 def write_florence(root: Path) -> None:
@@ -444,17 +446,20 @@ BAD = [  # format, file, what stands in it, words of the sentence
     (write_own_metadata, "metadata.jsonl", lines({"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}),
      ["[0.5, 0.5, 0.2, 0.1]", "may be [x, y, width, height] in 0-1"]),
     (write_own_metadata, "metadata.jsonl", "\n", ["metadata.jsonl (a list)", "no known format"]),
-    (write_own_metadata, "annotations.json", json.dumps(coco(annotations=coco()["annotations"][1:])), ["COCO and metadata, which differ"]),
-    (write_coco, "annotations.json", '{"images": []}', ["annotations.json (has ['images'])", "annotations, categories"]),
+    (write_own_metadata, "annotations.json", json.dumps(coco(annotations=coco()["annotations"][1:])),
+     ["COCO and metadata, which differ"]),
+    (write_coco, "annotations.json", '{"images": []}', ["annotations.json (has ['images'])", "images, annotations"]),
     (write_coco, "annotations.json", json.dumps(coco(annotations=[])), ["objects.bbox is empty in all 3 pictures"]),
     (write_coco, "annotations.json", json.dumps(coco(annotations=["x"])), ["annotations[0] is 'x'", "an object"]),
     (write_coco, "annotations.json", json.dumps(coco(annotations=[
-        {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])), ["annotations, such as 4", "an image_id that no picture has"]),
+        {"id": 4, "image_id": 99, "category_id": 7, "bbox": [0, 0, 9, 9]}])),
+     ["annotations, such as 4", "an image_id that no picture has"]),
     (write_coco, "annotations.json", json.dumps(coco(categories=[{"id": [1], "name": TABLE}])),
      ["id of categories[0] is '[1]'", "expected a number"]),
-    (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt: line 2", "'0 .5 .5'", "class cx cy width height"]),
+    (write_yolo, "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt: line 2", "'0 .5 .5'", "class cx cy"]),
     (write_yolo, "data.yaml", "names: [a\n", ["data.yaml", "not valid YAML"]),
-    (write_yolo, "data.yaml", "names: [nutrition-table, nutrition-table-text]\ntrain: 3\n", ["train is '3'", "expected a folder"]),
+    (write_yolo, "data.yaml", "names: [nutrition-table, nutrition-table-text]\ntrain: 3\n",
+     ["train is '3'", "expected a folder"]),
     (write_voc, "Annotations/b.xml", "<annotation><filename>b.jpg</filename>", ["b.xml", "not valid XML"]),
 ]
 

@@ -1,4 +1,4 @@
-"""A box is right or refused: what its numbers mean, which picture it belongs to, and what cannot be read, kind by kind."""
+"""A box is right or refused: what its numbers mean, which picture it belongs to, what cannot be read, by kind."""
 
 import json
 import shutil
@@ -41,6 +41,7 @@ def before_exif(box: tuple, orientation: int) -> tuple:
 
 UPRIGHT = Head((WIDTH, HEIGHT), 1)
 SMALL = [tuple(np.array([.1, .1, .3, .25]) + i / 100) for i in range(10)]
+LARGE = Head((3000, 4000), 1)
 TWICE, HALF, LYING = (2 * WIDTH, 2 * HEIGHT), (WIDTH // 2, HEIGHT // 2), (HEIGHT, WIDTH)
 Written = Callable[[tuple], list]
 
@@ -53,7 +54,7 @@ RIGHT: dict[str, tuple[str, Written, Head, tuple[int, int]]] = {  # what the for
     "pixels for shares": ("cxcywh-unit", lambda box: centred(pixels(box)), UPRIGHT, (0, 0)),
     "nothing said: sizes": ("", lambda box: xywh(pixels(box)), UPRIGHT, (0, 0)),
     "nothing said: corners in shares": ("", list, UPRIGHT, (0, 0)),
-    "nothing said: thousandths of a large picture": ("xyxy", lambda box: pixels(box, 1000, 1000), Head((3000, 4000), 1), (0, 0)),
+    "nothing said: thousandths of a large picture": ("xyxy", lambda box: pixels(box, 1000, 1000), LARGE, (0, 0)),
     "nothing said: pixels of a small picture": ("xyxy", pixels, UPRIGHT, (0, 0)),
     "made smaller after labelling": ("xyxy-pixels", lambda box: pixels(box, *TWICE), UPRIGHT, TWICE),
     "a size that is wrong": ("xyxy-pixels", pixels, UPRIGHT, HALF),
@@ -222,7 +223,7 @@ def shorten(root: Path, count: int) -> None:
     file.write_bytes(file.read_bytes()[:-count])
 
 
-SETS: dict[str, tuple[Callable[[Path], object], list[str] | int]] = {  # a change to the set; the refusal, or how many stay
+SETS: dict[str, tuple[Callable[[Path], object], list[str] | int]] = {  # a change; the refusal, or how many stay
     "as it is": (lambda root: None, 10),
     "polygons": (lambda root: rewrite(root, polygons), 10),
     "masks": (lambda root: rewrite(root, masks), 10),
@@ -236,8 +237,9 @@ SETS: dict[str, tuple[Callable[[Path], object], list[str] | int]] = {  # a chang
     "a JPEG without its half": (lambda root: shorten(root, 700), 9),
     "an annotation of no picture": (lambda root: rewrite(root, lambda found: found["annotations"].append(
         {"image_id": 77, "category_id": 1, "bbox": [1, 2, 3, 4]})), 10),
-    "boxes that cannot be read": (lambda root: rewrite(root, lambda found: found["annotations"][4].update(bbox=[1, "x"])),
-                                  ["1 of 10 pictures have boxes that cannot be read", "4 (annotations.json: [1, 'x'])"]),
+    "boxes that cannot be read": (
+        lambda root: rewrite(root, lambda found: found["annotations"][4].update(bbox=[1, "x"])),
+        ["1 of 10 pictures have boxes that cannot be read", "4 (annotations.json: [1, 'x'])"]),
     "pictures without a box": (lambda root: rewrite(root, lambda found: found["annotations"].pop()),
                                ["1 of 10 pictures are listed without a box", "unlabelled='negative' or 'skip'"]),
     "another format, other boxes": (lambda root: (beside(root), (root / "labels/2.txt").write_text("0 .5 .5 .9 .9")),

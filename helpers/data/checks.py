@@ -37,7 +37,7 @@ RULES = (
     Rule("repeated-id", "an image_id for the second time", "'#2', '#3' … added to the id"),
     Rule("barcode-in-two-splits", "the same barcode in two splits", "row stays in val, then selection, then train"),
     Rule("picture-in-two-splits", "the same picture in two splits", "row stays in val, then selection, then train"),
-    Rule("no-box-left", "it had boxes and none of them can be used: whether it shows a table is unknown", "row dropped"),
+    Rule("no-box-left", "it had boxes, and none of them can be used", "row dropped"),
     Rule("no-table", "no box", "kept: a picture without a table"),
 )
 
@@ -113,7 +113,7 @@ def _check_objects(objects: dict[str, list], turn: int, categories: tuple[str, .
     if not boxes:
         faults.append(("no-table", "no box in the raw row"))
     elif not kept:
-        faults.append(("no-box-left", f"{len(boxes)} boxes in the raw row"))
+        faults.append(("no-box-left", f"{len(boxes)} in the raw row: whether it shows a table is unknown"))
     columns = list(zip(*kept, strict=True)) or [(), (), ()]
     return faults, {key: list(col) for key, col in zip(("bbox", "category_id", "category_name"), columns, strict=True)}
 

@@ -23,7 +23,7 @@ import yaml
 
 from helpers.boxes import CATEGORIES
 from helpers.data.frames import ANY, Framed, around, left_out, numbers_of, to_unit
-from helpers.data.pictures import TOOLS, Head, Pictures, Wanted, completed, escaped, files_below, head
+from helpers.data.pictures import Head, Pictures, Wanted, completed, escaped, head
 from helpers.data.schema import DataError, meta_of, objects_of, read_text
 from helpers.data.splits import Rows, split_name, split_of
 from helpers.messages import parse_text
@@ -38,19 +38,18 @@ class Found(NamedTuple):
     names: list[Any]  # one a box; a number is a category_id
     split: str = ""  # where the file itself says it
     stem: str = ""  # the file's own name where it belongs to this picture alone
-    ids: list[int] | None = None  # category_id where the file gives it beside the name
     head: Head | None = None  # of a picture that is no file
     file: Path = Path()
 
 
-def read(kind: str, root: Path, files: dict[Path, Any]) -> Iterator[Found]:
-    """The annotated pictures of `files`, which `annotations` or `yolo_labels` gave for this key of `READERS`."""
+def read(kind: str, pictures: Pictures, files: dict[Path, Any]) -> Iterator[Found]:
+    """The annotated pictures of `files`, which `annotated` or `yolo_labels` gave for this key of `READERS`."""
     if kind == "YOLO":
-        yield from read_yolo(root, files)
+        yield from read_yolo(pictures, files)
         return
     for file, content in files.items():
         for one in READERS[kind][1](file, content):
-            said = split_of(file.parent if one.stem else file, root)
+            said = split_of(file.parent if one.stem else file, pictures.root)
             yield one._replace(file=file, split=one.split or said)
 
 
@@ -66,14 +65,14 @@ def row(name: str, size: Iterable[Any] = (), image_id: Any = None, meta: dict | 
             "meta": meta, "objects": objects_of([], [])}  # fmt: skip
 
 
-def to_rows(found: Iterable[Found], root: Path | None, where: str, box_format: str | None = None,
+def to_rows(found: Iterable[Found], pictures: Pictures | None, where: str, box_format: str | None = None,
             unlabelled: str | None = None) -> Rows:  # fmt: skip
-    """{split: rows of the schema}; `box_format` and `unlabelled` are the parameters of `load_raw`.
+    """{split, or "" where no file names it: rows of the schema}; `box_format` and `unlabelled` are those of `load_raw`.
 
-    The pictures are files below `root`; where it is None, each `Found` has the head of its own.
+    Where `pictures` is None, each `Found` has the head of its own.
     """
     found = list(found)
-    found = _labelled(_with_pictures(found, root) if root else found, where, unlabelled)
+    found = _labelled(_with_pictures(found, pictures) if pictures else found, where, unlabelled)
     reasons = {number: why for number, one in enumerate(found) if (why := _unreadable(one))}
     left_out([f"{found[n].row['image_id']} ({found[n].file.name}: {why})" for n, why in reasons.items()], len(found),
              where, "have boxes that cannot be read")
@@ -91,8 +90,6 @@ def to_rows(found: Iterable[Found], root: Path | None, where: str, box_format: s
         one.row["meta"] = meta_of(one.row["meta"])
         one.row["width"], one.row["height"] = one.head.shown if one.head else (one.row["width"], one.row["height"])
         one.row["objects"] = objects_of(boxes[number] or [], names)
-        if one.ids is not None:
-            one.row["objects"]["category_id"] = one.ids
         splits.setdefault(one.split, []).append(one.row)
     return splits
 
@@ -101,16 +98,16 @@ def _name(name: Any) -> str:
     return CATEGORIES[name] if type(name) is int and 0 <= name < len(CATEGORIES) else str(name)
 
 
-def _with_pictures(found: list[Found], root: Path) -> list[Found]:
+def _with_pictures(found: list[Found], pictures: Pictures) -> list[Found]:
     """`found` with the path of each picture, what its head says, and its id."""
     wanted = [Wanted(one.row["image"]["path"], one.file, one.split, one.stem) for one in found]
     placed, ends = [], []
-    for one, path in zip(found, Pictures(root).find(wanted), strict=True):
+    for one, path in zip(found, pictures.find(wanted), strict=True):
         whole = completed(path)
         ends += [path.name] if whole else []
         one.row["image"] = {"path": str(path), "bytes": whole}
         one.row["image_id"] = one.row["image_id"] or path.stem
-        placed.append(one._replace(head=head(one.row["image"]), split=one.split or split_of(path.parent, root)))
+        placed.append(one._replace(head=head(one.row["image"])))
     if ends:
         print(f"data: {len(ends)} JPEG files lack a little of their end, which stays grey, such as {escaped(ends[0])}")
     return placed
@@ -132,7 +129,7 @@ def _unreadable(one: Found) -> str:
     boxes = one.boxes or []
     if len(boxes) != len(one.names):
         return f"{len(boxes)} boxes and {len(one.names)} names of classes"
-    return next((str(box)[:120] for box in boxes if numbers_of(box) is None), "")
+    return next((str(box)[:120] or "an empty text" for box in boxes if numbers_of(box) is None), "")
 
 
 def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
@@ -147,11 +144,11 @@ def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
         same = known.setdefault(path, number) if not one.split else first.setdefault((one.split, path), number)
         known[path] = same
         again += same != number
-        if not _agree(boxes[same], boxes[number]):
+        if not _agree(boxes[same], boxes[number]) or set(found[same].names) != set(one.names):
             differ.add(same)
     first |= {("", path): number for path, number in known.items() if not found[number].split}
     left_out([f"{found[n].row['image_id']} ({found[n].file.name})" for n in differ], len(found), where,
-             "are annotated twice with other boxes; remove one of the two")
+             "are annotated twice with other boxes or classes; remove one of the two")
     if again:
         print(f"data: {again} pictures are annotated twice, with the same boxes: the first counts")
     return sorted(number for number in first.values() if number not in differ)
@@ -192,7 +189,7 @@ _COLUMNS = {  # of a table
 _CORNERS = {"xyxy": ["x0", "y0", "x1", "y1"], "xywh": ["x", "y", "w", "h"]}
 
 
-def annotations(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
+def annotated(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
     """{format: {file: what it holds}} of the annotation files among `files`, and what the others of their kind hold.
 
     `DataError` for one that is broken; what is no annotation at all is only listed.
@@ -249,7 +246,7 @@ def _xml(file: Path) -> tuple[Any, str]:
 
 def _table(file: Path) -> tuple[Any, str]:
     try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python", encoding_errors="replace")
+        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python")
     except Exception as error:  # pandas and csv raise many kinds
         return f"no table ({type(error).__name__})", ""
     if not table.empty and {"file_name", "objects"} <= set(table.columns):
@@ -272,8 +269,8 @@ def _value(text: str) -> Any:
 # --- metadata of an imagefolder ---------------------------------------------------------------------------------------
 
 _BOX_FIELDS = ("bbox", "bboxes", "boxes", "box")
-_NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id", "classes",
-                "class", "names", "name")  # fmt: skip
+_NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id",
+                "classes", "class", "names", "name")  # fmt: skip
 
 
 def read_metadata(file: Path, lines: list[Any]) -> Iterator[Found]:
@@ -300,10 +297,8 @@ def of_objects(found: Found, objects: Any, where: str, own: bool) -> Found:
     field = next((key for key in _NAME_FIELDS if isinstance(objects.get(key), list)), None)
     if boxes is None or field is None:
         raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
-    ids = objects.get("category_id")
-    given = field == "category_name" and isinstance(ids, list) and all(type(n) is int and abs(n) < 2**31 for n in ids)
     kind = "" if field != "category_name" else "yxyx-unit" if own else ANY
-    return found._replace(boxes=boxes, names=objects[field], kind=kind, ids=ids if given else None)
+    return found._replace(boxes=boxes, names=objects[field], kind=kind)
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------
@@ -409,7 +404,8 @@ def read_labelstudio(file: Path, tasks: list[Any]) -> Iterator[Found]:
         labels = [next((v for key, v in one["value"].items() if key.endswith("labels")), None) for one in regions]
         regions, labels = [r for r, v in zip(regions, labels, strict=True) if v], [v[0] for v in labels if v]
         size = [regions[0].get(f"original_{side}") for side in ("width", "height")] if regions else []
-        yield Found(row(name, size), [_labelstudio_box(one) for one in regions] if done else None, "xywh-percent", labels)
+        boxes = [_labelstudio_box(one) for one in regions] if done else None
+        yield Found(row(name, size), boxes, "xywh-percent", labels)
 
 
 def _labelstudio_box(region: dict[str, Any]) -> Any:
@@ -439,7 +435,8 @@ def read_csv(file: Path, table: pd.DataFrame) -> Iterator[Found]:
     for name, lines in table.groupby("image", sort=False):
         size = [lines[side].iloc[0] for side in ("width", "height") if side in lines]
         lines = lines[lines[_CORNERS[order]].ne("").any(axis=1)]
-        yield Found(row(str(name), size), lines[_CORNERS[order]].to_numpy().tolist() or None, order, lines["name"].tolist())
+        boxes = lines[_CORNERS[order]].to_numpy().tolist()
+        yield Found(row(str(name), size), boxes or None, order, lines["name"].tolist())
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -553,12 +550,11 @@ def _cvat_box(shape: ElementTree.Element) -> Any:
 _SIDES = ("images", "labels", "labeltxt", "jpegimages", "annotations")  # folders that labels and pictures differ by
 
 
-def yolo_names(root: Path) -> Path | None:
+def yolo_names(files: list[Path]) -> Path | None:
     """The file that names YOLO's classes: a YAML file with `names`, or a list of names."""
-    configs = [path for pattern in ("*.yaml", "*.yml") for path in files_below(root, pattern)]
-    yamls = [path for path in configs if "names" in (_config(path) or {})]
-    lists = [path for pattern in ("classes.txt", "*.names", "_darknet.labels") for path in files_below(root, pattern)]
-    return min(yamls, key=lambda path: len(path.parts), default=next(iter(lists), None))
+    yamls = [path for path in files if "names" in (_config(path) or {})]
+    lists = [path for path in files if path.suffix == ".names" or path.name in ("classes.txt", "_darknet.labels")]
+    return min(yamls or lists, key=lambda path: len(path.parts), default=None)
 
 
 def _config(path: Path) -> dict[str, Any] | None:
@@ -578,19 +574,18 @@ def _key(path: Path, root: Path) -> tuple[str, ...]:
     return tuple(part for part in parts if part.lower() not in _SIDES)
 
 
-def yolo_labels(root: Path) -> dict[Path, list[Path]]:
-    """The label files below `root`, each with the pictures that lie where its own should; none where none has a box."""
-    pictures = defaultdict(list)
-    for path in Pictures(root).files:
-        pictures[_key(path, root)].append(path)
-    labels = {}
-    for label in files_below(root, "*.txt"):
-        folders = {part.lower() for part in label.relative_to(root).parts[:-1]}
-        own = pictures.get(_key(label, root), [])
-        if (own or folders & {"labels", "labeltxt"}) and not folders & set(TOOLS) and label.name != "classes.txt":
+def yolo_labels(pictures: Pictures) -> dict[Path, list[Path]]:
+    """The label files, each with the pictures that lie where its own should; none where none has a box."""
+    of_key, labels = defaultdict(list), {}
+    for path in pictures.files:
+        of_key[_key(path, pictures.root)].append(path)
+    for label in (path for path in pictures.all if path.suffix == ".txt"):
+        folders = {part.lower() for part in label.relative_to(pictures.root).parts[:-1]}
+        own = of_key.get(_key(label, pictures.root), [])
+        if (own or folders & {"labels", "labeltxt"}) and label.name != "classes.txt":
             labels[label] = own
     first = next((words for label in labels for line in _lines(label) if len(words := line.split()) > 4), [])
-    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(root) else {}
+    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(pictures.all) else {}
 
 
 def _lines(file: Path) -> list[str]:
@@ -601,33 +596,34 @@ def _is_number(word: str) -> bool:
     return numbers_of([word, 0, 0, 0]) is not None
 
 
-def read_yolo(root: Path, labels: dict[Path, list[Path]]) -> Iterator[Found]:
+def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Found]:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or a list of names.
 
     Also polygons and oriented boxes (the box around them), a confidence after the box, and DOTA's labelTxt in pixels.
     A picture without a label file, beside others with one, has no box. `labels`: of `yolo_labels`.
     """
-    file, pictures = yolo_names(root), Pictures(root)
+    file, root = yolo_names(pictures.all), pictures.root
     config = _config(file) or {} if file else {}
     names = _class_names(file, config) if file else None
-    wanted = [Wanted(str(own[0]) if len(own) == 1 else str(Path(*_key(label, root))), label, split_of(label.parent, root))
-              for label, own in labels.items()]  # fmt: skip
-    paths = pictures.find(wanted)
+    named = [str(own[0] if len(own) == 1 else Path(*_key(label, root))) for label, own in labels.items()]
+    paths = pictures.find([Wanted(name, label, split_of(label.parent, root))
+                           for name, label in zip(named, labels, strict=True)])  # fmt: skip
     places = {path.parent for path in paths}
-    silent = sorted({path for path in pictures.files if path.parent in places} - set(paths))
-    known = len(silent) <= len(paths) and all(path.exists() for path in paths)  # else the names may have been changed
+    near = (path for path in pictures.files if path.parent in places or "images" in path.relative_to(root).parts)
+    silent = sorted(set(near) - set(paths))
+    known = len(silent) <= len(paths) and all(path.exists() for path in paths) and all(
+        path.parent in places for path in silent)  # else not labelled yet, or the names were changed
     if silent and known:
-        print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as {escaped(silent[0].name)}: "
-              "read as pictures without a table")  # fmt: skip
+        print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as "
+              f"{escaped(silent[0].name)}: read as pictures without a table")  # fmt: skip
     for path, label in sorted({**dict.fromkeys(silent), **dict(zip(paths, labels, strict=True))}.items()):
         boxes, classes, kind = _yolo_boxes(label, names, "kpt_shape" in config) if label else ([], [], "cxcywh-unit")
-        yield Found(row(str(path)), boxes if label or known else None, kind, classes, split_of(path.parent, root),
-                    file=label or root / "labels")
+        yield Found(row(str(path)), boxes if label or known else None, kind, classes, file=label or root / "labels")
 
 
 def _class_names(file: Path, config: dict[str, Any]) -> dict[int, str]:
     """{number: name} of the classes."""
-    names = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()]
+    names: Any = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()]
     names = names.split(",") if isinstance(names, str) else names
     try:
         named = enumerate(names) if isinstance(names, list) else names.items()

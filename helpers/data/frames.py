@@ -1,7 +1,7 @@
 """What the four numbers of a box mean: their order, unit and frame, decided once for all boxes of a set.
 
-A reading is written `order-unit-frame`. An order is one of `ORDERS`, a unit one of `UNITS`. The frame is what the numbers
-are measured in: the picture as `shown` (turned by EXIF), as `stored`, or the size that the annotation has `declared`.
+A reading is written `order-unit-frame`. An order is one of `ORDERS`, a unit one of `UNITS`. The frame is what the
+numbers are measured in: the picture as `shown` (turned by EXIF), as `stored`, or the size that the file has `declared`.
 What a format does not say is found from all boxes together: the one reading in which they lie in their pictures.
 """
 
@@ -95,15 +95,22 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
     pool = boxes.fitting(said, others, where)
     pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
     chosen = pool[0]
-    if chosen in others and "-1000-" in chosen and not boxes.far(chosen, np.full(len(index), True), 0.9):
-        raise DataError(f"{where}: the boxes, such as {pictures[index[0]].boxes[0]}, leave their pictures as pixels and do not "
-                        f"reach 1000; give box_format, such as {chosen.removesuffix('-shown')} if they are 0-1000")
+    if "-pixels-" in chosen and not box_format:  # or of another unit, by where they end
+        for scale in ("1000", "percent"):
+            boxes.read(order or chosen.split("-")[0], scale, ["shown"])
+        pool += [other for other in boxes.readings if other not in (*said, *others) and boxes.narrower(other, chosen)]
+    if len(pool) == 1 and "-1000-" in chosen and not said and not boxes.far(chosen, boxes.known, 0.9):
+        pool.append(f"{chosen.split('-')[0]}-pixels-shown")  # of pictures that have been made smaller
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
     if unknown:
         formats = dict.fromkeys(one.removesuffix("-shown") for one in pool)
         left_out([str(pictures[i].boxes[0]) for i in sorted(unknown)], len(set(index)), where,
                  f"have boxes that may be {' or '.join(map(explained, pool[:3]))}: nothing decides, give box_format, "
                  f"one of {', '.join(formats)}")
+    if chosen.endswith("declared") and boxes.swapped.any():
+        raise DataError(f"{where}: {len(set(index[boxes.swapped]))} pictures, such as that of the boxes "
+                        f"{pictures[index[boxes.swapped][0]].boxes}, lie on another side than when they were labelled; "
+                        "turn them back")  # fmt: skip
     order_unit = chosen.rsplit("-", 1)[0]
     if order_unit != kind:
         print(f"data: boxes are read as {order_unit}: {explained(order_unit)}, by box_format" if box_format else
@@ -119,10 +126,9 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
 def explained(reading: str) -> str:
     """A reading in words."""
     order, unit, frame = (*reading.split("-"), "")[:3]
-    size = UNITS[unit]
-    within = f"0-{size}" if size else "pixels"
-    frames = {"stored": " of the picture as stored, before EXIF turns it", "declared": " of the size that the file gives"}
-    return f"{ORDERS[order]} in {within}{frames.get(frame, ' of the picture')}" if frame else f"{ORDERS[order]} in {within}"
+    frames = {"": "", "shown": " of the picture", "stored": " of the picture before EXIF turns it",
+              "declared": " of the size that the file gives"}  # fmt: skip
+    return f"{ORDERS[order]} in {f'0-{UNITS[unit]}' if UNITS[unit] else unit}{frames[frame]}"
 
 
 class Boxes:
@@ -137,11 +143,13 @@ class Boxes:
         self.shown = np.maximum([one.shown for one in heads], 1).astype(float)
         self.stored = np.maximum([one.stored for one in heads], 1).astype(float)
         declared = np.array([one.declared for _, one in boxes], float)
-        self.as_shown, as_stored = _alike(declared, self.shown), _alike(declared, self.stored)
-        mirrored = _alike(declared[:, ::-1], self.shown)  # not turned by EXIF: nobody knows which way it was
-        self.other = (declared > 0).all(axis=1) & ~self.as_shown & ~as_stored & ~mirrored
-        self.declared = np.where(self.other[:, None], declared, self.shown)
-        self.by_size = np.where(self.as_shown, "shown", np.where(as_stored, "stored", "shown"))
+        self.as_shown = _alike(declared, self.shown)
+        as_stored = ~self.as_shown & _alike(declared, self.stored)
+        self.other = (declared > 0).all(axis=1) & ~self.as_shown & ~as_stored
+        self.swapped = self.other & _alike(declared[:, ::-1], self.shown)  # a picture that was turned, or a wrong size
+        same_side = (declared[:, 0] > declared[:, 1]) == (self.stored[:, 0] > self.stored[:, 1])
+        self.by_size = as_stored | (self.other & same_side & np.isin(self.orientation, SIDEWAYS))  # before EXIF
+        self.declared = np.select([self.other[:, None], as_stored[:, None]], [declared, self.stored], self.shown)
         self.readings: dict[str, np.ndarray] = {}
         self.sizes: dict[str, np.ndarray] = {}  # width and height of the frame of each box, in the unit of the reading
 
@@ -152,9 +160,8 @@ class Boxes:
                    "cxcywh": [a - c / 2, b - d / 2, a + c / 2, b + d / 2]}[order]  # fmt: skip
         written = np.where(self.corners[:, None], self.numbers, np.stack(corners, axis=1))
         for frame in frames:
-            stored = np.full(len(written), frame == "stored") if frame != "declared" else self.by_size == "stored"
-            size = np.where(stored[:, None], self.stored, self.declared if frame == "declared" else self.shown)
-            size = np.full_like(size, UNITS[unit]) if UNITS[unit] else size
+            stored = self.by_size if frame == "declared" else np.full(len(written), frame == "stored")
+            size = np.full_like(self.shown, UNITS[unit]) if UNITS[unit] else getattr(self, frame)
             xyxy = written / np.tile(size, 2)
             for orientation in range(2, 9):
                 turn = stored & (self.orientation == orientation)
@@ -167,8 +174,8 @@ class Boxes:
     def fits(self, name: str) -> np.ndarray:
         """Whether each box lies in its picture with two sides longer than nothing: bool [N]."""
         xyxy, unit = self.readings[name], name.split("-")[1]
-        fits = (xyxy > -MARGIN).all(axis=1) & (xyxy < 1 + MARGIN).all(axis=1) & (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
-        return fits & (self.numbers.max(axis=1) > 1.5) if unit != "unit" else fits  # 0.4 is no pixel
+        inside = np.all((xyxy > -MARGIN) & (xyxy < 1 + MARGIN), axis=1) & np.all(xyxy[:, 2:] > xyxy[:, :2], axis=1)
+        return inside & ((self.numbers.max(axis=1) > 1.5) | (unit == "unit"))  # 0.4 is no pixel
 
     def only(self, one: str, other: str) -> int:
         """How many boxes fit in reading `one` and not in the other."""
@@ -176,7 +183,7 @@ class Boxes:
 
     def differ(self, one: str, other: str) -> np.ndarray:
         """Which boxes the two readings put elsewhere: bool [N]."""
-        return (np.abs(self.readings[one] - self.readings[other]) >= SAME).any(axis=1)
+        return np.any(np.abs(self.readings[one] - self.readings[other]) >= SAME, axis=1)
 
     def fitting(self, said: list[str], others: list[str], where: str) -> list[str]:
         """The readings that may be meant: those that were `said`, unless most boxes fit in another alone."""
@@ -195,8 +202,8 @@ class Boxes:
         box = self.numbers[~self.fits(said[0])][0].tolist() if said else self.numbers[0].tolist()
         expected = explained(said[0]) if said else "boxes in pixels, 0-1 or 0-1000"
         hint = f"; they would fit as {', '.join(name.rsplit('-', 1)[0] for name in stronger)}" if stronger else ""
-        raise DataError(f"{where}: too many boxes, such as {box}, do not lie in their pictures; expected {expected}{hint} "
-                        f"(box_format says what they are)")
+        raise DataError(f"{where}: too many boxes, such as {box}, do not lie in their pictures; expected {expected}"
+                        f"{hint}: correct the files, or give box_format")  # fmt: skip
 
     def beats(self, one: str, other: str) -> bool:
         """Whether reading `one` is right where it differs from `other`."""
@@ -205,13 +212,19 @@ class Boxes:
         if alone >= max(1, 0.02 * differ.sum(), 20 * against):
             return True
         (order, unit, _), (other_order, other_unit, _) = one.split("-"), other.split("-")
-        if against > 0.01 * differ.sum() or (order != other_order and unit == other_unit):
+        if order != other_order and unit == other_unit:
             return False
         if one.endswith("shown") and other.endswith("stored"):  # the tool knew how EXIF shows the pictures
             sideways = differ & np.isin(self.orientation, SIDEWAYS)
-            return bool(sideways.any() and self.as_shown[sideways].all())
-        narrower = np.minimum(self.sizes[one][differ] / self.sizes[other][differ], 1)
-        return self.far(one, differ, FAR) and bool(np.log(narrower).sum() < math.log(CHANCE))
+            return not against and bool(sideways.any() and self.as_shown[sideways].all())
+        return self.narrower(one, other)
+
+    def narrower(self, one: str, other: str) -> bool:
+        """Whether the boxes fill the frame of `one`, and that of `other` is so much larger that it is no chance."""
+        differ = self.differ(one, other) & self.known
+        times = self.sizes[one][differ] / self.sizes[other][differ]
+        chance = np.log(times[times < FAR]).sum() < math.log(CHANCE)
+        return bool(chance and self.far(one, differ, FAR) and self.only(other, one) <= 0.01 * differ.sum())
 
     def far(self, name: str, boxes: np.ndarray, share: float) -> bool:
         """Whether these boxes reach `share` of the frame on both sides."""

@@ -95,9 +95,12 @@ def completed(path: Path) -> bytes | None:
     What is lost is grey: at most 2 % of the pixels here.
     """
     try:
+        with path.open("rb") as file:
+            start = file.read(2)
+            file.seek(max(file.seek(0, io.SEEK_END) - 64, 0))
+            if start != b"\xff\xd8" or b"\xff\xd9" in file.read():
+                return None
         found = path.read_bytes()
-        if found[:2] != b"\xff\xd8" or b"\xff\xd9" in found[-64:]:
-            return None
         with suppress(OSError), open_picture({"bytes": found, "path": None}) as picture:
             picture.load()
             return None  # whole, with something behind its end
@@ -141,14 +144,14 @@ def _stem(name: str) -> str:
 
 
 class Pictures:
-    """The picture files below `root`, found by the names that annotations use for them."""
+    """The files of a data set below `root`; its pictures are found by the names that annotations use for them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         snapshots = [parent for parent in root.resolve().parents if parent.name == "snapshots"]
         self._homes = [root.resolve(), *(parent.parent / "blobs" for parent in snapshots)]  # of the Hub's cache
-        pictures = (path for path in files_below(root) if path.suffix.lower() in ENDINGS)
-        self.files = [path for path in pictures if not set(TOOLS) & set(path.relative_to(root).parts)]
+        self.all = [path for path in files_below(root) if not set(TOOLS) & set(path.relative_to(root).parts)]
+        self.files = [path for path in self.all if path.suffix.lower() in ENDINGS]
         self._by: dict[str, dict[str, list[Path]]] = {rule: defaultdict(list) for rule in RULES}
         for path in self.files:
             if not path.is_symlink() or self._inside(path):

@@ -63,7 +63,7 @@ def _faults_in_a_row(picture: Image.Image) -> list[tuple[str, str, dict[str, Any
         ("empty-box", "top and bottom both at .1", _boxed(BOX, [0.1, 0.2, 0.1, 0.6])),
         ("no-box-left", "its only box is empty", _boxed([0.1, 0.2, 0.1, 0.6])),
         ("repeated-box", "the same box twice", _boxed(BOX, BOX)),
-        ("unknown-category", "a second box without a name", {"objects": objects_of([BOX, BOX], ["nutrition-table", ""])}),
+        ("unknown-category", "a box without a name", {"objects": objects_of([BOX, BOX], ["nutrition-table", ""])}),
         ("category-mismatch", "the id of another name", {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),
         ("repeated-id", "the id of the first that can be read", {"image_id": "planted-2"}),
         ("no-table", "no box", _boxed()),

@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
-from helpers.data.pictures import TOOLS, Pictures, escaped, files_below, head
+from helpers.data.pictures import Pictures, escaped, files_below, head
 from helpers.data.schema import FEATURES, DataError, fingerprint, safe_path
 from helpers.data.splits import Rows, by_place, split_name, split_of
 
@@ -28,13 +28,18 @@ Splits = dict[str, datasets.Dataset]
 # --- tables that already have columns ---------------------------------------------------------------------------------
 
 
+def _check_columns(columns: list[str], where: str | Path) -> None:
+    if missing := [name for name in ("image", "objects") if name not in columns]:
+        raise DataError(f"{where} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
+
+
 def _to_schema(splits: Splits, where: str, root: Path | None, **options: Any) -> Splits:
     """`splits` with the schema's columns alone; other columns beside pictures and boxes are read as `formats` does.
 
     `DataError` names the columns that are missing or have another type.
     """
     if any(set(FEATURES) - set(rows.column_names) for rows in splits.values()):
-        return _from_columns(splits, where, **options)
+        return _from_columns(splits, where, root, **options)
     cast = {}
     for name, rows in splits.items():
         rows = rows.select_columns(list(FEATURES))
@@ -48,14 +53,17 @@ def _to_schema(splits: Splits, where: str, root: Path | None, **options: Any) ->
     return cast
 
 
-def _from_columns(splits: Splits, where: str, **options: Any) -> Splits:
+def _from_columns(splits: Splits, where: str, root: Path | None, **options: Any) -> Splits:
     """Rows with a picture and `objects`, such as those of cppe-5, as rows of the schema."""
     found, pictures = [], {}
     for name, rows in splits.items():
-        if missing := [column for column in ("image", "objects") if column not in rows.column_names]:
-            raise DataError(f"{where} has the columns {rows.column_names}; it lacks {missing}, expected {list(FEATURES)}")
+        _check_columns(rows.column_names, where)
         classes = _class_names(rows.features["objects"])
-        pictures[name] = rows.cast_column("image", datasets.Image(decode=False))
+        try:
+            rows = rows.cast_column("image", datasets.Image())
+        except Exception as error:  # pyarrow and datasets raise many kinds
+            raise DataError(f"{where}: the column image is {rows.features['image']}; expected pictures") from error
+        pictures[name] = _only_own_pictures(rows, where, root).cast_column("image", datasets.Image(decode=False))
         for number, line in enumerate(pictures[name]):
             size = line.get("width"), line.get("height")
             new = formats.row(str(number), size, str(line.get("image_id", f"{name}-{number}")), line.get("meta"))
@@ -126,10 +134,7 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **opt
 def _load_parquet(root: Path, files: list[Path], cache_dir: str | None, **options: Any) -> Splits:
     by_split: dict[str, list[str]] = {}
     for file in files:
-        columns = parquet_columns(file)
-        if missing := [name for name in ("image", "objects") if name not in columns]:
-            # what one shard of several lacks, `datasets` fills with None
-            raise DataError(f"{file} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
+        _check_columns(parquet_columns(file), file)  # what one shard of several lacks, `datasets` fills with None
         by_split.setdefault(split_of(file, root), []).append(str(file))
     splits = {}
     for name, own in by_split.items():
@@ -192,27 +197,26 @@ def _unpacked(archives: list[Path], cache_dir: str | None) -> Path:
             for file in archives:
                 try:
                     target = Path(half, "all", file.name.split(".")[0])
-                    shutil.unpack_archive(file, target, **({} if file.suffix == ".zip" else {"filter": "data"}))
+                    shutil.unpack_archive(file, target, filter=None if file.suffix == ".zip" else "data")
                 except Exception as error:  # zipfile, tarfile and zlib each have their own
                     raise DataError(f"{file}: cannot be unpacked ({error}); unpack it and give the folder") from error
             shutil.move(Path(half, "all"), folder)
     return folder
 
 
-def detect_formats(path: Path, root: Path) -> dict[str, dict[Path, Any]]:
+def detect_formats(path: Path, pictures: Pictures) -> dict[str, dict[Path, Any]]:
     """{key of `FORMATS`: its files and what they hold} of `path`; `DataError` where there is none."""
     if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         return {"save_to_disk": {}}
-    files = [path] if path.is_file() and not path.suffix.startswith(".y") else list(files_below(root))
-    files = [file for file in files if not set(TOOLS) & set(file.relative_to(root).parts)]
-    found, others = formats.annotations(files)
+    files = [path] if path.is_file() and not path.suffix.startswith(".y") else pictures.all
+    found, others = formats.annotated(files)
     for file in files:
         if file.suffix == ".parquet":
             if "file_name" in parquet_columns(file):
                 found.setdefault("metadata", {})[file] = pyarrow.parquet.read_table(file).to_pylist()
             else:
                 found.setdefault("Parquet", {})[file] = None
-    if files != [path] and (labels := formats.yolo_labels(root)):
+    if files != [path] and (labels := formats.yolo_labels(pictures)):
         found["YOLO"] = labels
     if not found:
         known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
@@ -243,11 +247,12 @@ def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Datas
 
 
 def _storable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its bytes for the path where it has bytes, or a file name that is not UTF-8, which Arrow cannot hold."""
+    """The row with bytes for the path where it has them, or the file's name is not UTF-8, which Arrow holds alone."""
     path, found = row["image"]["path"], row["image"]["bytes"]
     if path == escaped(path) and found is None:
         return row
-    return row | {"image": {"path": None, "bytes": found or (Path(path).read_bytes() if Path(path).is_file() else None)}}
+    found = found or (Path(path).read_bytes() if Path(path).is_file() else None)
+    return row | {"image": {"path": None, "bytes": found}}
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
@@ -264,25 +269,26 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
         print(f"data: {', '.join(file.name for file in archives)} unpacked into the cache")
         path = _unpacked(archives, cache_dir)
     root = _root_of(path)
-    found = detect_formats(root if path.is_dir() else path, root)
+    pictures = Pictures(root)
+    found = detect_formats(root if path.is_dir() else path, pictures)
     first, *more = sorted(found, key=list(FORMATS).index)
     print(f"data: {path} is read as {first} ({FORMATS[first]})")
     if first in ("Parquet", "save_to_disk"):
         if more:
-            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file or folder of the one")
+            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file to read")
         if first == "save_to_disk":
             return _load_saved(root, cache_dir, **options)
         return _load_parquet(root, list(found[first]), cache_dir, **options)
     splits: Rows = {}
     for name in (first, *more):
-        rows = formats.to_rows(formats.read(name, root, found[name]), root, str(root), **options)
+        rows = formats.to_rows(formats.read(name, pictures, found[name]), pictures, str(root), **options)
         if name != first and not formats.same_rows(splits, rows):
-            raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to read, "
-                            "or a folder without the other")
+            raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to "
+                            "read, or a folder without the other")  # fmt: skip
         splits = splits or rows
-    splits = by_place(splits, root, list(files_below(root)))
+    splits = by_place(splits, root, pictures.all)
     used = {Path(row["image"]["path"]).resolve() for rows in splits.values() for row in rows}
-    unused = [file for file in Pictures(root).files if file.resolve() not in used]
+    unused = [file for file in pictures.files if file.resolve() not in used]
     if unused:  # neither trained on nor scored
         first = escaped(unused[0].name)
         print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {first}")
