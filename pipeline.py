@@ -341,8 +341,7 @@ def make_trainable(base, stage_run):
         base.model.visual.float().requires_grad_(True)
         return base
     if stage_run.start:
-        base = base if torch.cuda.is_available() else base.dequantize()  # the same numbers, sampled in less time
-        return model.load_adapter(base, stage_run.start, trainable=True)
+        return model.load_adapter(speed.for_sampling(base), stage_run.start, trainable=True)
     lora = LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
