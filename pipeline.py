@@ -532,12 +532,18 @@ for stage_run in run.stages:
 # %% [markdown]
 # The table counts what trained in each tower: the recipe's towers and no other. The curve is the mean loss of the
 # completion's tokens. Most of these are fixed by the format, so it drops fast to the level where only digits are left
-# to learn. A low loss is no proof of good boxes; IoU, below, is.
+# to learn. A low loss is no proof of good boxes; IoU, below, is. Rewards are those of sampled completions, which are
+# worse than the greedy ones that are scored.
 
 # %%
 logs = {stage_run.name: trainer.read_log(stage_run.folder / "log.jsonl") for stage_run in run.stages}
+gains = {name: pd.Series([line["reward"] for line in log if "reward" in line]) for name, log in logs.items()}
 if logs:
-    display(plots.loss_curves(logs, smooth=9, path=run.folder / "figures" / "loss.png"))
+    display(plots.loss_curves({name: log for name, log in logs.items() if gains[name].empty}, smooth=9,
+                              path=run.folder / "figures" / "loss.png"))
+for name, gain in gains.items():
+    if not gain.empty:
+        print(f"{name}: mean reward of ten updates, first {gain[:10].mean():.3f}, last {gain[-10:].mean():.3f}")
 display(*trained.values())
 
 # %% [markdown]
