@@ -347,8 +347,7 @@ def make_trainable(base, stage_run):
         base.model.visual.float().requires_grad_(True)
         return base
     if stage_run.start:
-        base = base if torch.cuda.is_available() else base.dequantize()  # the same numbers, sampled in less time
-        return model.load_adapter(base, stage_run.start, trainable=True)
+        return model.load_adapter(speed.for_sampling(base), stage_run.start, trainable=True)
     lora = LoraConfig(
         r=run.lora_rank,
         lora_alpha=run.lora_alpha,
@@ -539,12 +538,18 @@ for stage_run in run.stages:
 # %% [markdown]
 # The table counts what trained in each tower: the recipe's towers and no other. The curve is the mean loss of the
 # completion's tokens. Most of these are fixed by the format, so it drops fast to the level where only digits are left
-# to learn. A low loss is no proof of good boxes; IoU, below, is.
+# to learn. A low loss is no proof of good boxes; IoU, below, is. Rewards are those of sampled completions, which are
+# worse than the greedy ones that are scored.
 
 # %%
 logs = {stage_run.name: trainer.read_log(stage_run.folder / "log.jsonl") for stage_run in run.stages}
+gains = {name: pd.Series([line["reward"] for line in log if "reward" in line]) for name, log in logs.items()}
 if logs:
-    display(plots.loss_curves(logs, smooth=9, path=run.folder / "figures" / "loss.png"))
+    display(plots.loss_curves({name: log for name, log in logs.items() if gains[name].empty}, smooth=9,
+                              path=run.folder / "figures" / "loss.png"))
+for name, gain in gains.items():
+    if not gain.empty:
+        print(f"{name}: mean reward of ten updates, first {gain[:10].mean():.3f}, last {gain[-10:].mean():.3f}")
 display(*trained.values())
 
 # %% [markdown]

@@ -50,7 +50,7 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
 }
 RECIPES["r5-reward"] = (
     replace(RECIPES["r1-llm-only"][0], suffix="-r1", same_as="r1-llm-only"),
-    Stage("lora", ("language",), "nf4", {"7b": 1e-6, "tiny": 1e-4}, reward=True),
+    Stage("lora", ("language",), "nf4", {"7b": 5e-6, "tiny": 2e-4}, reward=True),
 )
 
 IMAGE_TOKEN = 28 * 28  # pixels: a patch is 14 x 14 and 2 x 2 patches are merged into one image token

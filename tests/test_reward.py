@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from small_training import StopAt, load_tiny, nf4_config
 from trl import GRPOConfig
 
-from helpers import messages, model, parity, predict, reward, trainer
+from helpers import messages, model, parity, predict, reward, speed, trainer
 from helpers.recipes import RECIPES
 from helpers.settings import TINY_BASE
 
@@ -62,7 +62,7 @@ def test_rewards_by_hand(case):
 
 def build(folder, processor, rows, start=None, nf4=False, **options):
     """A small training: 4 pictures an update, 2 completions each. `start`: a folder with the adapter it begins with."""
-    vlm = load_tiny(quantization_config=nf4_config() if nf4 else None)
+    vlm = speed.for_sampling(load_tiny(quantization_config=nf4_config())) if nf4 else load_tiny()
     torch.manual_seed(0)
     if start:
         vlm = model.load_adapter(vlm, start, trainable=True)
@@ -140,3 +140,22 @@ def test_the_prompt_is_that_of_every_other_training(tmp_path, processor, rows, m
     image = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert torch.equal(types == 1, made["prompt_ids"] == image)
     assert len({row["image_id"] for row in batch}) == 4
+
+
+def test_sampling_on_a_cpu_is_faster_by_no_other_numbers(processor, rows):
+    """The weights that NF4 stands for, and each picture through the vision tower once."""
+    def batch(*numbers):
+        made = predict.model_inputs([rows[i] for i in numbers], processor, PROMPT)
+        return {name: given for name, given in made.items() if name != "image_id"}
+
+    vlm, encoded = load_tiny(quantization_config=nf4_config()), []
+    with torch.no_grad():
+        expected = vlm(**batch(0, 0, 1)).logits.float()
+        fast = speed.for_sampling(vlm)
+        fast.model.visual.register_forward_hook(
+            lambda module, given, named, made: encoded.append(len(named["grid_thw"])), with_kwargs=True)
+        off = fast(**batch(0, 0, 1)).logits.float() - expected
+        assert off.norm() < 0.02 * expected.norm() and not model.nf4_layers(fast)
+        for numbers in ((0, 1, 1), (0, 2)):
+            fast(**batch(*numbers))
+    assert encoded == [2, 2], "no picture twice, nor one that is known; all of a call that has a new one"
