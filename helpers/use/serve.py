@@ -216,7 +216,7 @@ def build_app(model: str | Path) -> FastAPI:
     prometheus_client.ProcessCollector(registry=registry)
     in_work = prometheus_client.Gauge("serve_requests_in_work", "Requests without a reply yet", registry=registry)
     seconds = prometheus_client.Histogram("serve_completion_seconds", "From a request to its completion",
-                                          registry=registry)
+                                          buckets=(0.1, 0.3, 1, 3, 10, 30, 100), registry=registry)
     refusals = prometheus_client.Counter("serve_refusals", "Requests without a completion", ["status"],
                                          registry=registry)
     batches = Batches(loaded, processor, prometheus_client.Histogram(
