@@ -17,8 +17,6 @@
 scale = "tiny"  # tiny: the embedded scenes; 7b: the Hub's data set
 dataset_id = None  # Hub id, local folder or file, or embedded; None: the scale's own
 dataset_revision = None  # commit, branch or tag on the Hub
-classes = None  # of a data set of your own: which, and new names, such as "Nutrition Facts=nutrition-table, Logo"
-val_share = 0.1  # where it names no val: the share of its pictures that become val
 train_limit = None  # use only the first so many pictures
 val_limit = None
 seed = 0  # which scenes are rendered, and every draw below
@@ -26,8 +24,7 @@ seed = 0  # which scenes are rendered, and every draw below
 # %%
 from helpers.topics.opening import opening
 
-opening(globals(), "dataset_id", "dataset_revision", "classes", "val_share", "train_limit", "val_limit", "seed",
-        scale=("tiny", "7b"))
+opening(globals(), "dataset_id", "dataset_revision", "train_limit", "val_limit", "seed", scale=("tiny", "7b"))
 
 import datasets
 import numpy as np
@@ -51,7 +48,7 @@ rng = np.random.default_rng(seed)
 
 # %%
 limit = {split: n for split, n in {"train": train_limit, "val": val_limit}.items() if n}
-raw = data.load_raw(**data.source_of(globals()), seed=seed, limit=limit)
+raw = data.load_raw(dataset_id, revision=dataset_revision, seed=seed, limit=limit)
 raw["val"][0]
 
 # %% [markdown]
@@ -155,8 +152,7 @@ across, down = ((table[[low]].to_numpy() <= places) & (places < table[[high]].to
 covered = down.T.astype(float) @ across / len(table)
 figure, axes = plt.subplots(figsize=(3.6, 3))
 figure.colorbar(axes.imshow(covered, extent=(0, 1, 1, 0), cmap="cividis"), label="share of boxes")
-x0, y0, x1, y1 = constant
-axes.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="white", linestyle="--"))
+axes.add_patch(plt.Rectangle(constant[:2], *(constant[2:] - constant[:2]), fill=False, edgecolor="white", ls="--"))
 axes.set(xlabel="x, share of width", ylabel="y, share of height")
 
 # %%
