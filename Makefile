@@ -90,7 +90,7 @@ test-all: $(STAMP) ## the long tests too: whole notebooks, headline numbers, kil
 	$(BIN)/mypy
 	KILL_TEST=1 FUZZ=100 $(PYTEST) $(PYTEST_ARGS)
 
-bench: $(STAMP) ## speed of training and generation against stock TRL: 7B where there is a GPU (40 GB of disk), else tiny
+bench: $(STAMP) ## speed against stock TRL and Unsloth, in turns: 7B on a GPU (40 GB of disk), else tiny (ARGS='--minutes 9')
 	$(BIN)/python -m helpers.dev.bench $(ARGS)
 
 notebooks: sync ## run every notebook and refresh its committed outputs (ARGS=notebooks/x.ipynb for one)

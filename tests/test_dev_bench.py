@@ -13,38 +13,54 @@ def test_the_readme_says_what_the_report_says(repo):
     assert found and bench.summary(report) in found[0], "make bench ARGS=--write"
 
 
-def test_rows_are_added_to_the_report_one_by_one_and_a_failure_is_named(tmp_path, monkeypatch, capsys):
-    """Times made up: each variant in the order of the table, Unsloth only where its Python is given."""
-    rates = {"stock": 2.0, "ours, as the pipeline trains": 6.0, "Unsloth, micro-batch 8": 3.0}
+MADE_UP = """
+import json, sys
+task = json.loads(sys.argv.pop())
+if task["name"] == "ours, bf16":
+    sys.exit("no memory")
+for number, factor in enumerate((9, 1, 1.5, 2)):  # the first turn is warm-up
+    with open(task["turns"], "a") as turns, open(f"{task['data']}/order", "a") as order:
+        order.write(f"{number} {task['name']}\\n")
+        turns.write(json.dumps({"pictures_per_s": factor * len(task["name"]), "seconds": factor}) + "\\n")
+    sys.stdin.readline()
+"""
 
-    def measure(task, folder, unsloth):
-        if task["name"] not in rates:
-            return {"failed": "no memory"}
-        return {"pictures_per_s": rates[task["name"]], "peak_gib": None,
-                "generation": {"batch": 1, "pictures": 3, "seconds": 6 / rates[task["name"]]}}
 
-    monkeypatch.setattr(bench, "measure", measure)
-    shown = ["--folder", str(tmp_path), "--only", "r4-joint"]
-    assert bench.main(shown) == 0
-    assert "| r4-joint, ours, as the pipeline trains | 6.00 | 3.00 | – |" in capsys.readouterr().out
-    assert bench.main([*shown, "Unsloth", "--unsloth", "python"]) == 0
+def test_variants_take_turns_and_rows_are_added_to_the_report_one_by_one(tmp_path, monkeypatch, capsys):
+    """Times made up: every round has each variant once, Unsloth only where its Python is given; a failure is named."""
+    shared = bench.prepare(tmp_path, "tiny") | {"data": str(tmp_path)}
+    monkeypatch.setattr(bench, "prepare", lambda *_: shared)
+    monkeypatch.setattr(bench, "CHILD", MADE_UP)
+    shown = ["--folder", str(tmp_path), "--only"]
+    assert bench.main([*shown, "stock", "pipeline", "ours, nf4", "ours, bf16"]) == 0
     said = capsys.readouterr().out
-    assert "| r4-joint, Unsloth, micro-batch 2 | no memory |" in said
-    assert "| r4-joint, Unsloth, micro-batch 8 | 3.00 | 1.50 | – |" in said
-    assert "| stock | nf4 | 1 | 123.0 | 1.0 |" in said
-    assert "| ours, as the pipeline trains | nf4 | 1 | 41.0 | 3.0 |" in said
+    assert "| r4-joint, stock | 7.50 (5.00–10.00) | 1.00 | – |" in said
+    assert "| r4-joint, ours, as the pipeline trains | 42.00 (28.00–56.00) | 5.60 | – |" in said
+    assert "| ours, nf4 | nf4 | 32 | 7.7 | 1.0 |" in said and "ours, bf16: no memory" in said
+    order = (tmp_path / "order").read_text().splitlines()
+    assert order[:4] == ["0 stock", "1 stock", "2 stock", "3 stock"]  # a group of its own without a GPU
+    assert bench.main([*shown, "stock"]) == 0  # is there already
+    assert (tmp_path / "order").read_text().splitlines() == order
+    monkeypatch.setattr(bench, "GROUPS", (("stock", "ours, as the pipeline trains"),))
+    (tmp_path / "performance_tiny.json").unlink()
+    (tmp_path / "order").unlink()
+    assert bench.main([*shown, "r1"]) == 0
+    both = ["stock, r1", "ours, as the pipeline trains, r1"]
+    assert (tmp_path / "order").read_text().splitlines() == [f"{turn} {name}" for turn in range(4) for name in both]
+    capsys.readouterr()
+    assert bench.main([*shown, "stock", "--minutes", "0"]) == 0
+    assert "r4" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        bench.main([*shown[:-1], "r9"])
+        bench.main([*shown, "r9"])
     assert "--only r9 names no variant; they are r4-joint, stock; r4-joint, ours" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_tiny_model_is_measured_stock_and_ours(tmp_path):
-    assert bench.main(["--folder", str(tmp_path), "--only", "r1"]) == 0
+    assert bench.main(["--folder", str(tmp_path), "--only", "r4", "nf4"]) == 0
     report = json.loads((tmp_path / "performance_tiny.json").read_text())
-    assert not report["answer"], "generation is measured with r4, whose base is r1's too"
-    rows = {row["name"]: row for row in report["train"]}
-    assert list(rows) == ["stock, r1", "ours, as the pipeline trains, r1"]
-    for row in rows.values():
+    assert [row["name"] for row in report["train"]] == ["stock", "ours, as the pipeline trains"]
+    assert [(row["name"], row["batch"]) for row in report["answer"]] == [("stock", 1), ("ours, nf4", 32)]
+    for row in report["train"]:
         assert "failed" not in row, row["failed"]
-        assert row["pictures_per_s"] > 0 and len(row["losses"]) == bench.UPDATES
+        assert len(row["rounds"]) == bench.ROUNDS and 0 < row["pictures_per_s"] and row["loss"] > 0

@@ -1,19 +1,20 @@
 """How fast training and generation are, stock TRL against ours and Unsloth: `python -m helpers.dev.bench`.
 
 At 7B, the default where there is a GPU, with the published architecture, random weights and pictures of 1280 image
-tokens, without a download; else with the tiny base and the embedded photos. Each variant runs in a process of its own:
+tokens, without a download; else with the tiny base and the embedded photos. Each variant is a process of its own:
 
 - stock: TRL's SFTTrainer and collator on an NF4 base, batches of 2, gradient checkpointing; generation one by one
-- ours: pipeline.py as it is, until its training ends; generation is its row `base`
+- ours: pipeline.py as it is, on a card of 16 or 24 GiB or on all of it; generation by `predict`
 - Unsloth, where --unsloth names the Python of an environment that has it: its own loader, kernels and collator
   (pip install unsloth transformers==5.17.0 trl==1.15.0 'datasets<5')
 
-The report is written after each, so that a call with --only adds to it, at the same commit and on the same machine;
+The variants of a group are started once and take turns, in three rounds, on the same warm card: one trains while the
+others wait with empty caches. The report has the median and the spread of the rounds and is written after each, so
+that another call, of the same commit on the same kind of machine, adds what --minutes or a failure has left out.
 --write puts its summary into README.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,8 +34,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers import runs
-from helpers.dev.check_7b import read_events, values
-from helpers.dev.random_7b import PUBLISHED, write_model, write_pictures
+from helpers.dev.check_7b import read_events
+from helpers.dev.random_7b import MANY_SIZES, PUBLISHED, SIZES, write_model, write_pictures
 from helpers.recipes import RECIPES, SCALES
 from helpers.runs import read_json, write_json
 from helpers.settings import TINY_BASE
@@ -43,51 +45,79 @@ REPORT = ROOT / "notebooks" / "performance_7b.json"
 BLOCK = re.compile(r"(<!-- speed: [^\n]* -->\n).*?(<!-- end of speed -->)", re.S)
 PROMPT = "Detect the bounding box of the nutrition table."
 VAL = 123  # pictures of the real val, for which generation is counted
-UPDATES = 4  # of the weights, the first of which is not counted
+ROUNDS = 3
+CHILD = "import json, sys; from helpers.dev.bench import child; child(json.loads(sys.argv.pop()))"
+UPDATES = 2  # of the weights in a turn; the turn before the first round is not counted
 WAYS: dict[str, dict] = {  # name -> how; what is not said is the scale's own
     "stock": {"kind": "stock", "micro_batch": 2},
+    "Unsloth": {"kind": "unsloth", "micro_batch": 8},
+    "ours, in 16 GiB": {"kind": "ours", "cap_gib": 15, "memory": "low"},
     "ours, in 24 GiB": {"kind": "ours", "cap_gib": 24},
     "ours, as the pipeline trains": {"kind": "ours"},
-    "Unsloth, micro-batch 2": {"kind": "unsloth", "micro_batch": 2},
-    "Unsloth, micro-batch 8": {"kind": "unsloth", "micro_batch": 8},
-    "Unsloth, micro-batch 8, no dropout": {"kind": "unsloth", "micro_batch": 8, "dropout": 0.0},
+    "Unsloth, beside it": {"kind": "unsloth", "micro_batch": 8},
+    "ours, 44 picture sizes": {"kind": "ours", "many_sizes": True},
 }
+ON_A_GPU = {"cap_gib", "many_sizes"}  # of a way: only there
+# Who takes turns: the one that may fill the card waits for as few others as there must be, since they keep their model.
+GROUPS = (("stock", "Unsloth", "ours, in 16 GiB", "ours, in 24 GiB"),
+          ("ours, as the pipeline trains", "Unsloth, beside it"), ("ours, 44 picture sizes",))
 VARIANTS = {name + suffix: {"recipe": recipe, **how} for recipe, suffix in (("r4-joint", ""), ("r1-llm-only", ", r1"))
             for name, how in WAYS.items()}
+ANSWERS = {f"ours, {precision}": {"kind": "answers", "recipe": "base", "precision": precision}
+           for precision in ("nf4", "bf16")}
 
 
-class Clock(TrainerCallback):
-    """The moments at which a training's updates end."""
+class Turns(TrainerCallback):
+    """After UPDATES steps the training frees its caches, writes what it measured, and waits for a line on stdin."""
 
-    def __init__(self):
-        self.ends: list[float] = []
+    def __init__(self, file: Path, pictures: int):
+        self.file, self.pictures, self.seconds, self.peak, self.loss = file, pictures, [], 0.0, None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.start = time.perf_counter()
+        self.about = {"micro_batch": args.per_device_train_batch_size, "checkpointing": args.gradient_checkpointing}
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2**30)
+        self.seconds.append(time.perf_counter() - self.start)
+        if len(self.seconds) == UPDATES:
+            turn(self.file, pictures_per_s=self.pictures * UPDATES / sum(self.seconds), loss=self.loss,
+                 peak_gib=self.peak or None, **self.about)
+            self.seconds, self.peak = [], 0.0
+        self.start = time.perf_counter()
 
 
-def train(task: dict, vlm, processor, rows, collator=None, **settings) -> dict:
-    """Train by TRL's trainer; pictures a second (median over the updates after the first, loading included), peak."""
-    gpu, clock = torch.cuda.is_available(), Clock()
+def turn(file: Path, **measured) -> None:
+    """Write what a turn has measured, free what is cached, and wait for the next."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with file.open("a") as out:
+        out.write(json.dumps(measured) + "\n")
+    sys.stdin.readline()
+
+
+def train(task: dict, vlm, processor, rows, collator=None, **settings) -> None:
+    """Train by TRL's trainer, in turns."""
+    gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         sft = SFTTrainer(vlm, train_dataset=rows, data_collator=collator, processing_class=processor, args=SFTConfig(
-            output_dir=folder, max_steps=UPDATES, per_device_train_batch_size=task["micro_batch"],
+            output_dir=folder, max_steps=UPDATES * (ROUNDS + 1), per_device_train_batch_size=task["micro_batch"],
             gradient_accumulation_steps=task["pictures"] // task["micro_batch"], learning_rate=2e-5,
             lr_scheduler_type="cosine", warmup_steps=0.05, remove_unused_columns=False, logging_steps=1,
             report_to="none", save_strategy="no", dataloader_num_workers=4 if gpu else 0, use_cpu=not gpu,
             disable_tqdm=True, **settings))
-        sft.add_callback(clock)
+        sft.add_callback(Turns(Path(task["turns"]), task["pictures"]))
         sft.train()
-    seconds = statistics.median(end - start for start, end in itertools.pairwise(clock.ends))
-    return {"checkpointing": sft.args.gradient_checkpointing, "pictures_per_s": task["pictures"] / seconds,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-            "losses": [log["loss"] for log in sft.state.log_history if "loss" in log]}
 
 
-def generate(task: dict, vlm, processor, pictures: Sequence) -> dict:
-    """Seconds for `pictures` one by one, by `generate` as it is; the first is done once before."""
+def generate(task: dict, vlm, processor, pictures: Sequence) -> None:
+    """Seconds for `pictures` one by one, by `generate` as it is, as the first line of the turns; one before is warm."""
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}]
     text = processor.apply_chat_template(prompt, add_generation_prompt=True)
     for some in (pictures[:1], pictures):
@@ -95,38 +125,52 @@ def generate(task: dict, vlm, processor, pictures: Sequence) -> dict:
         for picture in some:
             inputs = processor(text=[text], images=[picture], return_tensors="pt").to(vlm.device)
             vlm.generate(**inputs, max_new_tokens=task["new_tokens"], do_sample=False)
-    return {"batch": 1, "pictures": len(pictures), "seconds": time.perf_counter() - start}
+    write_json(Path(task["turns"]).with_suffix(".json"), {"batch": 1, "pictures": len(pictures),
+                                                         "seconds": time.perf_counter() - start})
 
 
-def stock(task: dict) -> dict:
+def rows_and_processor(task: dict):
+    """The prepared rows of the task's data, and the processor of its model with its pixel budget."""
+    from helpers import data
+
+    pixels = {name: task[name] for name in ("min_pixels", "max_pixels")}
+    raw = data.load_raw(task["data"], limit={"train": task["train"], "selection": 1, "val": task["val"]})
+    return (data.prepare(data.clean(raw, data.audit(raw)), **pixels),
+            transformers.Qwen2VLProcessor.from_pretrained(task["model"], **pixels))
+
+
+def base_in(task: dict, precision: str, **options):
+    from helpers import model
+    from helpers.topics.training import nf4
+
+    return transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        task["model"], dtype=model.compute_dtype(), quantization_config=nf4() if precision == "nf4" else None,
+        device_map=model.device_map(), **options).requires_grad_(False)
+
+
+def stock(task: dict) -> None:
     """TRL's trainer on an NF4 base with LoRA, as its own examples have it."""
     from peft import LoraConfig, get_peft_model
 
-    from helpers import data, model
+    from helpers import model
     from helpers.messages import target_text
-    from helpers.topics.training import nf4
 
-    dtype, pixels = model.compute_dtype(), {name: task[name] for name in ("min_pixels", "max_pixels")}
-    raw = data.load_raw(task["data"], limit={"train": task["train"], "selection": 1, "val": task["val"]})
-    rows = data.prepare(data.clean(raw, data.audit(raw)), **pixels)
-    processor = transformers.Qwen2VLProcessor.from_pretrained(task["model"], **pixels)
-    base = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
-        task["model"], dtype=dtype, quantization_config=nf4(dtype), device_map=model.device_map())
-    tuned = get_peft_model(base.requires_grad_(False), LoraConfig(
+    rows, processor = rows_and_processor(task)
+    base = base_in(task, "nf4")
+    model.keep_4bit_trainable(base)
+    generate(task, base.eval(), processor, rows["val"]["image"][: task["alone"]])
+    tuned = get_peft_model(base, LoraConfig(
         r=task["rank"], lora_alpha=task["alpha"], lora_dropout=task["dropout"], task_type="CAUSAL_LM",
         target_modules=RECIPES[task["recipe"]][-1].lora_targets))
     chats = rows["train"].select_columns(["image"])
     for name, role, texts in (("prompt", "user", [PROMPT] * len(chats)),
                               ("completion", "assistant", map(target_text, rows["train"]["objects"]))):
         chats = chats.add_column(name, [[{"role": role, "content": text}] for text in texts])
-    found = train(task, tuned, processor, chats, bf16=dtype == torch.bfloat16, gradient_checkpointing=True,
-                  max_length=None)
-    tuned.eval()
-    with tuned.disable_adapter():
-        return found | {"generation": generate(task, tuned, processor, rows["val"]["image"][: task["alone"]])}
+    train(task, tuned, processor, chats, bf16=model.compute_dtype() == torch.bfloat16, gradient_checkpointing=True,
+          max_length=None)
 
 
-def with_unsloth(task: dict) -> dict:
+def with_unsloth(task: dict) -> None:
     """Unsloth's own way, in its environment; the size of the pictures is ours (it would shrink them to 512 pixels)."""
     from PIL import Image
     from unsloth import FastVisionModel
@@ -145,64 +189,123 @@ def with_unsloth(task: dict) -> dict:
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     pictures = [Image.open(folder / line["file_name"]).convert("RGB") for line in lines]
     chats = [to_messages(line | {"image": picture}, PROMPT) for line, picture in zip(lines, pictures, strict=True)]
-    found = train(task, vlm, processor, chats, UnslothVisionDataCollator(vlm, processor, resize="max"), bf16=True,
-                  max_length=2048, dataset_text_field="", dataset_kwargs={"skip_prepare_dataset": True})
-    FastVisionModel.for_inference(vlm)
-    return found | {"generation": generate(task, vlm, processor, pictures[: task["alone"]])}
+    train(task, vlm, processor, chats, UnslothVisionDataCollator(vlm, processor, resize="max"), bf16=True,
+          max_length=2048, dataset_text_field="", dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def answers(task: dict) -> None:
+    """Seconds in which the base answers all pictures of val, as the pipeline does, in turns."""
+    from helpers import model, predict
+
+    model.patches_as_product()
+    rows, processor = rows_and_processor(task)
+    base = base_in(task, task["precision"], attn_implementation=model.attention(training=False)).eval()
+    for number in range(ROUNDS + 1):
+        start = time.perf_counter()
+        predict.predict(base, processor, rows["val"], PROMPT, Path(task["turns"]).with_name(f"{number}.jsonl"), key="0",
+                        batch_size=task["predict_batch"], max_new_tokens=task["new_tokens"], do_sample=False)
+        turn(Path(task["turns"]), seconds=time.perf_counter() - start)
+
+
+def pipeline(task: dict) -> None:
+    """pipeline.py itself, in turns once it trains."""
+    from helpers.dev import measured
+
+    transformers.trainer.DEFAULT_CALLBACKS.append(Turns(Path(task["turns"]), task["pictures"]))
+    given = {"recipe": task["recipe"], "scale": task["scale"], "model_id": task["model"], "dataset_id": task["data"],
+             "epochs": 2, "train_limit": task["train"], "val_limit": 1, "max_new_tokens": max(32, task["new_tokens"]),
+             "save_steps": 1000, "report_to": "none", "memory": task["memory"],
+             "output_root": Path(task["turns"]).parent / "runs"}
+    measured.main(f"{task['turns']}.events", str(task["cap_gib"] or 0), "0", "1",
+                  *(f"{name}={value}" for name, value in given.items()))
 
 
 def child(task: dict) -> None:
-    """Measure stock or Unsloth in this process; what was found goes to `task["found"]`."""
+    """What one process does: it writes a line a turn to `task["turns"]`, and waits for a line on stdin after each."""
     runs.quiet_libraries()
-    write_json(Path(task["found"]), (stock if task["kind"] == "stock" else with_unsloth)(task))
+    {"stock": stock, "unsloth": with_unsloth, "ours": pipeline, "answers": answers}[task["kind"]](task)
 
 
-def command(task: dict, scratch: Path, unsloth: str | None) -> list[str]:
-    """The command that measures one variant, into a file of `scratch`; ours is pipeline.py until its training ends."""
-    if task["kind"] == "ours":
-        given = {"recipe": task["recipe"], "scale": task["scale"], "model_id": task["model"],
-                 "dataset_id": task["data"], "epochs": 2, "train_limit": task["train"], "val_limit": task["val"],
-                 "max_new_tokens": task["new_tokens"], "save_steps": 1000, "report_to": "none", "output_root": scratch}
-        return [sys.executable, "-m", "helpers.dev.measured", f"{scratch}/events.jsonl", str(task["cap_gib"] or 0), "0",
-                "1", *(f"{name}={value}" for name, value in given.items())]
-    python, first = (unsloth, "import unsloth; ") if task["kind"] == "unsloth" else (sys.executable, "")
-    code = f"{first}import json, sys; from helpers.dev.bench import child; child(json.loads(sys.argv.pop()))"
-    return [str(python), "-c", code, json.dumps(task | {"found": f"{scratch}/found.json"})]
+class Racer:
+    """A variant's process."""
 
-
-def measure(task: dict, folder: Path, unsloth: str | None) -> dict:
-    """What a process of its own has found, or `{"failed": the last line of its output}`."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    def __init__(self, task: dict, folder: Path, unsloth: str | None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.task, self.log, self.failed = task | {"turns": str(folder / "turns.jsonl")}, folder / "log", ""
+        python, first = (unsloth, "import unsloth; ") if task["kind"] == "unsloth" else (sys.executable, "")
         settings = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "UNSLOTH_DISABLE_STATISTICS": "1",
-                    "UNSLOTH_COMPILE_LOCATION": name, "HF_DATASETS_CACHE": str(folder / "cache")}
-        ended = subprocess.run(command(task, Path(name), unsloth), env=os.environ | settings, cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        found, row = read_json(Path(name) / "found.json"), {"events": read_events(Path(name) / "events.jsonl")}
-    if values(row, "seconds", "train"):  # ours
-        training, steps = values(row, "result", "training")[0], values(row, "seconds", "step")[1:]
-        found = {"micro_batch": training["micro_batch"], "checkpointing": training["checkpointing"],
-                 "pictures_per_s": task["pictures"] / statistics.median(steps),
-                 "peak_gib": max(values(row, "allocated", "train")) or None, "losses": values(row, "result", "loss"),
-                 "generation": {"batch": SCALES[task["scale"]]["predict_batch_size"], "pictures": task["val"],
-                                "seconds": values(row, "seconds", "predict")[0]}}
-    return found or {"failed": (ended.stdout.strip().splitlines() or [f"exit code {ended.returncode}"])[-1][:200]}
+                    "UNSLOTH_COMPILE_LOCATION": str(folder), "HF_DATASETS_CACHE": str(folder.parent / "cache")}
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                [str(python), "-c", first + CHILD, json.dumps(self.task)], env=os.environ | settings, cwd=ROOT,
+                stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, text=True)
+
+    def turns(self) -> list[dict]:
+        """What was measured so far, a line a turn; the first one is not counted."""
+        return read_events(Path(self.task["turns"]))
+
+    def wait(self, count: int, until: float) -> None:
+        """Wait for the turn of this number; sets `failed` where the process ends before, or time is over."""
+        while len(self.turns()) < count and not self.failed:
+            if self.process.poll() is not None:
+                lines = self.log.read_text().strip().splitlines()
+                self.failed = (lines or [f"exit code {self.process.returncode}"])[-1][:200]
+            elif time.monotonic() > until:
+                self.failed = "not measured: the time was over"
+            time.sleep(0.05)
+
+    def go(self) -> None:
+        """Begin the next turn."""
+        if not self.failed:
+            with suppress(BrokenPipeError):  # it has ended: `wait` says how
+                print(file=self.process.stdin, flush=True)
+
+    def found(self) -> dict:
+        """The row of the report: the median round, the slowest and the fastest."""
+        rounds, unit = self.turns()[1:], "seconds" if self.task["kind"] == "answers" else "pictures_per_s"
+        row = {name: self.task[name] for name in ("name", "recipe", "kind", "micro_batch", "dropout", "precision")}
+        if not rounds:
+            return row | {"failed": self.failed}
+        rates = [one[unit] for one in rounds]
+        return row | rounds[-1] | {unit: statistics.median(rates), "rounds": rates,
+                                   "peak_gib": max(one.get("peak_gib") or 0 for one in rounds) or None}
+
+
+def race(tasks: list[dict], folder: Path, unsloth: str | None, until: float) -> list[Racer]:
+    """Start the variants one after the other, then let them take turns; all end here."""
+    racers: list[Racer] = []
+    try:
+        for number, task in enumerate(tasks):
+            racers.append(Racer(task, folder / f"{number}-{task['kind']}", unsloth))
+            racers[-1].wait(1, until)
+        for count in range(2, ROUNDS + 2):
+            for racer in racers:
+                racer.go()
+                racer.wait(count, until)
+    finally:
+        for racer in racers:
+            racer.process.kill()
+            racer.process.wait()
+    return racers
 
 
 def prepare(folder: Path, scale: str) -> dict:
     """What all variants share: model, pictures, counts, LoRA's size."""
     given = SCALES[scale]
     pictures = given["batch_size"] * given["accumulation"]
-    task = {"scale": scale, "pictures": pictures, "train": UPDATES * pictures // 2, "rank": given["lora_rank"],
-            "alpha": given["lora_alpha"], "dropout": given["lora_dropout"], "micro_batch": given["batch_size"],
-            "min_pixels": given["min_pixels"], "max_pixels": given["max_pixels"], "cap_gib": None}
+    task = {"scale": scale, "pictures": pictures, "train": UPDATES * (ROUNDS + 1) * pictures // 2,
+            "rank": given["lora_rank"], "alpha": given["lora_alpha"], "dropout": given["lora_dropout"],
+            "micro_batch": given["batch_size"], "predict_batch": given["predict_batch_size"], "precision": "nf4",
+            "min_pixels": given["min_pixels"], "max_pixels": given["max_pixels"], "cap_gib": None, "memory": None}
     if scale == "tiny":
         return task | {"model": str(TINY_BASE), "data": "embedded", "val": 24, "alone": 8, "new_tokens": 64}
     if not (folder / "model" / "tokenizer.json").is_file():
         write_model(folder / "model", PUBLISHED)
-        write_pictures(folder / "pictures", {"train": task["train"], "selection": 1, "val": VAL})
+        for name, sizes in (("pictures", SIZES), ("many", MANY_SIZES)):
+            write_pictures(folder / name, {"train": task["train"], "selection": 1, "val": VAL}, sizes=sizes)
         torch.cuda.empty_cache()
     return task | {"model": str(folder / "model"), "data": str(folder / "pictures"), "val": VAL, "alone": 3,
-                   "new_tokens": 32}  # random weights never stop before
+                   "new_tokens": 26}  # a box and its end; random weights never stop before
 
 
 def summary(report: dict) -> str:
@@ -214,8 +317,9 @@ def summary(report: dict) -> str:
     for name in (name for name in VARIANTS if name in rows):
         row, first = rows[name], f"{rows[name]['recipe']}, {name.removesuffix(', r1')}"
         rate, base = row.get("pictures_per_s", 0), stocks.get(row["recipe"], math.nan)
+        spread = f" ({min(row['rounds']):.2f}–{max(row['rounds']):.2f})" if "rounds" in row else ""
         training.append([first, row["failed"], "–", "–"] if "failed" in row else [
-            first, f"{rate:.2f}", f"{rate / base:.2f}", f"{row['peak_gib'] or math.nan:.1f}"])
+            first, f"{rate:.2f}{spread}", f"{rate / base:.2f}", f"{row['peak_gib'] or math.nan:.1f}"])
     generation = [["generation", "base", "at once", f"s for {VAL}", "× one by one"]] + [
         [row["name"], row["precision"], str(row["batch"]), f"{row['s_for_123']:.1f}",
          f"{report['answer'][0]['s_for_123'] / row['s_for_123']:.1f}"] for row in report["answer"]]
@@ -226,21 +330,35 @@ def summary(report: dict) -> str:
     return "\n\n".join([head, *tables]).replace("nan", "–")
 
 
+def answer_row(racer: Racer) -> dict[str, dict]:
+    """Generation's row of the report, if there is one: what stock has made one by one, or `predict` at once."""
+    task, made = racer.task, read_json(Path(racer.task["turns"]).with_suffix(".json"))
+    if task["kind"] == "answers" and racer.turns()[1:]:
+        row = racer.found()
+        made = {"batch": task["predict_batch"], "pictures": task["val"], "seconds": row["seconds"],
+                "rounds": row["rounds"]}
+    if not made or task["recipe"] == "r1-llm-only":  # the base is r4's too
+        return {}
+    return {task["name"]: {"name": task["name"], "precision": task["precision"], "new_tokens": task["new_tokens"],
+                           f"s_for_{VAL}": VAL * made["seconds"] / made["pictures"], **made}}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench"), help="model and pictures; 40 GB free at 7B")
     parser.add_argument("--only", nargs="*", default=[""], help="variants whose recipe or name holds one of these")
     parser.add_argument("--unsloth", metavar="PYTHON", help="of an environment that has Unsloth")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for everything; what is left out comes next")
     parser.add_argument("--write", action="store_true", help="only put the report's summary into README.md")
     options = parser.parse_args(arguments)
-    scale = "7b" if torch.cuda.is_available() else "tiny"
+    until, scale = time.monotonic() + 60 * options.minutes, "7b" if torch.cuda.is_available() else "tiny"
     if options.write:
         text, block = (ROOT / "README.md").read_text(), summary(read_json(REPORT))
         (ROOT / "README.md").write_text(BLOCK.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text))
         return 0
-    possible = {name: f"{how['recipe']}, {name}" for name, how in VARIANTS.items()
-                if (how["kind"] != "unsloth" or options.unsloth) and (scale == "7b" or "cap_gib" not in how)}
+    possible = {name: f"{how['recipe']}, {name}" for name, how in {**VARIANTS, **ANSWERS}.items()
+                if (how["kind"] != "unsloth" or options.unsloth) and (scale == "7b" or not {*how} & ON_A_GPU)}
     wanted = [name for name, words in possible.items() if any(word in words for word in options.only)]
     if not wanted:
         parser.error(f"--only {' '.join(options.only)} names no variant; they are {'; '.join(possible.values())}.")
@@ -256,18 +374,26 @@ def main(arguments: list[str] | None = None) -> int:
     if not about.items() <= before.items():
         before = {}  # rows of another commit or machine do not stand beside these
     found, generated = ({row["name"]: row for row in before.get(part, [])} for part in ("train", "answer"))
-    for name in wanted:
-        task = shared | VARIANTS[name] | {"name": name}
-        row = {key: task[key] for key in ("name", "recipe", "kind", "micro_batch", "dropout")} | {
-            "precision": "nf4", "cached": task["kind"] == "ours" and task["recipe"] == "r1-llm-only",
-            **measure(task, folder, options.unsloth)}
-        made, found[name] = row.pop("generation", None), row
-        if made and task["recipe"] == "r4-joint":  # the base is r1's too
-            made[f"s_for_{VAL}"] = VAL * made["seconds"] / made["pictures"]
-            generated[name] = {"name": name, "precision": "nf4", "new_tokens": task["new_tokens"], **made}
+    for group in [[name + suffix for name in names] for suffix in ("", ", r1") for names in GROUPS] + [[*ANSWERS]]:
+        names = [name for name in group if name in wanted]
+        done = {name for name, row in {**found, **generated}.items() if len(row.get("rounds", [])) == ROUNDS}
+        if {*names} <= done or time.monotonic() > until:
+            continue
+        tasks = [shared | {**VARIANTS, **ANSWERS}[name] | {"name": name} for name in names]
+        for task in tasks:
+            task["data"] = str(folder / "many") if task.get("many_sizes") else task["data"]
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            for racer in race(tasks, Path(scratch), options.unsloth, until):
+                row, name = racer.found(), racer.task["name"]
+                rate = f"{row['pictures_per_s']:.2f} pictures/s" if "pictures_per_s" in row else ""
+                print(f"{name}:", row.get("failed") or rate or f"{row['seconds']:.1f} s", flush=True)
+                if "failed" in row:
+                    print(racer.log.read_text()[-1500:], flush=True)
+                if racer.task["kind"] != "answers":
+                    found[name] = row
+                generated |= answer_row(racer)
         write_json(path, about | {"train": list(found.values()), "answer": list(generated.values())})
-        print(f"{name}:", row.get("failed") or f"{row['pictures_per_s']:.2f} pictures/s", flush=True)
-    print(summary(read_json(path)))
+    print(summary(about | {"train": list(found.values()), "answer": list(generated.values())}))
     return 0
 
 

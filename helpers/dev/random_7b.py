@@ -45,6 +45,7 @@ GENERATION = {
 FIRST_SPECIAL_TOKEN = 151643  # <|endoftext|>; the others follow in the tiny base's order, which is the published one
 # width, height of pictures at the real pixel budget: 1280, 1280, 1274 and 1276 image tokens of 28 x 28 pixels
 SIZES = [(1120, 896), (896, 1120), (1372, 728), (812, 1232)]
+MANY_SIZES = [(28 * wide, 28 * (1280 // wide)) for wide in range(20, 64)]  # 1240 to 1280 image tokens
 
 
 def config(published: dict) -> Qwen2VLConfig:
@@ -77,10 +78,11 @@ def write_model(folder: Path, published: dict, shard: str = "4GB") -> int:
     return model.num_parameters()
 
 
-def write_pictures(folder: Path, counts: dict[str, int], scale: float = 1) -> None:
+def write_pictures(folder: Path, counts: dict[str, int], scale: float = 1,
+                   sizes: list[tuple[int, int]] = SIZES) -> None:
     """Write an imagefolder: `counts` pictures a split, coarse random colors under noise, one box in each.
 
-    They take `SIZES` in turn, times `scale`.
+    They take `sizes` in turn, times `scale`.
     """
     random = np.random.default_rng(0)
     shutil.rmtree(folder, ignore_errors=True)
@@ -88,7 +90,7 @@ def write_pictures(folder: Path, counts: dict[str, int], scale: float = 1) -> No
         (folder / split).mkdir(parents=True)
         lines = []
         for number in range(count):
-            width, height = (round(scale * side) for side in SIZES[number % len(SIZES)])
+            width, height = (round(scale * side) for side in sizes[number % len(sizes)])
             coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), 3)
             noise = random.integers(-20, 21, (height, width, 3))
             name = f"{split}-{number:04}.jpg"
