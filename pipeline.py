@@ -392,7 +392,7 @@ def sft_config(stage_run, checkpointed):
 
 
 # %% [markdown]
-# Three things save time and change a number only in its last digits. On a GPU LoRA's product is added in place and
+# Three things save time and change a number only in its last digits. LoRA's product is added in place, and on a GPU
 # small operations are compiled. Activations are recomputed in the backward pass (gradient checkpointing) only in as
 # many layers as memory asks for, which is tried with the longest batch. And a vision tower that does not train encodes
 # each picture once, not once an epoch.

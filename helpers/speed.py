@@ -43,9 +43,11 @@ def speed_up(tuned: nn.Module) -> str:
     `TORCHDYNAMO_DISABLE=1` in the environment is PyTorch's own switch against compiling.
     """
     places = {str(place) for place in (getattr(tuned, "hf_device_map", None) or {}).values()}
-    if not torch.cuda.is_available() or len(places) > 1:
+    if len(places) > 1:
         return "nothing is fused or compiled: that pays with a model on one GPU"
     lora = "LoRA is added in place" if fuse_lora(tuned) else "there is no LoRA to fuse"
+    if not torch.cuda.is_available():
+        return f"{lora}; nothing is compiled: that pays on a GPU"
     if not _can_compile():
         return f"{lora}; nothing is compiled, as Triton, a C compiler or Python's headers are missing"
     compile_between(tuned)

@@ -143,10 +143,14 @@ def test_what_is_compiled_between_matrix_products_is_the_same(monkeypatch, proce
         assert own == [getattr(modeling_qwen2_vl, name) for name in speed.ROTATIONS]
 
 
-def test_on_a_cpu_nothing_is_fused():
+def test_on_a_cpu_lora_is_fused_and_nothing_is_compiled():
     tuned = adapted(load())
-    assert "nothing is fused" in speed.speed_up(tuned)
-    assert not any("forward" in module.__dict__ for module in tuned.modules() if isinstance(module, LoraLayer))
+    assert speed.speed_up(tuned) == "LoRA is added in place; nothing is compiled: that pays on a GPU"
+    assert {"forward" in module.__dict__ for module in tuned.modules() if isinstance(module, LoraLayer)} == {True}
+    assert not any("forward" in module.__dict__ for module in tuned.modules() if isinstance(module, torch.nn.LayerNorm))
+    spread = adapted(load())
+    spread.hf_device_map = {"model.visual": 0, "model.language_model": 1}
+    assert "nothing is fused" in speed.speed_up(spread)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -213,8 +213,9 @@ def pipeline(task: dict) -> None:
 
     transformers.trainer.DEFAULT_CALLBACKS.append(Turns(Path(task["turns"]), task["pictures"]))
     given = {"recipe": task["recipe"], "scale": task["scale"], "model_id": task["model"], "dataset_id": task["data"],
-             "epochs": 2, "train_limit": task["train"], "val_limit": 1, "max_new_tokens": 8, "save_steps": 1000,
-             "report_to": "none", "memory": task["memory"], "output_root": Path(task["turns"]).parent / "runs"}
+             "epochs": 2, "train_limit": task["train"], "val_limit": 1, "max_new_tokens": max(32, task["new_tokens"]),
+             "save_steps": 1000, "report_to": "none", "memory": task["memory"],
+             "output_root": Path(task["turns"]).parent / "runs"}
     measured.main(f"{task['turns']}.events", str(task["cap_gib"] or 0), "0", "1",
                   *(f"{name}={value}" for name, value in given.items()))
 
