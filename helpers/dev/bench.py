@@ -309,7 +309,7 @@ def prepare(folder: Path, scale: str) -> dict:
 
 
 def summary(report: dict) -> str:
-    """The report as README has it: a line on the machine, training and generation as tables."""
+    """The report as README has it: a line on the machine, training as a table, generation in a line."""
     rows = {row["name"]: row for row in report["train"] if row["name"] in VARIANTS}
     stocks = {row["recipe"]: row["pictures_per_s"] for row in rows.values() if row["kind"] == "stock"
               and "failed" not in row}
@@ -320,14 +320,12 @@ def summary(report: dict) -> str:
         spread = f" ({min(row['rounds']):.2f}–{max(row['rounds']):.2f})" if "rounds" in row else ""
         training.append([first, row["failed"], "–", "–"] if "failed" in row else [
             first, f"{rate:.2f}{spread}", f"{rate / base:.2f}", f"{row['peak_gib'] or math.nan:.1f}"])
-    generation = [["generation", "base", "at once", f"s for {VAL}", "× one by one"]] + [
-        [row["name"], row["precision"], str(row["batch"]), f"{row['s_for_123']:.1f}",
-         f"{report['answer'][0]['s_for_123'] / row['s_for_123']:.1f}"] for row in report["answer"]]
+    generation = "; ".join(f"{row['name']} ({row['precision']}, {row['batch']} at once) {row['s_for_123']:.1f} s"
+                           for row in report["answer"])
     head = (f"`{report['command']}` ({report['device']}, {report['model']}, torch {report['torch']}, commit "
             f"{report['commit']}; {report['pictures_per_update']} pictures an update):")
-    tables = ["\n".join(f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]])
-              for table in (training, generation)]
-    return "\n\n".join([head, *tables]).replace("nan", "–")
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [training[0], ["---"] * len(training[0]), *training[1:]])
+    return "\n\n".join([head, table, f"Generation for {VAL} pictures: {generation}."]).replace("nan", "–")
 
 
 def answer_row(racer: Racer) -> dict[str, dict]:
