@@ -84,7 +84,7 @@ def by_place(rows: Rows, root: Path, files: Sequence[Path]) -> Rows:
         for row in new[""]:
             guessed[_word(Path(row["image"]["path"]).stem)].append(row)
         if len(guessed) > 1 and "" not in guessed:
-            print(f"data: {' and '.join(sorted(guessed))} are told apart by the names of their pictures")
+            print(f"data: {' and '.join(sorted(guessed))} are what the names of the pictures say")
             return dict(guessed)
     return {"": rows for rows in new.values()} if len(new) == 1 and not said else dict(new)  # noqa: B035  one
 
