@@ -88,7 +88,9 @@ def test_lists_of_voc_with_spaces_in_the_names_and_what_they_leave_out(tmp_path,
     write(tmp_path / f"ImageSets/Main/{TABLE}_train.txt", "photo d 1  1\n")
     raw = data.load_raw(str(tmp_path))
     assert raw["val"]["image_id"] == ["photo c 1"] and len(raw["train"]) == len(raw["selection"]) == 1
-    assert "the splits in no list are not used" in capsys.readouterr().out
+    assert "not used: in no list (1 pictures)" in capsys.readouterr().out
+    (tmp_path / "ImageSets/Main/trainval.txt").unlink()  # of the others nothing is said
+    assert len(data.load_raw(str(tmp_path))["train"]) == 2
 
 
 @pytest.mark.parametrize(("folders", "yaml", "expected", "said"), [

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -69,6 +70,7 @@ def by_place(rows: Rows, root: Path, files: Sequence[Path]) -> Rows:
     lists = _listed(root, files, [Path(row["image"]["path"]) for own in rows.values() for row in own])
     new: Rows = defaultdict(list)
     said = set(lists.values())  # splits that are more than a guess
+    rest = UNLISTED if "train" in said else "train" if said else ""
     for given, own in rows.items():
         paths = [Path(row["image"]["path"]) for row in own]
         if all(_word(path.stem) == given and not split_of(path.parent, root) for path in paths):
@@ -76,7 +78,7 @@ def by_place(rows: Rows, root: Path, files: Sequence[Path]) -> Rows:
         for row, path in zip(own, paths, strict=True):
             split = lists.get(path) or given or split_of(path.parent, root)
             said |= {split_name(part) for part in path.parent.relative_to(root).parts} & {split}
-            new[split or (UNLISTED if lists else "")].append(row)
+            new[split or rest].append(row)
     if set(new) == {""}:
         guessed: Rows = defaultdict(list)
         for row in new[""]:
@@ -92,7 +94,7 @@ def _listed(root: Path, files: Sequence[Path], pictures: list[Path]) -> dict[Pat
     by_name: dict[str, list[Path]] = defaultdict(list)
     for picture in pictures:
         for name in {picture.name, picture.stem}:
-            by_name[name].append(picture)
+            by_name[normalize("NFC", name)].append(picture)
     splits: dict[Path, set[str]] = defaultdict(set)
     for split, place in [one for file in files for one in _statements(file, root)]:
         found = ([picture for picture in pictures if picture.is_relative_to(place)] if place.is_dir() else
@@ -113,7 +115,8 @@ def _listed(root: Path, files: Sequence[Path], pictures: list[Path]) -> dict[Pat
 def _statements(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
     """(split, a folder or a list of pictures) for each that `file` names, or is."""
     split = file.stem if file.stem == "trainval" else split_name(file.stem)
-    if file.suffix == ".txt" and split in (*_KNOWN, "trainval"):
+    other_task = file.parents[1].name == "ImageSets" and file.parent.name != "Main"  # of VOC: Segmentation, Layout
+    if file.suffix == ".txt" and split in (*_KNOWN, "trainval") and not other_task:
         yield split, file
     config: Any = None
     if file.suffix.lower() in (".yaml", ".yml"):
@@ -145,13 +148,10 @@ def _below(root: Path, base: Path, path: Any, entry: str) -> Path | None:
 
 def _find(line: str, by_name: dict[str, list[Path]]) -> list[Path]:
     """The pictures that a line of a list names: with or without folders and ending, from whatever machine."""
-    for text in (line.strip(), *line.split()[:1]):
-        *folders, name = PureWindowsPath(text).parts or ("",)
-        found = by_name.get(name) or by_name.get(Path(name).stem) or []
-        shared = [len(os.path.commonprefix([[*path.parts[-2::-1]], folders[::-1]])) for path in found]
-        if found:
-            return [path for path, count in zip(found, shared, strict=True) if count == max(shared)]
-    return []
+    *folders, name = PureWindowsPath(normalize("NFC", line.strip())).parts or ("",)
+    found = by_name.get(name) or by_name.get(Path(name).stem) or []
+    shared = [len(os.path.commonprefix([[*path.parts[-2::-1]], folders[::-1]])) for path in found]
+    return [path for path, count in zip(found, shared, strict=True) if count == max(shared)]
 
 
 # --- what is carved ---------------------------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ def arrange(found: dict[str, datasets.Dataset], where: str, val_share: float, se
     found = {name or "train": rows for name, rows in found.items()}
     unused = sorted(found.keys() - set(SPLIT_NAMES))
     if unused:
-        print(f"data: {where}: the splits {', '.join(unused)} are not used")
+        print(f"data: {where}: not used: "
+              + ", ".join(f"{name} ({len(found[name]):,} pictures)" for name in unused))
     if "train" not in found and "val" not in found:
         raise DataError(f"{where} has the splits {', '.join(unused)}; expected train and val")
     train, val = found.get("train", empty_split()), found.get("val")
