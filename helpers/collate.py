@@ -113,7 +113,7 @@ def check_limits(rows: Mapping[str, datasets.Dataset], collator: Collator, run: 
     objects = [one for split in ("train", "val") for one in rows[split]["objects"]]
     need = _completion_tokens(objects, collator)
     if run.constrained:  # leaves each box the room that it takes at most
-        unit = longest_unit(collator.processor.tokenizer, names_in(*rows.values()))
+        unit = longest_unit(collator.processor.tokenizer, names_in(rows["train"], rows["val"]))
         need = np.maximum(need, [len(one["bbox"]) * unit + 1 for one in objects])
     if need.max() > run.max_new_tokens:
         raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut completions: the true one of image_id="

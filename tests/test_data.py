@@ -87,12 +87,12 @@ def test_a_planted_box_fault_is_named_and_treated_as_its_rule_says(fault, boxes,
     assert raw["val"].to_list()[1]["objects"]["bbox"][0:1] == boxes[0:1] or np.isnan(boxes[0]).any()  # raw stays raw
 
 
-def test_a_picture_whose_boxes_are_all_unreadable_or_outside_is_dropped_and_one_with_an_empty_box_has_no_table():
-    boxes = [[[0.1, 0.2, 0.5, 0.6]], [[1.1, 0.2, 1.4, 0.6]], [[0.1, 0.2, 0.5]], [], [[0.1, 0.2, 0.1, 0.6]]]
-    raw = splits(val=[row(number, some) for number, some in enumerate(boxes)])
-    assert found(raw)["no-box-left"] == ["0000000000001_1", "0000000000002_1"]
-    assert found(raw)["no-table"] == ["0000000000003_1", "0000000000004_1"]
-    assert cleaned(raw)["val"]["image_id"] == ["0000000000000_1", "0000000000003_1", "0000000000004_1"]
+def test_a_picture_whose_boxes_cannot_be_known_is_dropped_and_is_none_without_a_table():
+    raw = splits(val=[row(1), row(2, [[1.1, 0.2, 1.4, 0.6]]), row(3, [[0.1, 0.2, 0.5]]), row(4, []),
+                      row(5, [[0.1, 0.2, 0.1, 0.6]])])  # fmt: skip
+    assert found(raw)["no-box-left"] == ["0000000000002_1", "0000000000003_1"]
+    assert found(raw)["no-table"] == ["0000000000004_1", "0000000000005_1"]
+    assert cleaned(raw)["val"]["image_id"] == [f"{number:013d}_1" for number in (1, 4, 5)]
 
 
 def test_float32_rounding_is_no_fault_and_leaves_the_unit_square():

@@ -37,8 +37,8 @@ RULES = (
     Rule("repeated-id", "an image_id for the second time", "'#2', '#3' … added to the id"),
     Rule("barcode-in-two-splits", "the same barcode in two splits", "row stays in val, then selection, then train"),
     Rule("picture-in-two-splits", "the same picture in two splits", "row stays in val, then selection, then train"),
-    Rule("no-box-left", "it had boxes that cannot be read or lie outside, and has no other", "row dropped"),
-    Rule("no-table", "no box, or only some without area", "kept: a picture without a table"),
+    Rule("no-box-left", "its boxes cannot be read or lie outside: nobody knows what it shows", "row dropped"),
+    Rule("no-table", "no box, or empty ones alone", "kept: a picture without a table"),
 )
 
 
@@ -110,10 +110,9 @@ def _check_objects(objects: dict[str, list], turn: int, categories: tuple[str, .
             entry = (turned(fixed, turn), categories.index(name), name)
             faults += [("repeated-box", str(box))] if entry in kept else []
             kept += [] if entry in kept else [entry]
-    if not kept and {"not-a-box", "out-of-range-box", "unknown-category"} & {fault for fault, _ in faults}:
-        faults.append(("no-box-left", f"{len(boxes)} in the raw row: whether it shows a table is unknown"))
-    elif not kept:
-        faults.append(("no-table", f"{len(boxes)} boxes in the raw row"))
+    if not kept:
+        unknown = any(fault in ("not-a-box", "out-of-range-box", "unknown-category") for fault, _ in faults)
+        faults.append(("no-box-left" if unknown else "no-table", f"{len(boxes)} boxes in the raw row"))
     columns = list(zip(*kept, strict=True)) or [(), (), ()]
     return faults, {key: list(col) for key, col in zip(("bbox", "category_id", "category_name"), columns, strict=True)}
 

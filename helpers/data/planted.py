@@ -61,7 +61,7 @@ def _faults_in_a_row(picture: Image.Image) -> list[tuple[str, str, dict[str, Any
         ("inverted-box", "top and bottom swapped", _boxed([0.5, 0.2, 0.1, 0.6])),
         ("out-of-range-box", "right edge at 1.3", _boxed([0.1, 0.2, 0.5, 1.3])),
         ("empty-box", "top and bottom both at .1", _boxed(BOX, [0.1, 0.2, 0.1, 0.6])),
-        ("no-box-left", "a number is missing in its only box", _boxed([0.1, 0.2, float("nan"), 0.6])),
+        ("no-box-left", "its only box lies outside", _boxed([1.1, 0.2, 1.4, 0.6])),
         ("repeated-box", "the same box twice", _boxed(BOX, BOX)),
         ("unknown-category", "a box without a name", {"objects": objects_of([BOX, BOX], ["nutrition-table", ""])}),
         ("category-mismatch", "the id of another name", {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),

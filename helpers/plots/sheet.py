@@ -25,7 +25,7 @@ from helpers.plots.figure import COLOURS
 from helpers.recipes import PARAMETERS, Parameter, text
 from helpers.settings import ParameterError, check, choose_cache, read_given
 
-GIVEN: dict[str, Any] = {"dataset_id": None, "dataset_revision": None, "classes": None, "val_share": 0.1,
+GIVEN: dict[str, Any] = {"dataset_id": None, "dataset_revision": None, **dict.fromkeys(data.OPTIONS), "val_share": 0.1,
                          "hf_home": None, "page": "audit.html"}  # fmt: skip
 SIDE = 400  # pixels of a picture's longer side on the page
 STYLE = """
