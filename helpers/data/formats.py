@@ -24,7 +24,7 @@ import yaml
 from helpers.boxes import CATEGORIES
 from helpers.data.frames import ANY, Framed, around, left_out, numbers_of, to_unit
 from helpers.data.pictures import Head, Pictures, Wanted, completed, escaped, head
-from helpers.data.schema import DataError, meta_of, objects_of, read_text
+from helpers.data.schema import DataError, meta_of, objects_of, read_text, read_yaml
 from helpers.data.splits import Rows, split_name, split_of
 from helpers.messages import parse_text
 
@@ -552,20 +552,9 @@ _SIDES = ("images", "labels", "labeltxt", "jpegimages", "annotations")  # folder
 
 def yolo_names(files: list[Path]) -> Path | None:
     """The file that names YOLO's classes: a YAML file with `names`, or a list of names."""
-    yamls = [path for path in files if "names" in (_config(path) or {})]
+    yamls = [path for path in files if "names" in (read_yaml(path) or {})]
     lists = [path for path in files if path.suffix == ".names" or path.name in ("classes.txt", "_darknet.labels")]
     return min(yamls or lists, key=lambda path: len(path.parts), default=None)
-
-
-def _config(path: Path) -> dict[str, Any] | None:
-    """What a YAML file holds; None for other files and for settings of another program."""
-    try:
-        found = yaml.safe_load(read_text(path)) if path.suffix in (".yaml", ".yml") else None
-    except yaml.YAMLError as error:
-        if "names:" in read_text(path):
-            raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _key(path: Path, root: Path) -> tuple[str, ...]:
@@ -603,7 +592,7 @@ def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Fo
     A picture without a label file, beside others with one, has no box. `labels`: of `yolo_labels`.
     """
     file, root = yolo_names(pictures.all), pictures.root
-    config = _config(file) or {} if file else {}
+    config = read_yaml(file) or {} if file else {}
     names = _class_names(file, config) if file else None
     named = [str(own[0] if len(own) == 1 else Path(*_key(label, root))) for label, own in labels.items()]
     paths = pictures.find([Wanted(name, label, split_of(label.parent, root))
