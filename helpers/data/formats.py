@@ -585,14 +585,21 @@ def yolo_labels(root: Path) -> dict[Path, list[Path]]:
     pictures = defaultdict(list)
     for path in Pictures(root).files:
         pictures[_key(path, root)].append(path)
+    places = {path.parent for paths in pictures.values() for path in paths}
     labels = {}
-    for label in files_below(root, "*.txt"):
+    for label in (file for file in files_below(root) if file.suffix.lower() == ".txt" and file.name != "classes.txt"):
         folders = {part.lower() for part in label.relative_to(root).parts[:-1]}
         own = pictures.get(_key(label, root), [])
-        if (own or folders & {"labels", "labeltxt"}) and not folders & set(TOOLS) and label.name != "classes.txt":
+        near = folders & {"labels", "labeltxt"} or (label.parent in places and _has_box(label))
+        if (own or near) and not folders & set(TOOLS):
             labels[label] = own
-    first = next((words for label in labels for line in _lines(label) if len(words := line.split()) > 4), [])
-    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(root) else {}
+    return labels if any(map(_has_box, labels)) or yolo_names(root) else {}
+
+
+def _has_box(label: Path) -> bool:
+    """Whether the first line that is long enough has the numbers of a box."""
+    words = next((words for line in _lines(label) if len(words := line.split()) > 4), [])
+    return bool(words) and all(map(_is_number, words[1:5]))
 
 
 def _lines(file: Path) -> list[str]:
