@@ -568,13 +568,19 @@ def yolo_labels(pictures: Pictures) -> dict[Path, list[Path]]:
     of_key, labels = defaultdict(list), {}
     for path in pictures.files:
         of_key[_key(path, pictures.root)].append(path)
-    for label in (path for path in pictures.all if path.suffix == ".txt"):
+    places = {path.parent for path in pictures.files}
+    for label in (path for path in pictures.all if path.suffix.lower() == ".txt" and path.name != "classes.txt"):
         folders = {part.lower() for part in label.relative_to(pictures.root).parts[:-1]}
         own = of_key.get(_key(label, pictures.root), [])
-        if (own or folders & {"labels", "labeltxt"}) and label.name != "classes.txt":
+        if own or folders & {"labels", "labeltxt"} or (label.parent in places and _has_box(label)):
             labels[label] = own
-    first = next((words for label in labels for line in _lines(label) if len(words := line.split()) > 4), [])
-    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(pictures.all) else {}
+    return labels if any(map(_has_box, labels)) or yolo_names(pictures.all) else {}
+
+
+def _has_box(label: Path) -> bool:
+    """Whether the first line that is long enough has the numbers of a box."""
+    words = next((words for line in _lines(label) if len(words := line.split()) > 4), [])
+    return bool(words) and all(map(_is_number, words[1:5]))
 
 
 def _lines(file: Path) -> list[str]:

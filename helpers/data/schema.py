@@ -114,10 +114,10 @@ def read_yaml(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Path:
-    """The path `name`, relative to `base` (else `root`); `DataError` where it, `..` or a link leads out of `root`."""
+def safe_path(root: Path, name: str, where: str) -> Path:
+    """The path `name`, relative to `root`; `DataError` where it, `..` or a link leads out of `root`."""
     try:
-        path = Path(base or root, name)
+        path = Path(root, name)
         path.exists()  # OSError where a name is too long
         inside = root.resolve() in path.resolve().parents  # ValueError where it has a zero byte
     except (OSError, ValueError) as error:
