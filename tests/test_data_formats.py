@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -498,6 +499,26 @@ def test_a_path_that_leaves_the_folder_is_refused(file_name: str, tmp_path: Path
     write(root / "metadata.jsonl", json.dumps({"file_name": file_name, "objects": {"bbox": [], "category_name": []}}))
     (root / "annotations.json").unlink()
     refused(root, "metadata.jsonl", repr(file_name), "leads out of")
+
+
+@pytest.mark.parametrize(("column", "refusal"), [
+    (lambda file: file.name, None),
+    (lambda file: file.read_bytes(), None),
+    (lambda file: 7, "the column image is Value('int64')"),
+    (lambda file: {"bytes": None, "path": str(file.parent.parent / "a.jpg")}, "leads out of"),
+])
+def test_the_pictures_of_a_table_are_bytes_or_paths_inside_its_folder(column, refusal, tmp_path: Path):
+    write_pictures(tmp_path / "set")
+    notes = {name: {"bbox": [xywh(box) for _, box in BOXES[name]], "category": [kind for kind, _ in BOXES[name]]}
+             for name in "ab"}  # fmt: skip
+    table = pd.DataFrame({"image": [column(tmp_path / f"set/{name}.jpg") for name in notes], "objects": notes.values()})
+    table.to_parquet(tmp_path / "set/val.parquet")
+    if refusal:
+        refused(tmp_path / "set", refusal)
+    else:
+        found = load(tmp_path / "set")["val"]["objects"]
+        for name, objects in zip(notes, found, strict=True):
+            np.testing.assert_allclose(objects["bbox"], [box for _, box in BOXES[name]], atol=0.01)
 
 
 def test_the_hub_offline_is_an_error_and_never_another_data_set():

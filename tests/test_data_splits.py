@@ -151,7 +151,7 @@ def test_the_files_of_coco_tell_splits_apart_and_so_do_the_names_of_a_flat_folde
         write(tmp_path / f"flat/{name}.txt", LABEL)
     write(tmp_path / "flat/classes.txt", TABLE)
     assert data.load_raw(str(tmp_path / "flat"))["val"]["image_id"] == ["val_0"]
-    assert "train and val are told apart by the names of their pictures" in capsys.readouterr().out
+    assert "train and val are what the names of the pictures say" in capsys.readouterr().out
 
 
 # --- what is kept together --------------------------------------------------------------------------------------------

@@ -38,8 +38,8 @@ def faulty_folder(root: Path) -> None:
 def test_a_folder_with_faults_and_a_mirrored_model_go_through_to_the_end():
     faulty_folder(Path("photos"))
     shutil.copytree(TINY_BASE, "mirror", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
-    names = run("recipe=r1-llm-only", "dataset_id=photos", "model_id=./mirror", "train_limit=None", "val_limit=None",
-                "augment=True", "batch_size=8")
+    names = run("recipe=r1-llm-only", "dataset_id=photos", "box_format=xywh-pixels", "model_id=./mirror",
+                "train_limit=None", "val_limit=None", "augment=True", "batch_size=8")
     found = [json.loads(line) for line in (FOLDER / "audit.jsonl").read_text().splitlines()]
     seen = {(line["fault"], line["image_id"]) for line in found if line["fault"] != "no-table"}
     assert {("unreadable-picture", "107"), ("unreadable-picture", "7"), ("picture-in-two-splits", "9"),

@@ -24,7 +24,7 @@ import yaml
 from helpers.boxes import CATEGORIES
 from helpers.data.frames import ANY, Framed, around, left_out, numbers_of, to_unit
 from helpers.data.pictures import Head, Pictures, Wanted, completed, escaped, head
-from helpers.data.schema import DataError, meta_of, objects_of, read_text
+from helpers.data.schema import DataError, meta_of, objects_of, read_text, read_yaml
 from helpers.data.splits import Rows, split_name, split_of
 from helpers.messages import parse_text
 
@@ -552,20 +552,9 @@ _SIDES = ("images", "labels", "labeltxt", "jpegimages", "annotations")  # folder
 
 def yolo_names(files: list[Path]) -> Path | None:
     """The file that names YOLO's classes: a YAML file with `names`, or a list of names."""
-    yamls = [path for path in files if "names" in (_config(path) or {})]
+    yamls = [path for path in files if "names" in (read_yaml(path) or {})]
     lists = [path for path in files if path.suffix == ".names" or path.name in ("classes.txt", "_darknet.labels")]
     return min(yamls or lists, key=lambda path: len(path.parts), default=None)
-
-
-def _config(path: Path) -> dict[str, Any] | None:
-    """What a YAML file holds; None for other files and for settings of another program."""
-    try:
-        found = yaml.safe_load(read_text(path)) if path.suffix in (".yaml", ".yml") else None
-    except yaml.YAMLError as error:
-        if "names:" in read_text(path):
-            raise DataError(f"{path}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _key(path: Path, root: Path) -> tuple[str, ...]:
@@ -579,13 +568,19 @@ def yolo_labels(pictures: Pictures) -> dict[Path, list[Path]]:
     of_key, labels = defaultdict(list), {}
     for path in pictures.files:
         of_key[_key(path, pictures.root)].append(path)
-    for label in (path for path in pictures.all if path.suffix == ".txt"):
+    places = {path.parent for path in pictures.files}
+    for label in (path for path in pictures.all if path.suffix.lower() == ".txt" and path.name != "classes.txt"):
         folders = {part.lower() for part in label.relative_to(pictures.root).parts[:-1]}
         own = of_key.get(_key(label, pictures.root), [])
-        if (own or folders & {"labels", "labeltxt"}) and label.name != "classes.txt":
+        if own or folders & {"labels", "labeltxt"} or (label.parent in places and _has_box(label)):
             labels[label] = own
-    first = next((words for label in labels for line in _lines(label) if len(words := line.split()) > 4), [])
-    return labels if first and all(map(_is_number, first[1:5])) or yolo_names(pictures.all) else {}
+    return labels if any(map(_has_box, labels)) or yolo_names(pictures.all) else {}
+
+
+def _has_box(label: Path) -> bool:
+    """Whether the first line that is long enough has the numbers of a box."""
+    words = next((words for line in _lines(label) if len(words := line.split()) > 4), [])
+    return bool(words) and all(map(_is_number, words[1:5]))
 
 
 def _lines(file: Path) -> list[str]:
@@ -603,7 +598,7 @@ def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Fo
     A picture without a label file, beside others with one, has no box. `labels`: of `yolo_labels`.
     """
     file, root = yolo_names(pictures.all), pictures.root
-    config = _config(file) or {} if file else {}
+    config = read_yaml(file) or {} if file else {}
     names = _class_names(file, config) if file else None
     named = [str(own[0] if len(own) == 1 else Path(*_key(label, root))) for label, own in labels.items()]
     paths = pictures.find([Wanted(name, label, split_of(label.parent, root))

@@ -95,10 +95,11 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
     pool = boxes.fitting(said, others, where)
     pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
     chosen = pool[0]
-    if "-pixels-" in chosen and not box_format:  # or of another unit, by where they end
-        for scale in ("1000", "percent"):
-            boxes.read(order or chosen.split("-")[0], scale, ["shown"])
-        pool += [other for other in boxes.readings if other not in (*said, *others) and boxes.narrower(other, chosen)]
+    if "-unit-" not in chosen and not box_format:  # or of another unit, by where they end
+        for scale in ("pixels", "1000", "percent"):
+            boxes.read(chosen.split("-")[0], scale, ["shown"])
+        same_order = [other for other in boxes.readings if other.split("-")[0] == chosen.split("-")[0]]
+        pool += [other for other in same_order if other not in pool and boxes.narrower(other, chosen)]
     if len(pool) == 1 and "-1000-" in chosen and not said and not boxes.far(chosen, boxes.known, 0.9):
         pool.append(f"{chosen.split('-')[0]}-pixels-shown")  # of pictures that have been made smaller
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}

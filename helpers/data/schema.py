@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import PIL
+import yaml
 from datasets import Features, Image, List, Value
 from datasets.fingerprint import Hasher
 
@@ -102,10 +103,21 @@ def read_text(file: Path) -> str:
         raise DataError(f"{file}: cannot be read ({error.strerror}); expected a text file") from None
 
 
-def safe_path(root: Path, name: str, where: str, base: Path | None = None) -> Path:
-    """The path `name`, relative to `base` (else `root`); `DataError` where it, `..` or a link leads out of `root`."""
+def read_yaml(file: Path) -> dict[str, Any] | None:
+    """What a YAML file holds; None for other files and for settings of another program."""
     try:
-        path = Path(base or root, name)
+        found = yaml.safe_load(read_text(file)) if file.suffix in (".yaml", ".yml") else None
+    except yaml.YAMLError as error:
+        if "names:" in read_text(file):
+            raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def safe_path(root: Path, name: str, where: str) -> Path:
+    """The path `name`, relative to `root`; `DataError` where it, `..` or a link leads out of `root`."""
+    try:
+        path = Path(root, name)
         path.exists()  # OSError where a name is too long
         inside = root.resolve() in path.resolve().parents  # ValueError where it has a zero byte
     except (OSError, ValueError) as error:

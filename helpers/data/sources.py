@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
-from helpers.data.pictures import Pictures, escaped, files_below, head
+from helpers.data.pictures import ENDINGS, Pictures, escaped, files_below, head
 from helpers.data.schema import FEATURES, DataError, fingerprint, safe_path
 from helpers.data.splits import Rows, by_place, split_name, split_of
 
@@ -175,7 +175,6 @@ FORMATS = {
     **{name: mark for name, (mark, _) in formats.READERS.items()},
 }
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
-DATA = (".json", ".jsonl", ".xml", ".csv", ".txt", ".parquet", ".arrow")  # of a data set that is not packed
 
 
 def _root_of(path: Path) -> Path:
@@ -265,7 +264,7 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
     path = path.resolve()
     files = [path] if path.is_file() else list(files_below(path))
     archives = [file for file in files if file.suffix.lower() in ARCHIVES]
-    if archives and not any(file.suffix.lower() in DATA for file in files):
+    if archives and not any(file.suffix.lower() in (*ENDINGS, ".parquet", ".arrow") for file in files):
         print(f"data: {', '.join(file.name for file in archives)} unpacked into the cache")
         path = _unpacked(archives, cache_dir)
     root = _root_of(path)

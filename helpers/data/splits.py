@@ -11,7 +11,6 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from unicodedata import normalize
@@ -19,11 +18,10 @@ from unicodedata import normalize
 import datasets
 import numpy as np
 import pandas as pd
-import yaml
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text
+from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text, read_yaml
 
 UNLISTED = "in no list"
 Rows = dict[str, list[dict[str, Any]]]  # split, or "" where none is named -> rows of the schema
@@ -84,7 +82,7 @@ def by_place(rows: Rows, root: Path, files: Sequence[Path]) -> Rows:
         for row in new[""]:
             guessed[_word(Path(row["image"]["path"]).stem)].append(row)
         if len(guessed) > 1 and "" not in guessed:
-            print(f"data: {' and '.join(sorted(guessed))} are told apart by the names of their pictures")
+            print(f"data: {' and '.join(sorted(guessed))} are what the names of the pictures say")
             return dict(guessed)
     return {"": rows for rows in new.values()} if len(new) == 1 and not said else dict(new)  # noqa: B035  one
 
@@ -118,11 +116,8 @@ def _statements(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
     other_task = file.parents[1].name == "ImageSets" and file.parent.name != "Main"  # of VOC: Segmentation, Layout
     if file.suffix == ".txt" and split in (*_KNOWN, "trainval") and not other_task:
         yield split, file
-    config: Any = None
-    if file.suffix.lower() in (".yaml", ".yml"):
-        with suppress(yaml.YAMLError, DataError):  # of another program; YOLO's own has been read before
-            config = yaml.safe_load(read_text(file))
-    if not isinstance(config, dict) or "names" not in config:
+    config = read_yaml(file) or {}
+    if "names" not in config:
         return
     for name in ("train", "val", "valid", "test"):
         entries = config.get(name) or []
