@@ -144,7 +144,7 @@ def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
         same = known.setdefault(path, number) if not one.split else first.setdefault((one.split, path), number)
         known[path] = same
         again += same != number
-        if not _agree(boxes[same], boxes[number]) or set(found[same].names) != set(one.names):
+        if not _agree(boxes[same], boxes[number]) or {*map(str, found[same].names)} != {*map(str, one.names)}:
             differ.add(same)
     first |= {("", path): number for path, number in known.items() if not found[number].split}
     left_out([f"{found[n].row['image_id']} ({found[n].file.name})" for n in differ], len(found), where,
