@@ -68,13 +68,13 @@ limit = {"train": train_limit, "val": val_limit, "selection": val_limit}
 raw = data.load_raw(dataset_id, limit={name: n for name, n in limit.items() if n})
 rows = data.prepare(data.clean(raw, data.audit(raw)), **budget)
 truth = {name: data.truth_rows(rows[name]) for name in ("train", "selection", "val")}
-names = sorted({"nutrition-table"} if one_class else {n for r in truth["train"] for n in r["objects"]["category_name"]})
+several = not one_class or evaluate.match.by_class(truth["train"])  # the classes of a data set of your own
+names = data.names_in(rows["train"]) if several else ["nutrition-table"]
 
 # %%
 set_seed(seed)
 rtdetr, processor = detector.load(detector_id, names) if detector_id else detector.small(names, side=160)
-change = Augment(seed) if augment else None
-collator = detector.Collator(processor, names, change)
+collator = detector.Collator(processor, names, change := Augment(seed) if augment else None)
 first = rows["train"][0]
 batch = collator([first])
 print(f"picture  {first['width']} × {first['height']} → {tuple(batch['pixel_values'][0].shape)}\n"
