@@ -70,20 +70,25 @@ def _rounded(numbers: dict) -> dict:
 
 
 def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> str:
-    """Results of one scale in Markdown: a table of these rows, dashes where one is missing, and the differences."""
+    """Results of one scale in Markdown: a table of these rows, and the differences from the best of them.
+
+    A row without a run has dashes, or is left out where nothing was published of it either.
+    """
     head = ["", "n", "mean IoU (95 %)", *HEADS, "run", "commit", "7B, published"]
     lines = [table_line(head), table_line(["---"] * len(head))]
-    for row in rows:
+    entries = {row: ledger.get("rows", {}).get(f"{scale}/{row}") for row in rows}
+    for row in (row for row in rows if entries[row] or row in PUBLISHED):
         cells = dict.fromkeys(head, "–") | {"": row, "7B, published": number(PUBLISHED.get(row))}
-        entry = ledger.get("rows", {}).get(f"{scale}/{row}")
-        if entry:
+        if entry := entries[row]:
             cells[""] += f", {len(entry['run'])} seeds" if len(entry["run"]) > 1 else ""
             cells |= {"n": str(entry["mean_iou"]["n"]), "mean IoU (95 %)": with_interval(entry["mean_iou"])}
             cells |= {name: number(entry[metric], metric in PERCENT) for name, metric in HEADS.items()}
             cells |= {name: ", ".join(dict.fromkeys(map(str, entry[name]))) for name in ("run", "commit")}
         lines.append(table_line(list(cells.values())))
+    best = max((row for row in rows if entries[row]), key=lambda row: entries[row]["mean_iou"]["value"], default="")
     differences = {key.removeprefix(f"{scale}/").replace(" - ", " minus "): value
-                   for key, value in ledger.get("comparisons", {}).items() if key.startswith(f"{scale}/")}
+                   for key, value in ledger.get("comparisons", {}).items()
+                   if key.startswith(f"{scale}/") and best in key.removeprefix(f"{scale}/").split(" - ")}
     if "collators" in ledger and scale == "tiny":
         both = ledger["collators"]
         name = f"loss on the answer alone minus on all text ({both['recipe']}, {both['seeds']} seeds each)"
