@@ -28,7 +28,7 @@ model_id = None  # Hub id or local folder
 model_revision = None  # commit, branch or tag on the Hub; None: the commit this was written for
 dataset_id = None  # Hub id, local folder or file, or embedded
 dataset_revision = None
-classes = None  # which to train on, such as "Nutrition Facts=nutrition-table, Logo"; None: all, as they are named
+classes = None  # which to train on, such as "Table, Logo", or new names for them (see README); None: all
 box_format = None  # what the files' boxes are, such as xyxy-pixels or cxcywh-unit; None: what they say, or what fits
 unlabelled = None  # pictures listed without a box: negative (no table in them) or skip; None: refused if many
 val_share = 0.1  # where the data set names no val: the share of its pictures that become val

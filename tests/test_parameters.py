@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import papermill
 import pytest
 from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
@@ -40,6 +41,10 @@ def refusal(defaults, monkeypatch, *arguments):
         settle(defaults, monkeypatch, *arguments)
     assert "\n" not in str(refused.value)
     return str(refused.value)
+
+
+def test_papermill_reads_every_line_of_the_cell(repo):
+    assert set(papermill.inspect_notebook(str(repo / "pipeline.ipynb"))) == set(PARAMETERS)
 
 
 def test_what_was_not_given_comes_from_the_scale_and_the_recipe(defaults, monkeypatch):
