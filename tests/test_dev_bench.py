@@ -36,7 +36,7 @@ def test_variants_take_turns_and_rows_are_added_to_the_report_one_by_one(tmp_pat
     said = capsys.readouterr().out
     assert "| r4-joint, stock | 7.50 (5.00–10.00) | 1.00 | – |" in said
     assert "| r4-joint, ours, as the pipeline trains | 42.00 (28.00–56.00) | 5.60 | – |" in said
-    assert "| ours, nf4 | nf4 | 32 | 7.7 | 1.0 |" in said and "ours, bf16: no memory" in said
+    assert "ours, nf4 (nf4, 32 at once) 7.7 s." in said and "ours, bf16: no memory" in said
     order = (tmp_path / "order").read_text().splitlines()
     assert order[:4] == ["0 stock", "1 stock", "2 stock", "3 stock"]  # a group of its own without a GPU
     assert bench.main([*shown, "stock"]) == 0  # is there already

@@ -103,14 +103,15 @@ def check(model: str | Path, bf16: bool = False) -> dict[str, Any]:
 def load_model(model: str | Path) -> tuple[Any, Any, str]:
     """(model, processor, prompt) of a folder that `check` has passed, on all GPUs of this process or the CPU.
 
-    In `compute_dtype`, bf16 on a GPU; a 4-bit export is loaded as its config.json says. Its
-    `generation_config.max_new_tokens` is that of the run that made it.
+    In `compute_dtype`, bf16 on a GPU; a 4-bit export in what its config.json says, for transformers would cast a part
+    of its other weights. Its `generation_config.max_new_tokens` is that of the run that made it.
     """
     from helpers import model as models  # imports bitsandbytes, which warns where it is not quiet yet
 
     made_with, folder = check(model), Path(model).expanduser()
     models.patches_as_product()
-    loaded = models.load(folder, inference=True, dtype=models.compute_dtype(),
+    quantized = "quantization_config" in read_json(folder / "config.json")
+    loaded = models.load(folder, inference=True, dtype="auto" if quantized else models.compute_dtype(),
                          attn_implementation=models.attention(training=False), device_map=models.device_map())
     loaded.generation_config.max_new_tokens = made_with.get("max_new_tokens", MAX_NEW_TOKENS)
     return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
