@@ -194,7 +194,7 @@ def with_unsloth(task: dict) -> None:
 
 
 def answers(task: dict) -> None:
-    """Seconds in which the base answers all pictures of val, as the pipeline does, in turns."""
+    """Seconds in which the base generates for all pictures of val, as the pipeline does, in turns."""
     from helpers import model, predict
 
     model.patches_as_product()
