@@ -393,15 +393,15 @@ def sft_config(stage_run, checkpointed):
 
 # %% [markdown]
 # Three things save time and change a number only in its last digits. LoRA's product is added in place, and on a GPU
-# small operations are compiled. Activations are recomputed in the backward pass (gradient checkpointing) only in as
-# many layers as memory asks for, which is tried with the longest batch. And a vision tower that does not train encodes
-# each picture once, not once an epoch.
+# small operations are compiled. Activations are recomputed in the backward pass (gradient checkpointing) only where
+# memory asks for it, the cheap ones first, which is tried with the longest batch. And a vision tower that does not
+# train encodes each picture once, not once an epoch.
 
 # %%
 def checkpointing(tuned):
-    """Whether to recompute activations, and the layers that keep theirs all the same."""
+    """Whether to recompute activations, and what layers keep all the same."""
     if run.gradient_checkpointing is not None:
-        return run.gradient_checkpointing, []
+        return run.gradient_checkpointing, {}
     rows_of = collate.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
     longest = collator(rows_of)
     return speed.checkpointing(tuned, longest)

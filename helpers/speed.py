@@ -1,15 +1,17 @@
 """Everything that only makes training faster: LoRA in fewer passes, compiled parts, kept activations, cached features.
 
 PEFT's LoRA makes the base's output, LoRA's output, LoRA's scaled output and the sum, each as large as the layer's own.
-Here LoRA's product is added to the base's output in place (`addmm_`), forward and backward, as in Unsloth's kernels
-(https://github.com/unslothai/unsloth). Norms, activations and rotations are compiled. All of it is equal to the plain
-way up to rounding; dropout is PEFT's, one mask a layer.
+Here the base's product is added to LoRA's in place (`addmm_`), forward and backward, and dropout is part of LoRA's
+first product (`helpers.kernels`), one mask for the layers that share an input. Norms, activations and rotations are
+compiled. All of it is equal to the plain way up to rounding.
 """
 
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import MethodType
 
@@ -21,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._triton import has_triton
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -33,6 +36,8 @@ from helpers.recipes import Stage
 from helpers.runs import progress_bar
 
 RESERVE = 0.08  # of a GPU's memory, for what a step that is tried does not show
+MOST_RANKS = 256  # of the layers that share x, in `helpers.kernels`
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order they are called, with one x
 ROTATIONS = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")  # functions of transformers' module
 PADDING = {"input_ids": None, "attention_mask": 0, "mm_token_type_ids": 0, "labels": IGNORED}  # None: the tokenizer's
 
@@ -54,40 +59,103 @@ def speed_up(tuned: nn.Module) -> str:
     return f"{lora}; what stands between the matrix products is compiled"
 
 
-class LoraProduct(torch.autograd.Function):
-    """x W' + bias + scale * dropout(x) A' B', for a frozen W, quantized to NF4 or not.
+def lora_products(x: torch.Tensor, layers: Sequence[nn.Linear], scale: float, p: float, a: Sequence[torch.Tensor],
+                  b: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """x W' + bias + scale * dropout(x) A' B' for each of several layers with one x: query, key and value, gate and up.
 
-    x [..., inputs]; A [rank, inputs] and B [outputs, rank] in fp32, used in x's dtype; W is `base`'s. It is dequantized
-    anew for the backward pass, so that only x, dropout's mask and a [rows, rank] product are kept.
+    x [..., inputs]; every layer's A [rank, inputs] and B [outputs, rank] in fp32, used in x's dtype; W is the layer's
+    own, frozen, quantized to NF4 or not. The layers share x's dropout. LoRA's part is made first and W's product added
+    to it in place, forward and backward: a large product hides the reading that a small one would wait for. W is
+    dequantized anew for the backward pass and the mask made anew from its seed, so that only x and the products
+    [rows, rank] are kept.
+    """
+    first: list[LoraDown] = []
+    low, *bs = LoraDown.apply(first, x, scale, p, *a, *b)
+    return LoraUp.apply(first[0], x, low, layers, bs, scale, p, *a, *b)
+
+
+class LoraDown(torch.autograd.Function):
+    """LoRA's products with A, and all that the backward pass of `LoraUp` needs.
+
+    It is saved here because recomputed activations end with the last thing that was saved: so a block's last product
+    with W, from which nothing else is made, is not made again.
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, base, scale, p):
-        rows, a, b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
-        dropped, mask = torch.native_dropout(rows, p, True) if p else (rows, None)
-        out = nn.functional.linear(rows, plain_weight(base, x.dtype), None if base.bias is None else base.bias.to(x))
-        low = dropped @ a.T
-        out.addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(rows, mask, low, a, b)
-        ctx.base, ctx.scale, ctx.keep, ctx.shape = base, scale, 1 / (1 - p), x.shape
-        return out.view(*x.shape[:-1], -1)
+    def forward(ctx, first, x, scale, p, *weights):
+        rows, half = x.reshape(-1, x.shape[-1]), len(weights) // 2
+        a, *bs = torch.cat(weights[:half]).to(x.dtype), *(b.to(x.dtype) for b in weights[half:])
+        ctx.seed = int(torch.randint(2**31, ())) if p else 0  # the CPU's generator: checkpointing restores it
+        low = _passes(rows, a).down(rows, a, ctx.seed, p, scale)
+        first.append(ctx)
+        ctx.save_for_backward(rows, low, a, *bs)
+        ctx.mark_non_differentiable(low, *bs)
+        return low, *bs
+
+
+class LoraUp(torch.autograd.Function):
+    """The layers' outputs, and every gradient."""
 
     @staticmethod
-    def backward(ctx, gradient):
-        rows, mask, low, a, b = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
-        up = (gradient @ b).mul_(ctx.scale)
-        of_b = (gradient.T @ low).mul_(ctx.scale)
-        of_a = up.T @ (rows if mask is None else torch.ops.aten.native_dropout_backward(rows, mask, ctx.keep))
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient @ plain_weight(ctx.base, gradient.dtype)
-            if mask is None:
-                of_x.addmm_(up, a)
-            else:
-                of_x += torch.ops.aten.native_dropout_backward(up @ a, mask, ctx.keep)
+    def forward(ctx, first, x, low, layers, bs, scale, p, *weights):
+        rows, outs = x.reshape(-1, x.shape[-1]), []
+        for layer, b, part in zip(layers, bs, low.split([b.shape[1] for b in bs], 1), strict=True):
+            bias = None if layer.bias is None else layer.bias.to(x)
+            out = added(part, b, bias, rows, plain_weight(layer, x.dtype).T)
+            outs.append(out.view(*x.shape[:-1], -1))
+        ctx.first, ctx.layers, ctx.scale, ctx.p, ctx.shape = first, layers, scale, p, x.shape
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        first, ctx.first = ctx.first, None  # what it has saved goes with it, here and not at the end of the pass
+        rows, low, a, *bs = first.saved_tensors
+        ranks = [b.shape[1] for b in bs]
+        flat = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        of_low = torch.cat([gradient @ b for gradient, b in zip(flat, bs, strict=True)], 1)
+        of_b = [(gradient.T @ part).float() for gradient, part in zip(flat, low.split(ranks, 1), strict=True)]
+        needs_x = ctx.needs_input_grad[1]
+        of_x, of_a = _passes(rows, a).up(rows, a, of_low, first.seed, ctx.p, ctx.scale, needs_x)
+        if needs_x:
+            for gradient, layer in zip(flat, ctx.layers, strict=True):
+                of_x.addmm_(gradient, plain_weight(layer, gradient.dtype))
             of_x = of_x.view(ctx.shape)
-        return of_x, of_a.float(), of_b.float(), None, None, None
+        return None, of_x, *[None] * 5, *of_a.float().split(ranks), *of_b
+
+
+@torch.library.custom_op("lora::added", mutates_args=())
+def added(part: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor
+          ) -> torch.Tensor:
+    """part B' + bias + rows weight, for W' as weight: one operation for PyTorch, so that its output may be kept."""
+    return nn.functional.linear(part, b, bias).addmm_(rows, weight)
+
+
+class PlainPasses:
+    """What `helpers.kernels` does, by PyTorch alone: where Triton is missing, and for ranks beyond its blocks."""
+
+    @staticmethod
+    def down(x, a, seed, p, scale):
+        return ((x * _mask(x, seed, p) if p else x) @ a.T).mul_(scale)
+
+    @staticmethod
+    def up(x, a, gradient, seed, p, scale, needs_x):
+        mask, gradient = _mask(x, seed, p) if p else 1, gradient * scale
+        return gradient @ a * mask if needs_x else None, gradient.T @ (x * mask)
+
+
+def _mask(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    """Dropout's factors, 0 or 1 / (1 - p), the same whenever the seed is."""
+    drawn = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - p, generator=drawn).div_(1 - p)
+
+
+def _passes(x: torch.Tensor, a: torch.Tensor):
+    """LoRA's passes over x: one Triton kernel each on a GPU where Triton works."""
+    if not x.is_cuda or len(a) > MOST_RANKS or not _can_compile():
+        return PlainPasses
+    from helpers import kernels
+
+    return kernels
 
 
 def plain_weight(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
@@ -97,21 +165,41 @@ def plain_weight(layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _lora_forward(self: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """The forward pass of a LoRA layer; PEFT's own where there is not exactly one adapter to add."""
+    """The forward pass of a LoRA layer; PEFT's own where there is not exactly one adapter to add.
+
+    The first layer of those that share x computes for all; the others find their outputs ready.
+    """
     if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or args or kwargs:
         return type(self).forward(self, x, *args, **kwargs)
-    (name,), kind = self.active_adapters, x.device.type
-    x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    given, out = self.ready.pop(self, (None, None))
+    if given is x:
+        return out
+    (name,), kind, layers = self.active_adapters, x.device.type, self.sharing
+    given, x = x, x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
     p = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
-    return LoraProduct.apply(x, self.lora_A[name].weight, self.lora_B[name].weight, self.get_base_layer(),
-                             self.scaling[name], p)
+    out, *others = lora_products(
+        x, [layer.get_base_layer() for layer in layers], self.scaling[name], p,
+        [layer.lora_A[name].weight for layer in layers], [layer.lora_B[name].weight for layer in layers])
+    self.ready.update((layer, (given, other)) for layer, other in zip(layers[1:], others, strict=True))
+    return out
 
 
 def fuse_lora(tuned: nn.Module) -> int:
-    """Give every LoRA layer of a model the pass above, and return how many there are; plain LoRA on linear layers."""
+    """Give every LoRA layer of a model the pass above, and return how many there are; plain LoRA on linear layers.
+
+    Layers that transformers calls one after the other with one x share it.
+    """
     layers = [layer for layer in tuned.modules() if isinstance(layer, LoraLayer)]
     for layer in layers:
-        layer.forward = MethodType(_lora_forward, layer)
+        layer.forward, layer.sharing, layer.ready = MethodType(_lora_forward, layer), (layer,), {}
+    for parent in list(tuned.modules()):
+        for names in SHARING:
+            group = tuple(layer for name in names if isinstance(layer := getattr(parent, name, None), LoraLayer))
+            if len(group) == len(names) and sum(max(layer.r.values()) for layer in group) <= MOST_RANKS:
+                ready: dict = {}
+                for layer in group:
+                    layer.ready = ready
+                group[0].sharing = group
     return len(layers)
 
 
@@ -153,6 +241,7 @@ def plain_rotations() -> None:
         setattr(modeling_qwen2_vl, name, getattr(now, "_torchdynamo_orig_callable", now))
 
 
+@cache
 def _can_compile() -> bool:
     """Whether Triton is there and can build its driver, which takes a C compiler and Python's headers."""
     if not has_triton():
@@ -166,44 +255,92 @@ def _can_compile() -> bool:
     return True
 
 
-def checkpointing(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[bool, list[nn.Module]]:
-    """Whether activations must be recomputed, and the layers that can keep theirs all the same (`KeepActivations`).
+def checkpointing(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[bool, dict[nn.Module, str]]:
+    """Whether activations must be recomputed, and what layers keep all the same: `{layer: level}` (`keep`).
 
-    Training steps on `batch`, the longest there is, are tried. Gradients of earlier micro-batches, AdamW's two numbers
-    a weight and a reserve must fit beside. Where not all layers can keep their activations, a
-    few of each tower that gradients pass through are tried, the language model's first; then as many as the memory
-    allows, in the order they run, and these together: one tower's peak may have hidden the other's. Half of them where
-    that does not fit; none with several GPUs in one process. Without a GPU: False.
+    A training step on `batch`, the longest there is, is tried. Gradients of earlier micro-batches, AdamW's two numbers
+    a weight and a reserve must fit beside. Where its activations do not, a second step, with all of them recomputed,
+    tells what that takes and what each layer would keep at each level. What saves most time a byte is kept first
+    (`ORDER`), in as many layers as the memory allows; half as often where a last step shows that it does not fit.
+    With several GPUs in one process nothing is kept. Without a GPU: False.
     """
     if not torch.cuda.is_available():
-        return False, []
+        return False, {}
     took, room = _peak(vlm, batch), _room()
     allowed, takes = (1 - RESERVE) * room, f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
     print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
           f"gradient checkpointing is {'off' if took < allowed else 'on'}")
     if took < allowed or len(gpus()) > 1:
-        return took >= allowed, []
+        return took >= allowed, {}
     base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
-    towers = [base.model.language_model.layers, base.model.visual.blocks]
+    towers = {"vision": base.model.visual.blocks, "language": base.model.language_model.layers}
+    trains = any(weight.requires_grad for weight in base.model.visual.parameters())
+    sizes = {name: Counter() for name in towers}  # bytes that a tower's layers would keep, together
 
-    def with_kept(layers: Sequence[nn.Module]) -> float:
+    def with_kept(kept: dict[nn.Module, str]) -> float:
         base.activation_checkpointing_enable()
-        for layer in layers:
-            layer.gradient_checkpointing = False
+        keep(kept)
         return _peak(vlm, batch)
 
-    took, few = with_kept([]), 2
-    kept, left = [], allowed - took
-    for layers in towers if any(weight.requires_grad for weight in base.model.visual.parameters()) else towers[:1]:
-        each = (with_kept(layers[:few]) - took) / few
-        count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
-        if count:
-            kept, left = [*kept, *layers[:count]], left - count * each
+    base.activation_checkpointing_enable()
+    for name, layers in towers.items():
+        for layer in layers:
+            _recompute(layer, partial(_counted, sizes[name]))
+    kept, left = {}, allowed - _peak(vlm, batch)
+    for name, level in ORDER if trains else ORDER[1:2]:
+        layers, before = towers[name], kept.copy()
+        each = (sizes[name][level] - (sizes[name][before[layers[0]]] if layers[0] in before else 0)) / len(layers)
+        count = min(len(layers), int(max(0, left) / each)) if each else 0
+        kept |= dict.fromkeys(layers[:count], level)
+        left -= count * each
     while kept and with_kept(kept) > allowed:
-        kept = kept[: len(kept) // 2]
+        kept = dict(list(kept.items())[: len(kept) // 2])
     base.activation_checkpointing_disable()
-    print(f"{len(kept)} of {sum(map(len, towers))} layers keep their activations all the same")
+    said = ", ".join(f"{count} layers keep {level}" for level, count in Counter(kept.values()).items())
+    print(f"of {sum(map(len, towers.values()))} layers that recompute {said or 'none keeps anything'}")
     return True, kept
+
+
+# What a layer that recomputes may keep all the same. Attention's outputs save most time for their bytes. The level
+# `products` keeps those of large matrix products too, but not of those that narrow: the last one of a block does, and
+# nothing is made from it again. What is cheap (norms, activations, rotations, LoRA's A) is always recomputed.
+ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in (
+    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}
+PRODUCTS = {torch.ops.lora.added.default: 4, torch.ops.aten.addmm.default: 2, torch.ops.aten.mm.default: 1}  # W' is
+ORDER = (("vision", "attention"), ("language", "products"), ("vision", "products"))
+
+
+def _level(op, args: tuple) -> str:
+    """The first level at which an operation's output is kept; empty: at none."""
+    if op in ATTENTION or "flash_attn" in str(op):
+        return "attention"
+    wide = op in PRODUCTS and args[PRODUCTS[op]].shape[1] >= args[PRODUCTS[op]].shape[0]
+    return "products" if wide else ""
+
+
+def _kept(level: str, context, op, *args, **kwargs) -> CheckpointPolicy:
+    keeps = _level(op, args) in ("attention", level)
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _counted(sizes: Counter, context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Keeps nothing, and adds to `sizes` the bytes that each level would keep."""
+    first, out = _level(op, args), context.op_output
+    for level in ("attention", "products") if first == "attention" else (first,) if first else ():
+        sizes[level] += sum(one.nbytes for one in (out if isinstance(out, tuple) else (out,))
+                            if isinstance(one, torch.Tensor))
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recompute(layer: nn.Module, policy: Callable) -> None:
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+def keep(kept: dict[nn.Module, str]) -> None:
+    """Let layers whose checkpointing is on keep what their level says."""
+    for layer, level in kept.items():
+        _recompute(layer, partial(_kept, level))
 
 
 def _room() -> float:
@@ -237,14 +374,13 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 
 class KeepActivations(TrainerCallback):
-    """Takes `layers` out of gradient checkpointing when the training begins."""
+    """Lets layers keep what `checkpointing` found room for, when the training begins."""
 
-    def __init__(self, layers: list[nn.Module]):
-        self.layers = layers
+    def __init__(self, kept: dict[nn.Module, str]):
+        self.kept = kept
 
     def on_train_begin(self, *args, **kwargs) -> None:
-        for layer in self.layers:
-            layer.gradient_checkpointing = False
+        keep(self.kept)
 
 
 def worth_caching(stage: Stage, augment: bool, epochs: float) -> bool:

@@ -1,6 +1,6 @@
 """What is faster is equal: losses and gradients of each short cut against the long way."""
 
-import math
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from small_training import build, nf4_config
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, set_seed
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.vision_utils import get_vision_cu_seqlens
@@ -25,10 +26,10 @@ def load(**options):
     return model.load(TINY_BASE, **options).requires_grad_(False)
 
 
-def adapted(vlm, stage=R4):
+def adapted(vlm, stage=R4, dropout=0.0):
     """Adapters that already do something: a fresh one's B is zero, and so would be the gradients of A."""
     set_seed(0)
-    tuned = get_peft_model(vlm, LoraConfig(r=4, target_modules=stage.lora_targets))
+    tuned = get_peft_model(vlm, LoraConfig(r=4, lora_dropout=dropout, target_modules=stage.lora_targets))
     model.trainable_to_fp32(tuned)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
@@ -98,19 +99,35 @@ def test_lora_added_in_place_is_pefts_own(nf4, processor, rows):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_lora_in_place_with_dropout_against_autograds_own_way(p):
-    base, scale = torch.nn.Linear(12, 20).double().requires_grad_(False), 2.0
-    x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 12), (4, 12), (20, 4)))
+@pytest.mark.parametrize("count", [1, 3])
+def test_lora_in_place_with_dropout_against_autograds_own_way(p, count):
+    """`count` layers that share x, and its dropout; the mask is read off a layer whose W is 0 and A the identity."""
+    layers = [torch.nn.Linear(12, 20 + i).double().requires_grad_(False) for i in range(count)]
+    x = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=True)
+    a, b = ([torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+            for shapes in ([(4, 12)] * count, [(20 + i, 4) for i in range(count)]))
     torch.manual_seed(0)
-    out = speed.LoraProduct.apply(x, a, b, base, scale, p)
+    outs = speed.lora_products(x, layers, 2.0, p, a, b)
     torch.manual_seed(0)
-    mask = torch.native_dropout(torch.ones(15, 12, dtype=torch.float64), p, True)[0].view(3, 5, 12)
-    expected = base(x) + scale * (x * mask) @ a.T @ b.T
-    assert torch.allclose(out, expected) and (mask == 0).any() == (p > 0)
-    weights = torch.randn_like(out)
-    for ours, plain in zip(torch.autograd.grad(out, (x, a, b), weights),
-                           torch.autograd.grad(expected, (x, a, b), weights), strict=True):
-        assert torch.allclose(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    seed = int(torch.randint(2**31, ()))
+    ones = torch.ones(15, 12, dtype=torch.float64)
+    mask = speed.PlainPasses.down(ones, torch.eye(12).double(), seed, p, 1.0).view(3, 5, 12)
+    expected = [layer(x) + 2 * (x * mask) @ one.T @ other.T for layer, one, other in zip(layers, a, b, strict=True)]
+    assert (mask == 0).any() == (p > 0)
+    weights = [torch.randn_like(out) for out in outs]
+    ours = torch.autograd.grad(outs, (x, *a, *b), weights)
+    for found, plain in zip((*outs, *ours), (*expected, *torch.autograd.grad(expected, (x, *a, *b), weights)),
+                            strict=True):
+        assert torch.allclose(found.double(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pass_by_pytorch_alone_is_dropout_and_a_product_too():
+    x, a, gradient = (torch.randn(*shape, dtype=torch.float64) for shape in ((30, 20), (4, 20), (30, 4)))
+    mask = speed.PlainPasses.down(torch.ones(30, 20).double(), torch.eye(20).double(), 5, 0.4, 1.0)
+    assert torch.allclose(speed.PlainPasses.down(x, a, 5, 0.4, 3.0), 3 * (x * mask) @ a.T)
+    of_x, of_a = speed.PlainPasses.up(x, a, gradient, 5, 0.4, 3.0, True)
+    assert torch.allclose(of_x, 3 * gradient @ a * mask) and torch.allclose(of_a, 3 * gradient.T @ (x * mask))
+    assert (mask == 0).any() and speed.PlainPasses.up(x, a, gradient, 5, 0.4, 3.0, False)[0] is None
 
 
 def test_an_adapter_that_is_off_or_merged_takes_pefts_way(processor, rows):
@@ -235,51 +252,104 @@ def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor,
 
         monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
     batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
-    assert speed.checkpointing(tuned.eval(), batch) == (not fits, [])
+    assert speed.checkpointing(tuned.eval(), batch) == (not fits, {})
     assert not gradients(tuned) and not tuned.training
     said = capsys.readouterr().out
     assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
 
 
-def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows, tmp_path, monkeypatch, capsys):
-    """A stand-in for a GPU: a step takes 10 GiB, 1 more for a layer of language that keeps its own, 2 for vision."""
-    assert speed.checkpointing(None, {}) == (False, [])  # without a GPU
-    tuned, gib = adapted(load(dtype=torch.float32)), 2**30
+def test_layers_keep_what_memory_allows_dear_work_first(processor, rows, monkeypatch, capsys):
+    """A stand-in for a GPU: a step takes 10 GiB and what is kept, by the bytes that the trial counts."""
+    assert speed.checkpointing(None, {}) == (False, {})  # without a GPU
+    tuned, gib = adapted(load(dtype=torch.float32, attn_implementation="sdpa")), 2**30
+    speed.fuse_lora(tuned)
     base = tuned.get_base_model()
     language, vision = base.model.language_model.layers, base.model.visual.blocks
-    one = {"labels": [0]}
+    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
+    kept, counted = {}, []
 
-    def peak(*_):
-        return gib * (10 + sum(not layer.gradient_checkpointing for layer in language)
-                      + 2 * sum(not layer.gradient_checkpointing for layer in vision))
+    def peak(vlm, given):
+        if not base.is_activation_checkpointing:
+            return 99 * gib
+        if not counted:  # the step that counts is a real one
+            vlm.train()(**given).loss.backward()
+            vlm.zero_grad()
+            counted.append(True)
+        return 10 * gib + sum(sizes[level] * (layer in vision) + products * (layer in language)
+                              for layer, level in kept.items())
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(speed, "_peak", peak)
-    whole = len(language) + 2 * len(vision)
-    for more, expected in ((0.5, []), (1.5, language[:1]), (len(language) + 3, [*language, vision[0]]),
-                           (whole - 0.5, [*language, *vision[:-1]])):
-        monkeypatch.setattr(speed, "_room", lambda more=more: (10 + more) * gib / 0.92)
-        assert speed.checkpointing(tuned, one) == (True, list(expected))
-        assert f"{len(expected)} of {len(language) + len(vision)} layers" in capsys.readouterr().out
+    monkeypatch.setattr(speed, "keep", lambda now, real=speed.keep: (kept.clear(), kept.update(now), real(now)))
+    tokens, patches = batch["input_ids"].numel(), len(batch["pixel_values"])
+    at_each, heads, wide = 4 * 192, 6 * 4, 4 * 768  # bytes of a row: hidden, attention's log-sums, fc1's output
+    sizes = {"attention": patches * (at_each + heads)}
+    sizes["products"] = sizes["attention"] + patches * (3 * at_each + at_each + wide)
+    products = tokens * (at_each + heads + 4 * at_each + 2 * 4 * 512)  # attention; q, k, v, o; gate, up
+
+    def plan(attention=0, language_products=0, products=0):
+        return (dict.fromkeys(vision[:attention], "attention") | dict.fromkeys(vision[:products], "products")
+                | dict.fromkeys(language[:language_products], "products"))
+
+    all_attention = len(vision) * sizes["attention"]
+    more = sizes["products"] - sizes["attention"]
+    for left, expected in ((0, plan()), (2.5 * sizes["attention"], plan(2)),
+                           (all_attention + 2.5 * products, plan(6, 2)),
+                           (all_attention + 4 * products + 1.5 * more, plan(6, 4, 1)), (gib, plan(6, 4, 6))):
+        counted.clear(), kept.clear()
+        monkeypatch.setattr(speed, "_room", lambda left=left: (10 * gib + left) / 0.92 + 1)
+        assert speed.checkpointing(tuned, batch) == (True, expected)
         assert not base.is_activation_checkpointing
-    monkeypatch.setattr(speed, "_room", lambda: (10.5 + whole) * gib / 0.92)
-    assert speed.checkpointing(tuned, one) == (False, [])
-    # where the vision tower's part of a step is the larger one by 1.5 GiB, it hides most of what two layers take
-    monkeypatch.setattr(speed, "_peak", lambda *_: max(peak(), 11.5 * gib))
-    monkeypatch.setattr(speed, "_room", lambda: 13 * gib / 0.92)
-    assert speed.checkpointing(tuned, one) == (True, list(language[:2]))  # four seem to fit, and take 14
-    for more in (0.5, 3.5):  # a trial that runs out of memory
-        room = (10 + more) * gib
-        monkeypatch.setattr(speed, "_peak", lambda *_, room=room: peak() if peak() <= room else math.inf)
-        monkeypatch.setattr(speed, "_room", lambda room=room: room / 0.92)
-        assert len(speed.checkpointing(tuned, one)[1]) == int(more)
-    monkeypatch.undo()
-    sft = build("r4-joint", tmp_path, processor, rows, max_steps=1, gradient_checkpointing=True)
-    layers = sft.model.get_base_model().model.language_model.layers
-    sft.add_callback(speed.KeepActivations([layers[0]]))
-    sft.train()
-    assert [layer.gradient_checkpointing for layer in layers[:2]] == [False, True]
+    assert capsys.readouterr().out.endswith("of 10 layers that recompute 10 layers keep products\n")
+    sizes["attention"] *= 9  # the last step shows that more is taken than counted
+    counted.clear(), kept.clear()
+    monkeypatch.setattr(speed, "_room", lambda: (10 * gib + all_attention) / 0.92 + 1)
+    assert speed.checkpointing(tuned, batch) == (True, {})
+
+
+class Executed(TorchDispatchMode):
+    """Counts the operations that are really done."""
+
+    def __enter__(self):
+        self.counts = Counter()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.counts[str(op)] += 1
+        return op(*args, **kwargs or {})
+
+
+def test_what_layers_keep_changes_no_gradient(processor, rows):
+    """Loss and gradients of a step with dropout in fp32, to the last bit; what is kept is not computed again."""
+    batch, found = collate.Collator(processor, "Where?")([rows[0], rows[1]]), {}
+    tuned = adapted(load(dtype=torch.float32, attn_implementation="sdpa"), dropout=0.3).train()
+    speed.fuse_lora(tuned)
+    base = tuned.get_base_model()
+    layers = [*base.model.visual.blocks, *base.model.language_model.layers]
+    for level in ("all", "nothing", "attention", "products"):
+        if level != "all":
+            base.activation_checkpointing_enable()
+            speed.KeepActivations({} if level == "nothing" else dict.fromkeys(layers, level)).on_train_begin()
+        torch.manual_seed(0)
+        tuned.zero_grad()
+        with Executed() as executed:
+            loss = tuned(**batch).loss
+            loss.backward()
+        found[level] = (loss.item(), {name: grad.clone() for name, grad in gradients(tuned).items()},
+                        executed.counts["aten._scaled_dot_product_flash_attention_for_cpu.default"],
+                        executed.counts["lora.added.default"])
+    loss, plain, attention, products = found.pop("all")
+    for other, grads, *_ in found.values():
+        assert other == loss and grads.keys() == plain.keys() and len(plain) > 50
+        assert all(torch.equal(grads[name], gradient) for name, gradient in plain.items())
+    vision, language = len(base.model.visual.blocks), len(base.model.language_model.layers)
+    assert products == 4 * vision + 2 + 7 * language and attention >= vision
+    last = vision + language  # products whose outputs nothing is recomputed from
+    assert [counts for *_, counts in found.values()] == [2 * products - 2 - last] * 2 + [products]
+    assert [counts for _, _, counts, _ in found.values()] == [2 * attention, attention, attention]
+
+
 
 
 def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
