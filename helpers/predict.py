@@ -25,6 +25,7 @@ from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to
 from helpers.runs import progress_bar
 
 AT_ONCE = 4  # pictures that the vision tower encodes together: more gain nothing, and leave a CPU's cache
+PROMPT_TOKENS = 128  # of text, about, with the completion
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -119,7 +120,10 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
 
     On a GPU other processes open the coming pictures, where `rows` is a data set and no list of pictures.
     """
-    done, batch_size = 0, min(batch_size, len(todo))
+    size = processor.image_processor.size
+    largest = as_rgb(rows[todo[0]]["image"]).size if todo else (1, 1)  # they are sorted
+    most = image_tokens([largest], size["shortest_edge"], size["longest_edge"]).max()
+    done, batch_size = 0, min(batch_size, len(todo), room_for(model, int(most) + PROMPT_TOKENS))
     workers = 0 if model.device.type == "cpu" or isinstance(rows, list) else 4
     while done < len(todo):
         encoded: list[dict] = []
@@ -143,6 +147,18 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
         print(f"out of memory: going on with batches of {batch_size}")
         encoded.clear()
         clear_device_cache(garbage_collection=True)  # here the error, which holds on to the batch's tensors, is gone
+
+
+def room_for(model, tokens: int) -> int:
+    """How many prompts of so many tokens the GPU has memory for at once: their keys and values, and what the widest
+    layer makes of them (gate, up and their product); at least 1. Without a GPU: any number."""
+    if model.device.type != "cuda":
+        return 10**9
+    text, cuda = model.config.get_text_config(), torch.cuda
+    head = text.hidden_size // text.num_attention_heads
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * head + 3 * text.intermediate_size
+    free = cuda.mem_get_info()[0] + cuda.memory_reserved() - cuda.memory_allocated()
+    return max(1, int(0.8 * free / (tokens * (numbers + 4 * text.hidden_size) * model.dtype.itemsize)))
 
 
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,

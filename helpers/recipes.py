@@ -159,7 +159,7 @@ PARAMETERS: dict[str, Parameter] = {
     "eval_pictures": Parameter(COUNT),
     "keep": Parameter(one_of("last", "best")),
     "save_steps": Parameter(COUNT, {"7b": 25, "tiny": 50}),
-    "predict_batch_size": Parameter(whole(1, 4096), {"7b": 16, "tiny": 32}, low={"7b": 4, "tiny": 8}),
+    "predict_batch_size": Parameter(whole(1, 4096), {"7b": 128, "tiny": 32}, low={"7b": 16, "tiny": 8}),
     "max_new_tokens": Parameter(whole(8, 4096)),
     "constrained": Parameter(FLAG),
     "merge_base": Parameter(one_of("full", "dequantized")),

@@ -36,6 +36,7 @@ from helpers import data, evaluate, merge, parity, predict, runs
 from helpers.collate import IGNORED
 from helpers.data.pictures import picture_facts
 from helpers.model import check_one_way, keep_4bit_trainable
+from helpers.recipes import IMAGE_TOKEN
 from helpers.runs import progress_bar, read_json, write_json, write_text
 from helpers.settings import Run, take_signals
 
@@ -500,8 +501,9 @@ class IoUDuringTraining(TrainerCallback):
         mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
         was_training, lines = model.training, []
         model.eval()
-        for start in range(0, len(mine), self.run.predict_batch_size):
-            batch = [self.rows[i] for i in mine[start : start + self.run.predict_batch_size]]
+        size = min(self.run.predict_batch_size, predict.room_for(model, self.run.max_pixels // IMAGE_TOKEN + 128))
+        for start in range(0, len(mine), size):
+            batch = [self.rows[i] for i in mine[start : start + size]]
             with accelerator.autocast():
                 lines += predict.generate_lines(model, self.sft.processing_class, batch, self.run.prompt,
                                                 self.generation)

@@ -3,16 +3,23 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import PrefixConstrainedLogitsProcessor, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import (
+    PrefixConstrainedLogitsProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
 
 from helpers import predict
 from helpers.boxes import CATEGORIES
+from helpers.dev.random_7b import PUBLISHED
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, target_text, to_messages
 from helpers.scenes import render_scene
 from helpers.settings import TINY_BASE
@@ -278,3 +285,14 @@ def test_what_cannot_work_is_refused(tokenizer):
         predict.allowed_tokens(tokenizer, CATEGORIES, 20, 1)
     with pytest.raises(ValueError, match="at least one"):
         predict.allowed_tokens(tokenizer, (), 64, 1)
+
+
+@pytest.mark.parametrize(("free_gib", "most"), [(80, 244), (15, 45), (0.1, 1)])
+def test_a_batch_is_as_large_as_the_gpu_has_room_for(monkeypatch, free_gib, most):
+    """By the published 7B: 57 KB of keys and values a token, and 142 KB for the widest layer."""
+    config = Qwen2VLConfig.from_dict(json.loads(json.dumps(PUBLISHED)))
+    for name, value in {"mem_get_info": (free_gib * 2**30, 0), "memory_reserved": 5, "memory_allocated": 5}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    assert predict.room_for(on_gpu, 1408) == most
+    assert predict.room_for(SimpleNamespace(device=torch.device("cpu")), 1408) > 10**6
