@@ -138,8 +138,8 @@ PARAMETERS: dict[str, Parameter] = {
     "epochs": Parameter(number(0, 1000), {"7b": 3, "tiny": 2}, trains=True),
     "learning_rate": Parameter(number(0, 1), optional=True, trains=True),  # of the recipe's stages
     # published: 2 x 8; one H100 trains r4 1.6 x as fast with 8 x 2 and activations recomputed
-    "batch_size": Parameter(whole(1, 4096), both(8), low=both(2), trains=True),
-    "accumulation": Parameter(whole(1, 4096), {"7b": 2, "tiny": 1}, low={"7b": 8, "tiny": 4}, trains=True),
+    "batch_size": Parameter(whole(1, 4096), both(8), low={"7b": 8, "tiny": 2}, trains=True),
+    "accumulation": Parameter(whole(1, 4096), {"7b": 2, "tiny": 1}, low={"7b": 2, "tiny": 4}, trains=True),
     "lora_rank": Parameter(whole(1, 4096), {"7b": 64, "tiny": 16}, trains=True),
     "lora_alpha": Parameter(whole(1, 8192), {"7b": 128, "tiny": 32}, trains=True),
     "lora_dropout": Parameter(SHARE, {"7b": 0.05, "tiny": 0.0}, trains=True),  # on a CPU a quarter of a step
