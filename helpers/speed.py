@@ -89,8 +89,13 @@ class LoraDown(torch.autograd.Function):
         low = _passes(rows, a).down(rows, a, ctx.seed, p, scale)
         first.append(ctx)
         ctx.save_for_backward(rows, low, a, *bs)
-        ctx.mark_non_differentiable(low, *bs)
+        ctx.mark_non_differentiable(*bs)
+        ctx.set_materialize_grads(False)
         return low, *bs
+
+    @staticmethod
+    def backward(ctx, *_):
+        return (None,) * len(ctx.needs_input_grad)  # `LoraUp` has them all; low has this node so that it lives till then
 
 
 class LoraUp(torch.autograd.Function):
@@ -324,11 +329,14 @@ def _kept(level: str, context, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def _counted(sizes: Counter, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keeps nothing, and adds to `sizes` the bytes that each level would keep."""
-    first, out = _level(op, args), context.op_output
-    for level in ("attention", "products") if first == "attention" else (first,) if first else ():
-        sizes[level] += sum(one.nbytes for one in (out if isinstance(out, tuple) else (out,))
-                            if isinstance(one, torch.Tensor))
+    """Keeps nothing, and adds to `sizes` the bytes that each level would keep: attention has its queries' shape."""
+    first = _level(op, args)
+    if first == "attention":
+        out = args[0].nbytes + 4 * args[0][..., 0].numel()  # and a number in fp32 for each of them
+        sizes.update({"attention": out, "products": out})
+    elif first:
+        rows, weight = args[PRODUCTS[op] - 1 : PRODUCTS[op] + 1]
+        sizes["products"] += len(rows) * weight.shape[1] * rows.itemsize
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
