@@ -366,7 +366,6 @@ def in_every_stage(stage_run):
     """What all kinds of training have in common."""
     return dict(
         output_dir=str(stage_run.folder),
-        per_device_train_batch_size=batch_size,
         learning_rate=stage_run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -380,12 +379,13 @@ def in_every_stage(stage_run):
     )
 
 
-def sft_config(stage_run, checkpointed):
+def sft_config(stage_run, fits):
     """How a stage is trained on labels."""
     return SFTConfig(
         num_train_epochs=run.epochs,
-        gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=checkpointed,
+        per_device_train_batch_size=fits.pictures,
+        gradient_accumulation_steps=accumulation * batch_size // fits.pictures,
+        gradient_checkpointing=fits.recompute,
         activation_offloading=run.memory == "low" and torch.cuda.is_available(),  # the rest waits in the host's memory
         max_length=None,  # TRL's default of 1024 would cut image tokens
         **in_every_stage(stage_run),
@@ -394,18 +394,17 @@ def sft_config(stage_run, checkpointed):
 
 # %% [markdown]
 # Three things save time and change a number only in its last digits. LoRA's product is added in place, and on a GPU
-# small operations are compiled. Activations are recomputed in the backward pass (gradient checkpointing) only where
-# memory asks for it, the cheap ones first, which is tried with the longest batch. And a vision tower that does not
-# train encodes each picture once, not once an epoch.
+# small operations are compiled. The longest batch is tried: where it does not fit into memory, fewer pictures are taken
+# at once, and where that does not help, activations are recomputed in the backward pass (gradient checkpointing). And a
+# vision tower that does not train encodes each picture once, not once an epoch.
 
 # %%
-def checkpointing(tuned):
-    """Whether to recompute activations, and what layers keep all the same."""
+def fit(tuned):
+    """How many pictures to train on at once, whether to recompute activations, and what layers keep all the same."""
     if run.gradient_checkpointing is not None:
-        return run.gradient_checkpointing, {}
-    rows_of = collate.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
-    longest = collator(rows_of)
-    return speed.checkpointing(tuned, longest)
+        return speed.Fit(batch_size, run.gradient_checkpointing)
+    rows_of = collate.longest(rows["train"], batch_size, run.min_pixels, run.max_pixels)
+    return speed.fit(tuned, collator(rows_of))
 
 
 def training_data(stage_run, tuned, augment):
@@ -425,13 +424,13 @@ def training_data(stage_run, tuned, augment):
 # %%
 def on_labels(stage_run, tuned, **proofs):
     """The trainer of a stage that learns the true completions."""
-    checkpointed, kept = checkpointing(tuned)
+    fits = fit(tuned)
     augment = Augment(run.seed) if run.augment else None
     train_rows, stage_collator = training_data(stage_run, tuned, augment)
     callbacks = [augment] if augment else []  # learns the epoch
-    return trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
+    return trainer.BoxTrainer(tuned, args=sft_config(stage_run, fits), train_dataset=train_rows,
                               data_collator=stage_collator, processing_class=processor,
-                              callbacks=[speed.KeepActivations(kept), *callbacks], **proofs)
+                              callbacks=[speed.KeepActivations(fits.kept), *callbacks], **proofs)
 
 
 # %% [markdown]
@@ -491,6 +490,7 @@ def grpo_config(stage_run):
         disable_dropout=True,
         shuffle_dataset=False,  # `reward.pictures_of` does
         num_train_epochs=1,
+        per_device_train_batch_size=batch_size,
         gradient_checkpointing=run.scale == "7b" if run.gradient_checkpointing is None else run.gradient_checkpointing,
         **in_every_stage(stage_run),
     )

@@ -10,31 +10,36 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
+from typing import NamedTuple
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn.attention import SDPBackend
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._triton import has_triton
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLRMSNorm, VisionMlp
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2MLP, Qwen2VLRMSNorm, VisionAttention, VisionMlp
 
 from helpers.collate import IGNORED, Collator
 from helpers.model import free_memory, gpus, linear_4bit
 from helpers.recipes import Stage
 from helpers.runs import progress_bar
 
+LEAST = 2  # pictures at once: for fewer the GPU waits for the host
 RESERVE = 0.08  # of a GPU's memory, for what a step that is tried does not show
 MOST_RANKS = 256  # of the layers that share x, in `helpers.kernels`
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order they are called, with one x
@@ -95,7 +100,7 @@ class LoraDown(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        return (None,) * len(ctx.needs_input_grad)  # `LoraUp` has them all; low has this node so that it lives till then
+        return (None,) * len(ctx.needs_input_grad)  # `LoraUp` has them; this node lives as long as low
 
 
 class LoraUp(torch.autograd.Function):
@@ -106,7 +111,7 @@ class LoraUp(torch.autograd.Function):
         rows, outs = x.reshape(-1, x.shape[-1]), []
         for layer, b, part in zip(layers, bs, low.split([b.shape[1] for b in bs], 1), strict=True):
             bias = None if layer.bias is None else layer.bias.to(x)
-            out = added(part, b, bias, rows, plain_weight(layer, x.dtype).T)
+            out = nn.functional.linear(part, b, bias).addmm_(rows, plain_weight(layer, x.dtype).T)
             outs.append(out.view(*x.shape[:-1], -1))
         ctx.first, ctx.layers, ctx.scale, ctx.p, ctx.shape = first, layers, scale, p, x.shape
         return tuple(outs)
@@ -126,13 +131,6 @@ class LoraUp(torch.autograd.Function):
                 of_x.addmm_(gradient, plain_weight(layer, gradient.dtype))
             of_x = of_x.view(ctx.shape)
         return None, of_x, *[None] * 5, *of_a.float().split(ranks), *of_b
-
-
-@torch.library.custom_op("lora::added", mutates_args=())
-def added(part: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, rows: torch.Tensor, weight: torch.Tensor
-          ) -> torch.Tensor:
-    """part B' + bias + rows weight, for W' as weight: one operation for PyTorch, so that its output may be kept."""
-    return nn.functional.linear(part, b, bias).addmm_(rows, weight)
 
 
 class PlainPasses:
@@ -208,6 +206,105 @@ def fuse_lora(tuned: nn.Module) -> int:
     return len(layers)
 
 
+class PictureAttention(torch.autograd.Function):
+    """Attention among the patches of each picture, [rows, width], of query, key and value as one product makes them.
+
+    qkv [rows, 3, heads, size]; cos and sin [rows, size] turn query and key; lengths: rows of each picture. transformers
+    splits, copies and concatenates the three for every layer, and asks the GPU for the lengths each time, which waits
+    for all that it has to do. Here one tensor is turned, PyTorch's kernel reads and writes parts of it, and what it
+    made may be put `aside` for a pass that recomputes: attention is the dearest part of a layer, and its outputs small.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, lengths, kernel, turned, aside, recomputed):
+        qkv = turned(qkv, cos, sin)
+        if recomputed:
+            out, sums, backwards = aside.pop()
+        else:
+            out, sums, backwards = qkv.new_empty(len(qkv), *qkv.shape[2:]), [], []
+            for q, k, v, part in _pictures(lengths, *qkv.unbind(1), out):
+                made, log_sums, backward = kernel(q, k, v)
+                part.copy_(made)
+                sums.append(log_sums)
+                backwards.append(backward)
+            if aside is not None:
+                aside.append((out, sums, backwards))
+        ctx.save_for_backward(qkv, cos, sin, out, *sums)
+        ctx.lengths, ctx.backwards, ctx.turned = lengths, backwards, turned
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        qkv, cos, sin, out, *sums = ctx.saved_tensors
+        of_qkv = torch.empty_like(qkv)
+        parts = _pictures(ctx.lengths, gradient.view_as(out), *qkv.unbind(1), out, *of_qkv.unbind(1))
+        for (g, q, k, v, made, *of), log_sums, backward in zip(parts, sums, ctx.backwards, strict=True):
+            for part, found in zip(of, backward(g, q, k, v, made, log_sums), strict=True):
+                part.copy_(found)
+        return ctx.turned(of_qkv, cos, -sin), *[None] * 7
+
+
+def _pictures(lengths: Sequence[int], *tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Of each picture its part of every tensor [rows, heads, size], as PyTorch's attention has them."""
+    for parts in zip(*(tensor.split(lengths) for tensor in tensors), strict=True):
+        yield [part.transpose(0, 1)[None] for part in parts]
+
+
+def _turned(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """qkv [rows, 3, heads, size] with query and key turned, in fp32, as `apply_rotary_pos_emb_vision` does."""
+    both, half = qkv[:, :2].float(), qkv.shape[-1] // 2
+    across = torch.cat((-both[..., half:], both[..., :half]), -1)
+    both = both * cos[:, None, None].float() + across * sin[:, None, None].float()
+    return torch.cat((both.to(qkv.dtype), qkv[:, 2:]), 1)
+
+
+def _cudnn(q, k, v):
+    out, sums, *at, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, sums, lambda *all_six: torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *all_six, seed, offset, None, *at, 0.0, False)
+
+
+def _flash(q, k, v):
+    out, sums, *at, seed, offset, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, sums, lambda *all_six: torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        *all_six, *at, 0.0, False, seed, offset)
+
+
+def _flash_on_a_cpu(q, k, v):
+    out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, sums, lambda *all_six: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *all_six, 0.0, False)
+
+
+def _kernel(x: torch.Tensor, heads: int, length: int) -> Callable | None:
+    """The kernel that PyTorch takes for a picture: it returns output, log-sums and backward pass. None: another one."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    q = x.new_empty((1, heads, length, x.shape[-1] // heads), dtype=dtype, requires_grad=torch.is_grad_enabled())
+    return {SDPBackend.CUDNN_ATTENTION.value: _cudnn,
+            SDPBackend.FLASH_ATTENTION.value: _flash if x.is_cuda else _flash_on_a_cpu
+            }.get(torch._fused_sdp_choice(q, q, q))
+
+
+def fuse_attention(vlm: nn.Module, turned: Callable = _turned) -> None:
+    """Give a Qwen2-VL's vision tower `PictureAttention`; `turned`: `_turned`, compiled or not."""
+
+    def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
+        if not hasattr(cu_seqlens, "lengths"):  # all layers get the same tensor
+            cu_seqlens.lengths = cu_seqlens.diff().tolist()
+        kernel = _kernel(hidden_states, self.num_heads, cu_seqlens.lengths[0])
+        if kernel is None:
+            return type(self).forward(self, hidden_states, cu_seqlens, position_embeddings, **kwargs)
+        qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
+        aside, recomputed = getattr(self, "aside", (None, False))
+        return self.proj(PictureAttention.apply(qkv, *position_embeddings, cu_seqlens.lengths, kernel, turned, aside,
+                                                recomputed))
+
+    for module in vlm.modules():
+        if isinstance(module, VisionAttention):
+            module.forward = MethodType(forward, module)
+
+
 def _gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate) * up
 
@@ -226,6 +323,7 @@ def compile_between(vlm: nn.Module) -> None:
         plain = getattr(modeling_qwen2_vl, name)
         if not hasattr(plain, "_torchdynamo_orig_callable"):
             setattr(modeling_qwen2_vl, name, torch.compile(plain, dynamic=True))
+    fuse_attention(vlm, torch.compile(_turned, dynamic=True))
     gated, layer_norm = torch.compile(_gated, dynamic=True), torch.compile(_layer_norm, dynamic=True)
     for module in vlm.modules():
         if isinstance(module, Qwen2MLP):
@@ -260,95 +358,97 @@ def _can_compile() -> bool:
     return True
 
 
-def checkpointing(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[bool, dict[nn.Module, str]]:
-    """Whether activations must be recomputed, and what layers keep all the same: `{layer: level}` (`keep`).
+class Fit(NamedTuple):
+    """How a training step fits into a GPU's memory."""
 
-    A training step on `batch`, the longest there is, is tried. Gradients of earlier micro-batches, AdamW's two numbers
-    a weight and a reserve must fit beside. Where its activations do not, a second step, with all of them recomputed,
-    tells what that takes and what each layer would keep at each level. What saves most time a byte is kept first
-    (`ORDER`), in as many layers as the memory allows; half as often where a last step shows that it does not fit.
-    With several GPUs in one process nothing is kept. Without a GPU: False.
+    pictures: int  # at once; an update accumulates the rest
+    recompute: bool = False  # activations, in the backward pass
+    kept: dict[nn.Module, str] = {}  # what layers keep all the same (`keep`)
+
+
+def fit(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> Fit:
+    """How `batch`, the longest there is, is trained on, found by training steps that are tried.
+
+    Recomputing activations costs a third of a step, half as many pictures at once next to nothing: so halves of the
+    batch are tried first, of at least `LEAST` pictures. Where none fits beside the gradients, AdamW's two numbers a
+    weight and a reserve, the whole batch is trained on with recomputed activations. Then attention of the vision tower
+    keeps its outputs, if that fits, and whole layers keep everything: as many as the memory allows by what two of each
+    tower take, half of them where that does not fit after all. With several GPUs in one process no layer does.
+    All processes of a run agree. Without a GPU: the batch as it is.
     """
+    pictures = len(batch["labels"])
     if not torch.cuda.is_available():
-        return False, {}
-    took, room = _peak(vlm, batch), _room()
-    allowed, takes = (1 - RESERVE) * room, f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
-    print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
-          f"gradient checkpointing is {'off' if took < allowed else 'on'}")
-    if took < allowed or len(gpus()) > 1:
-        return took >= allowed, {}
+        return Fit(pictures)
+    room, count = _room(), pictures
+    allowed = (1 - RESERVE) * room
+
+    def takes(pictures: int) -> float:
+        return max(gather_object([_peak(vlm, first_rows(batch, pictures)) - allowed])) + allowed
+
+    while (took := takes(count)) > allowed and count % 2 == 0 and count // 2 >= LEAST:
+        count //= 2
+    said = f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
+    print(f"a step of {count} pictures {said} with its activations kept, of {room / 2**30:.1f} GiB: "
+          f"gradient checkpointing is {'off' if took <= allowed else 'on'}")
+    if took <= allowed:
+        return Fit(count)
+    if len(gpus()) > 1:
+        return Fit(pictures, recompute=True)
     base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
-    towers = {"vision": base.model.visual.blocks, "language": base.model.language_model.layers}
+    language, vision = base.model.language_model.layers, base.model.visual.blocks
     trains = any(weight.requires_grad for weight in base.model.visual.parameters())
-    sizes = {name: Counter() for name in towers}  # bytes that a tower's layers would keep, together
 
     def with_kept(kept: dict[nn.Module, str]) -> float:
         base.activation_checkpointing_enable()
         keep(kept)
-        return _peak(vlm, batch)
+        return takes(pictures)
 
-    base.activation_checkpointing_enable()
-    for name, layers in towers.items():
-        for layer in layers:
-            _recompute(layer, partial(_counted, sizes[name]))
-    kept, left = {}, allowed - _peak(vlm, batch)
-    for name, level in ORDER if trains else ORDER[1:2]:
-        layers, before = towers[name], kept.copy()
-        each = (sizes[name][level] - (sizes[name][before[layers[0]]] if layers[0] in before else 0)) / len(layers)
-        count = min(len(layers), int(max(0, left) / each)) if each else 0
-        kept |= dict.fromkeys(layers[:count], level)
-        left -= count * each
-    while kept and with_kept(kept) > allowed:
-        kept = dict(list(kept.items())[: len(kept) // 2])
+    kept = dict.fromkeys(vision, "attention") if trains else {}
+    if (took := with_kept(kept)) > allowed and kept:
+        kept, took = {}, with_kept({})
+    whole, left = [], allowed - took
+    for layers in (language, vision) if trains else (language,):
+        each = (with_kept(kept | dict.fromkeys(layers[:2], "everything")) - took) / 2
+        count = min(len(layers), max(0, int(left / each))) if 0 < each < math.inf else 0
+        whole, left = [*whole, *layers[:count]], left - count * each
+    while whole and with_kept(kept | dict.fromkeys(whole, "everything")) > allowed:
+        whole = whole[: len(whole) // 2]
+    kept |= dict.fromkeys(whole, "everything")
     base.activation_checkpointing_disable()
-    said = ", ".join(f"{count} layers keep {level}" for level, count in Counter(kept.values()).items())
-    print(f"of {sum(map(len, towers.values()))} layers that recompute {said or 'none keeps anything'}")
-    return True, kept
+    said = ", ".join(f"{count} layers keep {what}" for what, count in Counter(kept.values()).items())
+    print(f"of {len(language) + len(vision)} layers that recompute {said or 'none keeps anything'}")
+    return Fit(pictures, True, kept)
 
 
-# What a layer that recomputes may keep all the same. Attention's outputs save most time for their bytes. The level
-# `products` keeps those of large matrix products too, but not of those that narrow: the last one of a block does, and
-# nothing is made from it again. What is cheap (norms, activations, rotations, LoRA's A) is always recomputed.
-ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default for kind in (
-    "flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")}
-PRODUCTS = {torch.ops.lora.added.default: 4, torch.ops.aten.addmm.default: 2, torch.ops.aten.mm.default: 1}  # W' is
-ORDER = (("vision", "attention"), ("language", "products"), ("vision", "products"))
-
-
-def _level(op, args: tuple) -> str:
-    """The first level at which an operation's output is kept; empty: at none."""
-    if op in ATTENTION or "flash_attn" in str(op):
-        return "attention"
-    wide = op in PRODUCTS and args[PRODUCTS[op]].shape[1] >= args[PRODUCTS[op]].shape[0]
-    return "products" if wide else ""
-
-
-def _kept(level: str, context, op, *args, **kwargs) -> CheckpointPolicy:
-    keeps = _level(op, args) in ("attention", level)
-    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _counted(sizes: Counter, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keeps nothing, and adds to `sizes` the bytes that each level would keep: attention has its queries' shape."""
-    first = _level(op, args)
-    if first == "attention":
-        out = args[0].nbytes + 4 * args[0][..., 0].numel()  # and a number in fp32 for each of them
-        sizes.update({"attention": out, "products": out})
-    elif first:
-        rows, weight = args[PRODUCTS[op] - 1 : PRODUCTS[op] + 1]
-        sizes["products"] += len(rows) * weight.shape[1] * rows.itemsize
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _recompute(layer: nn.Module, policy: Callable) -> None:
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+def first_rows(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The first `count` pictures of a collator's batch."""
+    patches = int(batch["image_grid_thw"][:count].prod(1).sum())
+    return {name: tensor[: patches if name == "pixel_values" else count] for name, tensor in batch.items()}
 
 
 def keep(kept: dict[nn.Module, str]) -> None:
-    """Let layers whose checkpointing is on keep what their level says."""
-    for layer, level in kept.items():
-        _recompute(layer, partial(_kept, level))
+    """Let layers whose activations are recomputed keep "everything", or (vision) what "attention" has made."""
+    for layer, what in kept.items():
+        if what == "everything":
+            layer.gradient_checkpointing = False
+        else:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False,
+                                                         context_fn=partial(_keeping, layer.attn))
+
+
+def _keeping(attention: VisionAttention) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For `checkpoint`: the forward pass puts aside what attention has made, the recomputed one takes it from there."""
+    aside: list = []
+    return _with_aside(attention, aside, False), _with_aside(attention, aside, True)
+
+
+@contextmanager
+def _with_aside(attention: VisionAttention, aside: list, recomputed: bool) -> Iterator[None]:
+    attention.aside = aside, recomputed
+    try:
+        yield
+    finally:
+        del attention.aside
 
 
 def _room() -> float:
@@ -382,7 +482,7 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 
 class KeepActivations(TrainerCallback):
-    """Lets layers keep what `checkpointing` found room for, when the training begins."""
+    """Lets layers keep what `fit` found room for, when the training begins."""
 
     def __init__(self, kept: dict[nn.Module, str]):
         self.kept = kept

@@ -1,6 +1,5 @@
 """What is faster is equal: losses and gradients of each short cut against the long way."""
 
-from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,10 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from small_training import build, nf4_config
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, set_seed
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from transformers.vision_utils import get_vision_cu_seqlens
 
 from helpers import collate, model, speed, trainer
 from helpers.recipes import RECIPES
@@ -235,126 +232,109 @@ def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
         assert found[1][name] == pytest.approx(found[0][name], rel=5e-3), name
 
 
-@pytest.mark.parametrize(("taken", "fits"), [(10, True), (23, False), (None, False)])
-def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor, rows, monkeypatch, capsys):
-    """A stand-in for a GPU of 24 GiB, where a step takes `taken` GiB; None: it runs out of memory."""
-    tuned = adapted(load(dtype=torch.float32))
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for a GPU of 24 GiB; a function that says what a training step takes, of (batch, model)."""
     gib = 2**30
     for name, value in {"is_available": True, "is_bf16_supported": True, "device_count": 1, "empty_cache": None,
-                        "reset_peak_memory_stats": None, "max_memory_allocated": (taken or 0) * gib,
+                        "reset_peak_memory_stats": None, "max_memory_allocated": 10 * gib,
                         "get_per_process_memory_fraction": 1.0,
                         "mem_get_info": (24 * gib, 24 * gib), "memory_reserved": 0,
                         "get_device_properties": SimpleNamespace(total_memory=24 * gib)}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    if taken is None:
-        def out_of_memory(*args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    return lambda takes: monkeypatch.setattr(speed, "_peak", lambda vlm, batch: gib * takes(batch, vlm))
 
-        monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
-    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
-    assert speed.checkpointing(tuned.eval(), batch) == (not fits, {})
+
+def test_without_a_gpu_the_batch_is_taken_as_it_is(processor, rows):
+    assert speed.fit(None, collate.Collator(processor, "Where?")([rows[0], rows[1]])) == speed.Fit(2)
+
+
+def test_a_step_is_tried_for_real(gpu, processor, rows, monkeypatch):
+    tuned, batch = adapted(load(dtype=torch.float32)), collate.Collator(processor, "Where?")([rows[0], rows[1]])
+    assert speed.fit(tuned.eval(), batch) == speed.Fit(2)  # 10 GiB, as the stand-in says
     assert not gradients(tuned) and not tuned.training
-    said = capsys.readouterr().out
-    assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
+    assert speed.fit(tuned.eval(), batch) == speed.Fit(2, True)
 
 
-def test_layers_keep_what_memory_allows_dear_work_first(processor, rows, monkeypatch, capsys):
-    """A stand-in for a GPU: a step takes 10 GiB and what is kept, by the bytes that the trial counts."""
-    assert speed.checkpointing(None, {}) == (False, {})  # without a GPU
-    tuned, gib = adapted(load(dtype=torch.float32, attn_implementation="sdpa")), 2**30
-    speed.fuse_lora(tuned)
+@pytest.mark.parametrize(("takes", "expected"), [(2, 8), (5, 4), (10, 2)])
+def test_fewer_pictures_at_once_come_before_recomputing(takes, expected, gpu, processor, rows):
+    """A picture takes so many GiB, of 22."""
+    batch = collate.Collator(processor, "Where?")([rows[i] for i in range(8)])
+
+    def of(batch, vlm):
+        assert len(batch["pixel_values"]) == batch["image_grid_thw"].prod(1).sum()
+        return takes * len(batch["labels"])
+
+    gpu(of)
+    assert speed.fit(adapted(load(dtype=torch.float32)), batch) == speed.Fit(expected)
+
+
+def test_layers_that_recompute_keep_what_memory_allows(gpu, processor, rows, capsys):
+    """Attention of all vision layers first, then whole layers, the language model's and the tower's."""
+    tuned = adapted(load(dtype=torch.float32))
     base = tuned.get_base_model()
-    language, vision = base.model.language_model.layers, base.model.visual.blocks
-    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
-    kept, counted = {}, []
+    language, vision = list(base.model.language_model.layers), list(base.model.visual.blocks)
+    batch = collate.Collator(processor, "Where?")([rows[i] for i in range(4)])
 
-    def peak(vlm, given):
+    def takes(batch, vlm, least=0.0, hidden=0):
         if not base.is_activation_checkpointing:
-            return 99 * gib
-        if not counted:  # the step that counts is a real one
-            vlm.train()(**given).loss.backward()
-            vlm.zero_grad()
-            counted.append(True)
-        return 10 * gib + sum(sizes[level] * (layer in vision) + products * (layer in language)
-                              for layer, level in kept.items())
+            return 12 * len(batch["labels"])
+        attention = sum(isinstance(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("context_fn"),
+                                   partial) for layer in vision)
+        whole = [layer for layer in (*language, *vision) if not layer.gradient_checkpointing]
+        return least + 0.1 * attention + len(whole) + hidden * (len(whole) > 2)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(speed, "_peak", peak)
-    monkeypatch.setattr(speed, "keep", lambda now, real=speed.keep: (kept.clear(), kept.update(now), real(now)))
-    tokens, patches = batch["input_ids"].numel(), len(batch["pixel_values"])
-    at_each, heads, wide = 4 * 192, 6 * 4, 4 * 768  # bytes of a row: hidden, attention's log-sums, fc1's output
-    sizes = {"attention": patches * (at_each + heads)}
-    sizes["products"] = sizes["attention"] + patches * (3 * at_each + at_each + wide)
-    products = tokens * (at_each + heads + 4 * at_each + 2 * 4 * 512)  # attention; q, k, v, o; gate, up
+    def plan(whole, attention=True):
+        return (dict.fromkeys(vision, "attention") if attention else {}) | dict.fromkeys(whole, "everything")
 
-    def plan(attention=0, language_products=0, products=0):
-        return (dict.fromkeys(vision[:attention], "attention") | dict.fromkeys(vision[:products], "products")
-                | dict.fromkeys(language[:language_products], "products"))
-
-    all_attention = len(vision) * sizes["attention"]
-    more = sizes["products"] - sizes["attention"]
-    for left, expected in ((0, plan()), (2.5 * sizes["attention"], plan(2)),
-                           (all_attention + 2.5 * products, plan(6, 2)),
-                           (all_attention + 4 * products + 1.5 * more, plan(6, 4, 1)), (gib, plan(6, 4, 6))):
-        counted.clear(), kept.clear()
-        monkeypatch.setattr(speed, "_room", lambda left=left: (10 * gib + left) / 0.92 + 1)
-        assert speed.checkpointing(tuned, batch) == (True, expected)
+    for least, expected in ((21.9, plan([], False)), (21.2, plan([])), (19.0, plan(language[:2])),
+                            (14.0, plan([*language, *vision[:3]]))):
+        gpu(partial(takes, least=least))
+        assert speed.fit(tuned, batch) == speed.Fit(4, True, expected)
         assert not base.is_activation_checkpointing
-    assert capsys.readouterr().out.endswith("of 10 layers that recompute 10 layers keep products\n")
-    sizes["attention"] *= 9  # the last step shows that more is taken than counted
-    counted.clear(), kept.clear()
-    monkeypatch.setattr(speed, "_room", lambda: (10 * gib + all_attention) / 0.92 + 1)
-    assert speed.checkpointing(tuned, batch) == (True, {})
-
-
-class Executed(TorchDispatchMode):
-    """Counts the operations that are really done."""
-
-    def __enter__(self):
-        self.counts = Counter()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.counts[str(op)] += 1
-        return op(*args, **kwargs or {})
+    assert "7 layers keep everything, 3 layers keep attention" in capsys.readouterr().out
+    gpu(partial(takes, least=14.0, hidden=9))  # the last step shows that more is taken than counted
+    assert speed.fit(tuned, batch).kept == plan(language[:1])
 
 
 def test_what_layers_keep_changes_no_gradient(processor, rows):
-    """Loss and gradients of a step with dropout in fp32, to the last bit; what is kept is not computed again."""
+    """Loss and gradients of a step with dropout in fp32; attention that is kept is not computed again."""
     batch, found = collate.Collator(processor, "Where?")([rows[0], rows[1]]), {}
     tuned = adapted(load(dtype=torch.float32, attn_implementation="sdpa"), dropout=0.3).train()
     speed.fuse_lora(tuned)
     base = tuned.get_base_model()
-    layers = [*base.model.visual.blocks, *base.model.language_model.layers]
-    for level in ("all", "nothing", "attention", "products"):
-        if level != "all":
+    vision, computed = base.model.visual.blocks, []
+    real = speed._flash_on_a_cpu
+
+    def counted(*tensors):
+        computed[-1] += 1
+        return real(*tensors)
+
+    for kept in ("plain", "all", "nothing", "attention", "everything"):
+        if kept == "all":
+            speed.fuse_attention(tuned)
+        elif kept != "plain":
             base.activation_checkpointing_enable()
-            speed.KeepActivations({} if level == "nothing" else dict.fromkeys(layers, level)).on_train_begin()
+            speed.KeepActivations({} if kept == "nothing" else dict.fromkeys(vision, kept)).on_train_begin()
+        computed.append(0)
         torch.manual_seed(0)
         tuned.zero_grad()
-        with Executed() as executed:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(speed, "_flash_on_a_cpu", counted)
             loss = tuned(**batch).loss
             loss.backward()
-        found[level] = (loss.item(), {name: grad.clone() for name, grad in gradients(tuned).items()},
-                        executed.counts["aten._scaled_dot_product_flash_attention_for_cpu.default"],
-                        executed.counts["lora.added.default"])
-    loss, plain, attention, products = found.pop("all")
-    for other, grads, *_ in found.values():
-        assert other == loss and grads.keys() == plain.keys() and len(plain) > 50
-        assert all(torch.equal(grads[name], gradient) for name, gradient in plain.items())
-    vision, language = len(base.model.visual.blocks), len(base.model.language_model.layers)
-    assert products == 4 * vision + 2 + 7 * language and attention >= vision
-    last = vision + language  # products whose outputs nothing is recomputed from
-    assert [counts for *_, counts in found.values()] == [2 * products - 2 - last] * 2 + [products]
-    assert [counts for _, _, counts, _ in found.values()] == [2 * attention, attention, attention]
-
-
-
-
-def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
-    batch, vlm = collate.Collator(processor, "Where?")([rows[0], rows[1]]), load(attn_implementation="sdpa")
-    given = batch | {"image_cu_seqlens": get_vision_cu_seqlens(batch["image_grid_thw"])}
-    assert torch.equal(vlm(**batch).logits, vlm(**given).logits)
-    with pytest.raises(RuntimeError):  # they are looked at
-        vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] * 2})
+        found[kept] = loss.item(), {name: grad.clone() for name, grad in gradients(tuned).items()}
+    loss, plain = found["plain"]
+    assert len(plain) > 50
+    for other, grads in found.values():
+        assert other == pytest.approx(loss, rel=1e-6) and grads.keys() == plain.keys()
+        for name, gradient in plain.items():
+            assert (grads[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    pictures = 2 * len(vision)
+    assert computed == [0, pictures, 2 * pictures, pictures, pictures]
+    assert not any(hasattr(layer.attn, "aside") for layer in vision)
