@@ -366,6 +366,7 @@ def in_every_stage(stage_run):
     """What all kinds of training have in common."""
     return dict(
         output_dir=str(stage_run.folder),
+        per_device_train_batch_size=batch_size,
         learning_rate=stage_run.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -383,8 +384,7 @@ def sft_config(stage_run, fits):
     """How a stage is trained on labels."""
     return SFTConfig(
         num_train_epochs=run.epochs,
-        per_device_train_batch_size=fits.pictures,
-        gradient_accumulation_steps=accumulation * batch_size // fits.pictures,
+        gradient_accumulation_steps=accumulation,
         gradient_checkpointing=fits.recompute,
         activation_offloading=run.memory == "low" and torch.cuda.is_available(),  # the rest waits in the host's memory
         max_length=None,  # TRL's default of 1024 would cut image tokens
@@ -394,15 +394,15 @@ def sft_config(stage_run, fits):
 
 # %% [markdown]
 # Three things save time and change a number only in its last digits. LoRA's product is added in place, and on a GPU
-# small operations are compiled. The longest batch is tried: where it does not fit into memory, fewer pictures are taken
-# at once, and where that does not help, activations are recomputed in the backward pass (gradient checkpointing). And a
-# vision tower that does not train encodes each picture once, not once an epoch.
+# small operations are compiled. The longest batch is tried, and only where its activations do not fit into memory are
+# they recomputed in the backward pass (gradient checkpointing), in as few layers as that takes. And a vision tower that
+# does not train encodes each picture once, not once an epoch.
 
 # %%
 def fit(tuned):
-    """How many pictures to train on at once, whether to recompute activations, and what layers keep all the same."""
+    """Whether to recompute activations, and what layers keep all the same."""
     if run.gradient_checkpointing is not None:
-        return speed.Fit(batch_size, run.gradient_checkpointing)
+        return speed.Fit(run.gradient_checkpointing)
     rows_of = collate.longest(rows["train"], batch_size, run.min_pixels, run.max_pixels)
     return speed.fit(tuned, collator(rows_of))
 
@@ -490,7 +490,6 @@ def grpo_config(stage_run):
         disable_dropout=True,
         shuffle_dataset=False,  # `reward.pictures_of` does
         num_train_epochs=1,
-        per_device_train_batch_size=batch_size,
         gradient_checkpointing=run.scale == "7b" if run.gradient_checkpointing is None else run.gradient_checkpointing,
         **in_every_stage(stage_run),
     )

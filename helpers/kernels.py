@@ -1,4 +1,6 @@
-"""LoRA's first product under dropout, in Triton: one pass over x forward and one backward, and a mask nobody stores.
+"""Triton kernels: LoRA's first product under dropout, and the rotation of the vision tower's queries and keys.
+
+LoRA's is one pass over x forward and one backward, with a mask nobody stores.
 
 Which of x's elements stay is computed where it is needed, from the element's place and a seed (Philox with 7 rounds:
 Salmon and others, "Parallel random numbers: as easy as 1, 2, 3", 2011). So x is read once in each direction, and of
@@ -69,6 +71,32 @@ def _up(x, a, up, of_x, of_a, seed, threshold, factor, count, inputs, rank, stri
                      back.to(of_x.dtype.element_ty), here)
     tl.store(of_a + (tl.program_id(1) * rank + ranks[:, None]) * inputs + columns[None, :], factor * total,
              real[:, None] & inside[None, :])
+
+
+@triton.jit
+def _turn(qkv, cos, sin, out, HEADS: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr, HALF: tl.constexpr):
+    """One row of query, key and value: the halves of query's and key's heads are turned in fp32, value is copied."""
+    row, half = tl.program_id(0).to(tl.int64), SIZE // 2
+    heads, columns = tl.arange(0, ALL)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (heads < 3 * HEADS) & (columns < half)
+    turns = inside & (heads < 2 * HEADS)
+    at, angle = (row * 3 * HEADS + heads) * SIZE + columns, row * SIZE + columns + 0 * heads
+    first = tl.load(qkv + at, inside, 0.0).to(tl.float32)
+    second = tl.load(qkv + at + half, inside, 0.0).to(tl.float32)
+    one = first * tl.load(cos + angle, turns, 1.0) - second * tl.load(sin + angle, turns, 0.0)
+    two = second * tl.load(cos + angle + half, turns, 1.0) + first * tl.load(sin + angle + half, turns, 0.0)
+    tl.store(out + at, one.to(out.dtype.element_ty), inside)
+    tl.store(out + at + half, two.to(out.dtype.element_ty), inside)
+
+
+def turned(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """qkv [rows, 3, heads, size] with query and key turned by the angles whose cos and sin are [rows, size]."""
+    qkv = qkv.contiguous()
+    rows, _, heads, size = qkv.shape
+    out = torch.empty_like(qkv)
+    _turn[rows,](qkv, cos.contiguous(), sin.contiguous(), out, heads, size, triton.next_power_of_2(3 * heads),
+                 triton.next_power_of_2(size // 2))
+    return out
 
 
 def down(x: torch.Tensor, a: torch.Tensor, seed: int, p: float, scale: float) -> torch.Tensor:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import datasets
 import torch
-from accelerate.utils import gather_object
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -39,7 +38,6 @@ from helpers.model import free_memory, gpus, linear_4bit
 from helpers.recipes import Stage
 from helpers.runs import progress_bar
 
-LEAST = 2  # pictures at once: for fewer the GPU waits for the host
 RESERVE = 0.08  # of a GPU's memory, for what a step that is tried does not show
 MOST_RANKS = 256  # of the layers that share x, in `helpers.kernels`
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in the order they are called, with one x
@@ -91,7 +89,7 @@ class LoraDown(torch.autograd.Function):
         rows, half = x.reshape(-1, x.shape[-1]), len(weights) // 2
         a, *bs = torch.cat(weights[:half]).to(x.dtype), *(b.to(x.dtype) for b in weights[half:])
         ctx.seed = int(torch.randint(2**31, ())) if p else 0  # the CPU's generator: checkpointing restores it
-        low = _passes(rows, a).down(rows, a, ctx.seed, p, scale)
+        low = _passes(rows, len(a)).down(rows, a, ctx.seed, p, scale)
         first.append(ctx)
         ctx.save_for_backward(rows, low, a, *bs)
         ctx.mark_non_differentiable(*bs)
@@ -125,7 +123,7 @@ class LoraUp(torch.autograd.Function):
         of_low = torch.cat([gradient @ b for gradient, b in zip(flat, bs, strict=True)], 1)
         of_b = [(gradient.T @ part).float() for gradient, part in zip(flat, low.split(ranks, 1), strict=True)]
         needs_x = ctx.needs_input_grad[1]
-        of_x, of_a = _passes(rows, a).up(rows, a, of_low, first.seed, ctx.p, ctx.scale, needs_x)
+        of_x, of_a = _passes(rows, len(a)).up(rows, a, of_low, first.seed, ctx.p, ctx.scale, needs_x)
         if needs_x:
             for gradient, layer in zip(flat, ctx.layers, strict=True):
                 of_x.addmm_(gradient, plain_weight(layer, gradient.dtype))
@@ -145,6 +143,13 @@ class PlainPasses:
         mask, gradient = _mask(x, seed, p) if p else 1, gradient * scale
         return gradient @ a * mask if needs_x else None, gradient.T @ (x * mask)
 
+    @staticmethod
+    def turned(qkv, cos, sin):
+        both, half = qkv[:, :2].float(), qkv.shape[-1] // 2
+        across = torch.cat((-both[..., half:], both[..., :half]), -1)
+        both = both * cos[:, None, None].float() + across * sin[:, None, None].float()
+        return torch.cat((both.to(qkv.dtype), qkv[:, 2:]), 1)
+
 
 def _mask(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     """Dropout's factors, 0 or 1 / (1 - p), the same whenever the seed is."""
@@ -152,9 +157,9 @@ def _mask(x: torch.Tensor, seed: int, p: float) -> torch.Tensor:
     return torch.empty_like(x).bernoulli_(1 - p, generator=drawn).div_(1 - p)
 
 
-def _passes(x: torch.Tensor, a: torch.Tensor):
-    """LoRA's passes over x: one Triton kernel each on a GPU where Triton works."""
-    if not x.is_cuda or len(a) > MOST_RANKS or not _can_compile():
+def _passes(x: torch.Tensor, ranks: int = 0):
+    """The passes over x: one Triton kernel each on a GPU where Triton works."""
+    if not x.is_cuda or ranks > MOST_RANKS or not _can_compile():
         return PlainPasses
     from helpers import kernels
 
@@ -216,8 +221,8 @@ class PictureAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv, cos, sin, lengths, kernel, turned, aside, recomputed):
-        qkv = turned(qkv, cos, sin)
+    def forward(ctx, qkv, cos, sin, lengths, kernel, aside, recomputed):
+        qkv = _passes(qkv).turned(qkv, cos, sin)
         if recomputed:
             out, sums, backwards = aside.pop()
         else:
@@ -230,7 +235,7 @@ class PictureAttention(torch.autograd.Function):
             if aside is not None:
                 aside.append((out, sums, backwards))
         ctx.save_for_backward(qkv, cos, sin, out, *sums)
-        ctx.lengths, ctx.backwards, ctx.turned = lengths, backwards, turned
+        ctx.lengths, ctx.backwards = lengths, backwards
         return out.flatten(1)
 
     @staticmethod
@@ -241,21 +246,13 @@ class PictureAttention(torch.autograd.Function):
         for (g, q, k, v, made, *of), log_sums, backward in zip(parts, sums, ctx.backwards, strict=True):
             for part, found in zip(of, backward(g, q, k, v, made, log_sums), strict=True):
                 part.copy_(found)
-        return ctx.turned(of_qkv, cos, -sin), *[None] * 7
+        return _passes(of_qkv).turned(of_qkv, cos, -sin), *[None] * 6
 
 
 def _pictures(lengths: Sequence[int], *tensors: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Of each picture its part of every tensor [rows, heads, size], as PyTorch's attention has them."""
     for parts in zip(*(tensor.split(lengths) for tensor in tensors), strict=True):
         yield [part.transpose(0, 1)[None] for part in parts]
-
-
-def _turned(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """qkv [rows, 3, heads, size] with query and key turned, in fp32, as `apply_rotary_pos_emb_vision` does."""
-    both, half = qkv[:, :2].float(), qkv.shape[-1] // 2
-    across = torch.cat((-both[..., half:], both[..., :half]), -1)
-    both = both * cos[:, None, None].float() + across * sin[:, None, None].float()
-    return torch.cat((both.to(qkv.dtype), qkv[:, 2:]), 1)
 
 
 def _cudnn(q, k, v):
@@ -286,8 +283,8 @@ def _kernel(x: torch.Tensor, heads: int, length: int) -> Callable | None:
             }.get(torch._fused_sdp_choice(q, q, q))
 
 
-def fuse_attention(vlm: nn.Module, turned: Callable = _turned) -> None:
-    """Give a Qwen2-VL's vision tower `PictureAttention`; `turned`: `_turned`, compiled or not."""
+def fuse_attention(vlm: nn.Module) -> None:
+    """Give a Qwen2-VL's vision tower `PictureAttention`, where PyTorch attends by one of its kernels."""
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings=None, **kwargs):
         if not hasattr(cu_seqlens, "lengths"):  # all layers get the same tensor
@@ -296,9 +293,9 @@ def fuse_attention(vlm: nn.Module, turned: Callable = _turned) -> None:
         if kernel is None:
             return type(self).forward(self, hidden_states, cu_seqlens, position_embeddings, **kwargs)
         qkv = self.qkv(hidden_states).view(len(hidden_states), 3, self.num_heads, -1)
-        aside, recomputed = getattr(self, "aside", (None, False))
-        return self.proj(PictureAttention.apply(qkv, *position_embeddings, cu_seqlens.lengths, kernel, turned, aside,
-                                                recomputed))
+        out = PictureAttention.apply(qkv, *position_embeddings, cu_seqlens.lengths, kernel,
+                                     *getattr(self, "aside", (None, False)))
+        return self.proj(out)
 
     for module in vlm.modules():
         if isinstance(module, VisionAttention):
@@ -323,7 +320,7 @@ def compile_between(vlm: nn.Module) -> None:
         plain = getattr(modeling_qwen2_vl, name)
         if not hasattr(plain, "_torchdynamo_orig_callable"):
             setattr(modeling_qwen2_vl, name, torch.compile(plain, dynamic=True))
-    fuse_attention(vlm, torch.compile(_turned, dynamic=True))
+    fuse_attention(vlm)
     gated, layer_norm = torch.compile(_gated, dynamic=True), torch.compile(_layer_norm, dynamic=True)
     for module in vlm.modules():
         if isinstance(module, Qwen2MLP):
@@ -361,39 +358,30 @@ def _can_compile() -> bool:
 class Fit(NamedTuple):
     """How a training step fits into a GPU's memory."""
 
-    pictures: int  # at once; an update accumulates the rest
     recompute: bool = False  # activations, in the backward pass
     kept: dict[nn.Module, str] = {}  # what layers keep all the same (`keep`)
 
 
 def fit(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> Fit:
-    """How `batch`, the longest there is, is trained on, found by training steps that are tried.
+    """Whether activations must be recomputed, and what layers keep all the same.
 
-    Recomputing activations costs a third of a step, half as many pictures at once next to nothing: so halves of the
-    batch are tried first, of at least `LEAST` pictures. Where none fits beside the gradients, AdamW's two numbers a
-    weight and a reserve, the whole batch is trained on with recomputed activations. Then attention of the vision tower
-    keeps its outputs, if that fits, and whole layers keep everything: as many as the memory allows by what two of each
-    tower take, half of them where that does not fit after all. With several GPUs in one process no layer does.
-    All processes of a run agree. Without a GPU: the batch as it is.
+    A training step on `batch`, the longest there is, is tried. Gradients of earlier micro-batches, AdamW's two numbers
+    a weight and a reserve must fit beside. Where its activations do not, they are recomputed, but attention of the
+    vision tower keeps its outputs, if that fits, and whole layers keep everything: as many as the memory allows by what
+    two of each tower take, half of them where that does not fit after all. (Half as many pictures at once would not
+    help: a step of 4 took .71 of the time of one of 8, as the GPU waits for the host then.)
+    With several GPUs in one process no layer keeps anything. Without a GPU nothing is recomputed.
     """
-    pictures = len(batch["labels"])
     if not torch.cuda.is_available():
-        return Fit(pictures)
-    room, count = _room(), pictures
-    allowed = (1 - RESERVE) * room
-
-    def takes(pictures: int) -> float:
-        return max(gather_object([_peak(vlm, first_rows(batch, pictures)) - allowed])) + allowed
-
-    while (took := takes(count)) > allowed and count % 2 == 0 and count // 2 >= LEAST:
-        count //= 2
-    said = f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
-    print(f"a step of {count} pictures {said} with its activations kept, of {room / 2**30:.1f} GiB: "
-          f"gradient checkpointing is {'off' if took <= allowed else 'on'}")
-    if took <= allowed:
-        return Fit(count)
+        return Fit()
+    took, room = _peak(vlm, batch), _room()
+    allowed, takes = (1 - RESERVE) * room, f"takes {took / 2**30:.1f} GiB" if took < math.inf else "does not fit"
+    print(f"a step of {len(batch['labels'])} pictures {takes} with its activations kept, of {room / 2**30:.1f} GiB: "
+          f"gradient checkpointing is {'off' if took < allowed else 'on'}")
+    if took < allowed:
+        return Fit()
     if len(gpus()) > 1:
-        return Fit(pictures, recompute=True)
+        return Fit(recompute=True)
     base = vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
     language, vision = base.model.language_model.layers, base.model.visual.blocks
     trains = any(weight.requires_grad for weight in base.model.visual.parameters())
@@ -401,7 +389,7 @@ def fit(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> Fit:
     def with_kept(kept: dict[nn.Module, str]) -> float:
         base.activation_checkpointing_enable()
         keep(kept)
-        return takes(pictures)
+        return _peak(vlm, batch)
 
     kept = dict.fromkeys(vision, "attention") if trains else {}
     if (took := with_kept(kept)) > allowed and kept:
@@ -417,13 +405,7 @@ def fit(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> Fit:
     base.activation_checkpointing_disable()
     said = ", ".join(f"{count} layers keep {what}" for what, count in Counter(kept.values()).items())
     print(f"of {len(language) + len(vision)} layers that recompute {said or 'none keeps anything'}")
-    return Fit(pictures, True, kept)
-
-
-def first_rows(batch: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
-    """The first `count` pictures of a collator's batch."""
-    patches = int(batch["image_grid_thw"][:count].prod(1).sum())
-    return {name: tensor[: patches if name == "pixel_values" else count] for name, tensor in batch.items()}
+    return Fit(True, kept)
 
 
 def keep(kept: dict[nn.Module, str]) -> None:
