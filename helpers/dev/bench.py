@@ -58,9 +58,9 @@ WAYS: dict[str, dict] = {  # name -> how; what is not said is the scale's own
     "ours, 44 picture sizes": {"kind": "ours", "many_sizes": True},
 }
 ON_A_GPU = {"cap_gib", "many_sizes"}  # of a way: only there
-# Who takes turns: the one that may fill the card waits for as few others as there must be, since they keep their model.
+# Who takes turns. All keep their model: the one that fills the card comes last, and sees what room the others leave.
 GROUPS = (("stock", "Unsloth", "ours, in 16 GiB", "ours, in 24 GiB"),
-          ("ours, as the pipeline trains", "Unsloth, beside it"), ("ours, 44 picture sizes",))
+          ("Unsloth, beside it", "ours, as the pipeline trains"), ("ours, 44 picture sizes",))
 VARIANTS = {name + suffix: {"recipe": recipe, **how} for recipe, suffix in (("r4-joint", ""), ("r1-llm-only", ", r1"))
             for name, how in WAYS.items()}
 ANSWERS = {f"ours, {precision}": {"kind": "answers", "recipe": "base", "precision": precision}
