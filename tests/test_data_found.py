@@ -10,11 +10,22 @@ import pytest
 from PIL import Image
 
 from helpers import data
-from helpers.data.frames import ANY, Framed, to_unit
-from helpers.data.pictures import Head, Pictures, Wanted
+from helpers.data.frames import ANY, to_unit
+from helpers.data.matching import Found, Pictures
+from helpers.data.pictures import Head
 from helpers.data.schema import DataError
 
 WIDTH, HEIGHT = 90, 120
+
+
+def framed(boxes, head, declared):
+    return Found("a.jpg", boxes, "", [""] * len(boxes), declared, head=head)
+
+
+def wanted(name, file, split, stem=""):
+    return Found(name, [], "", [], split=split, stem=stem, file=file)
+
+
 BOXES = [(.27, .31, .74, .72), (.1, .3, .55, .78), (.36, .37, .75, .61), (.16, .24, .75, .82), (.11, .23, .79, .79),
          (.08, .07, .85, .97), (.0, .03, .96, .85), (.04, .02, .88, .92), (.12, .05, .94, .96), (.5, .6, .9, .7)]
 
@@ -69,7 +80,7 @@ RIGHT: dict[str, tuple[str, Written, Head, tuple[int, int]]] = {  # what the for
 @pytest.mark.parametrize("name", RIGHT)
 def test_what_the_numbers_of_a_box_mean_is_found_from_all_boxes(name):
     kind, written, head, declared = RIGHT[name]
-    found = to_unit([Framed([written(box)], head, declared) for box in BOXES], kind, None, "set")
+    found = to_unit([framed([written(box)], head, declared) for box in BOXES], kind, None, "set")
     np.testing.assert_allclose([boxes[0] for boxes in found], np.array(BOXES)[:, [1, 0, 3, 2]], atol=1e-3)
 
 
@@ -88,7 +99,7 @@ AMBIGUOUS: dict[str, tuple[str, list, Written, Head, tuple[int, int], str]] = { 
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_where_two_readings_fit_the_set_is_refused_and_box_format_decides(name):
     kind, boxes, written, head, declared, box_format = AMBIGUOUS[name]
-    pictures = [Framed([written(box)], head, declared) for box in boxes]
+    pictures = [framed([written(box)], head, declared) for box in boxes]
     with pytest.raises(DataError, match="10 of 10 pictures have boxes that may be .* give box_format, one of") as error:
         to_unit(pictures, kind, None, "set")
     assert box_format.removesuffix("-shown") in str(error.value)
@@ -97,20 +108,20 @@ def test_where_two_readings_fit_the_set_is_refused_and_box_format_decides(name):
 
 
 def test_boxes_that_fit_nowhere_are_refused_and_a_few_that_leave_stay_for_the_audit():
-    inside = [Framed([pixels(box)], UPRIGHT, (WIDTH, HEIGHT)) for box in BOXES]
-    outside = [Framed([[900, 900, 950, 990]], UPRIGHT, (WIDTH, HEIGHT))]
+    inside = [framed([pixels(box)], UPRIGHT, (WIDTH, HEIGHT)) for box in BOXES]
+    outside = [framed([[900, 900, 950, 990]], UPRIGHT, (WIDTH, HEIGHT))]
     with pytest.raises(DataError, match=r"too many boxes, such as \[900.*do not lie in their pictures"):
         to_unit(outside * 6 + inside[:4], "xyxy-pixels", None, "set")
     assert to_unit(inside + outside, "xyxy-pixels", None, "set")[-1] == [[7.5, 10, 8.25, 950 / WIDTH]]
-    assert to_unit([Framed([], None, (0, 0))], "xyxy-pixels", None, "set") == [[]]
+    assert to_unit([framed([], None, (0, 0))], "xyxy-pixels", None, "set") == [[]]
 
 
 def test_pictures_that_two_readings_would_put_elsewhere_are_left_out_where_they_are_few(capsys):
-    upside_down = Framed([pixels(BOXES[0])], Head((WIDTH, HEIGHT), 3), (WIDTH, HEIGHT))
-    sound = [Framed([pixels(box)], UPRIGHT, (WIDTH, HEIGHT)) for box in BOXES]
+    upside_down = framed([pixels(BOXES[0])], Head((WIDTH, HEIGHT), 3), (WIDTH, HEIGHT))
+    sound = [framed([pixels(box)], UPRIGHT, (WIDTH, HEIGHT)) for box in BOXES]
     found = to_unit([*sound * 3, upside_down], "xyxy-pixels", None, "set")
     assert found[-1] is None and None not in found[:-1] and "1 of 31 pictures" in capsys.readouterr().out
-    sideways = Framed([pixels(BOXES[0])], Head(LYING, 6), (WIDTH, HEIGHT))  # the tool knows EXIF
+    sideways = framed([pixels(BOXES[0])], Head(LYING, 6), (WIDTH, HEIGHT))  # the tool knows EXIF
     np.testing.assert_allclose(to_unit([*sound, sideways, upside_down], "xyxy-pixels", None, "set")[-1][0],
                                np.array(BOXES[0])[[1, 0, 3, 2]])
 
@@ -141,13 +152,13 @@ def test_a_picture_is_found_by_its_name_from_strict_to_loose(files, name, expect
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-    wanted = [Wanted(name, tmp_path / "x.xml", "", "x")]
+    names = [wanted(name, tmp_path / "x.xml", "", "x")]
     if isinstance(expected, list):
         with pytest.raises(DataError) as error:
-            Pictures(tmp_path).find(wanted)
+            Pictures(tmp_path).find(names)
         assert all(word in str(error.value) for word in expected)
     else:
-        found, = Pictures(tmp_path).find(wanted)
+        found, = Pictures(tmp_path).find(names)
         assert found == tmp_path / (expected or name) and found.exists() == bool(expected)
         assert (f"-> {expected}" in capsys.readouterr().out) == (expected not in (name, None))
 
@@ -155,7 +166,7 @@ def test_a_picture_is_found_by_its_name_from_strict_to_loose(files, name, expect
 def test_a_picture_that_another_annotation_names_is_never_taken_for_a_missing_one(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/1.jpg").touch()
-    found = Pictures(tmp_path).find([Wanted(f"{folder}/1.jpg", tmp_path / "all.json", "") for folder in "ab"])
+    found = Pictures(tmp_path).find([wanted(f"{folder}/1.jpg", tmp_path / "all.json", "") for folder in "ab"])
     assert found == [tmp_path / "1.jpg", tmp_path / "b/1.jpg"] and not found[0].exists()
 
 
