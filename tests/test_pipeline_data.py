@@ -22,9 +22,9 @@ def faulty_folder(root: Path) -> None:
         lines = []
         for number in range(start, start + count):
             save_picture(root / split / f"{number}.jpg", number, (160, 120))
-            boxes = [[70, 62, 80, 48]]
+            boxes = [[72, 60, 80, 48]]  # whole thousandths, as the constant box is
             if number == 103:
-                boxes.append([70, 62, 0, 48])  # empty
+                boxes.append([72, 60, 0, 48])  # empty
             objects = {"bbox": boxes, "categories": [0] * len(boxes)}
             lines.append({"file_name": f"{number}.jpg", "objects": objects})
         lines.append({"file_name": "gone.jpg", "objects": {"bbox": [], "categories": []}})
