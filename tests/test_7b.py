@@ -1,7 +1,6 @@
 """The 7B model without its download: names, counts and layouts against literals, the checking command made small."""
 
 import json
-import math
 import re
 import sys
 
@@ -65,60 +64,28 @@ def test_the_published_counts():
     assert totals["head"] == 152064 * HIDDEN
 
 
-# The published files' names, N for a layer's number: how many of each, and its shape. Written by hand.
-PUBLISHED_WEIGHTS = {
-    "model.embed_tokens.weight": (1, (152064, 3584)),
-    "model.layers.N.input_layernorm.weight": (28, (3584,)),
-    "model.layers.N.mlp.down_proj.weight": (28, (3584, 18944)),
-    "model.layers.N.mlp.gate_proj.weight": (28, (18944, 3584)),
-    "model.layers.N.mlp.up_proj.weight": (28, (18944, 3584)),
-    "model.layers.N.post_attention_layernorm.weight": (28, (3584,)),
-    "model.layers.N.self_attn.k_proj.bias": (28, (512,)),
-    "model.layers.N.self_attn.k_proj.weight": (28, (512, 3584)),
-    "model.layers.N.self_attn.o_proj.weight": (28, (3584, 3584)),
-    "model.layers.N.self_attn.q_proj.bias": (28, (3584,)),
-    "model.layers.N.self_attn.q_proj.weight": (28, (3584, 3584)),
-    "model.layers.N.self_attn.v_proj.bias": (28, (512,)),
-    "model.layers.N.self_attn.v_proj.weight": (28, (512, 3584)),
-    "model.norm.weight": (1, (3584,)),
-    "lm_head.weight": (1, (152064, 3584)),
-    "visual.blocks.N.attn.proj.bias": (32, (1280,)),
-    "visual.blocks.N.attn.proj.weight": (32, (1280, 1280)),
-    "visual.blocks.N.attn.qkv.bias": (32, (3840,)),
-    "visual.blocks.N.attn.qkv.weight": (32, (3840, 1280)),
-    "visual.blocks.N.mlp.fc1.bias": (32, (5120,)),
-    "visual.blocks.N.mlp.fc1.weight": (32, (5120, 1280)),
-    "visual.blocks.N.mlp.fc2.bias": (32, (1280,)),
-    "visual.blocks.N.mlp.fc2.weight": (32, (1280, 5120)),
-    "visual.blocks.N.norm1.bias": (32, (1280,)),
-    "visual.blocks.N.norm1.weight": (32, (1280,)),
-    "visual.blocks.N.norm2.bias": (32, (1280,)),
-    "visual.blocks.N.norm2.weight": (32, (1280,)),
-    "visual.merger.ln_q.bias": (1, (1280,)),
-    "visual.merger.ln_q.weight": (1, (1280,)),
-    "visual.merger.mlp.0.bias": (1, (5120,)),
-    "visual.merger.mlp.0.weight": (1, (5120, 5120)),
-    "visual.merger.mlp.2.bias": (1, (3584,)),
-    "visual.merger.mlp.2.weight": (1, (3584, 5120)),
-    "visual.patch_embed.proj.weight": (1, (1280, 3, 2, 14, 14)),
-}
+# The published files' names without the numbers of layers, written by hand. Their shapes follow from the configuration.
+PUBLISHED_NAMES = {
+    "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "visual.patch_embed.proj.weight",
+    *(f"model.layers.{norm}_layernorm.weight" for norm in ("input", "post_attention")),
+    *(f"model.layers.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    *(f"model.layers.self_attn.{part}_proj.weight" for part in "qkvo"),
+    *(f"model.layers.self_attn.{part}_proj.bias" for part in "qkv"),
+    *(f"visual.blocks.{part}.{kind}" for kind in ("weight", "bias")
+      for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
+    *(f"visual.merger.{part}.{kind}" for kind in ("weight", "bias") for part in ("ln_q", "mlp.0", "mlp.2")),
+}  # fmt: skip
 
 
 def test_every_weight_has_its_place_in_the_published_files(folder):
-    """Names of the files written here, and shapes of the 7B model, against the literals; so do their sums."""
-    def layers_folded(name):
-        return re.sub(r"\.\d+\.(?!weight|bias)", ".N.", name)
+    """Those that are written here, and those of the 7B model."""
+    def folded(names):
+        return {re.sub(r"(layers|blocks)\.\d+", r"\1", name) for name in names}
 
-    assert {layers_folded(name) for name in weights_on_disk(folder)} == set(PUBLISHED_WEIGHTS)
-    built = {}
-    for name, weight in on_meta().state_dict().items():
-        folded = layers_folded(name.replace("model.visual.", "visual.").replace("model.language_model.", "model."))
-        count, shapes = built.get(folded, (0, set()))
-        built[folded] = (count + 1, shapes | {tuple(weight.shape)})
-    assert built == {name: (count, {shape}) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
-    sizes = {name: count * math.prod(shape) for name, (count, shape) in PUBLISHED_WEIGHTS.items()}
-    assert sum(sizes.values()) == check_7b.WEIGHTS and sum(count for count, _ in PUBLISHED_WEIGHTS.values()) == 730
-    assert sum(size for name, size in sizes.items() if name.startswith("visual.")) == check_7b.VISION
+    assert folded(weights_on_disk(folder)) == PUBLISHED_NAMES
+    built = [name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+             for name in on_meta().state_dict()]
+    assert folded(built) == PUBLISHED_NAMES and len(built) == 730
 
 
 def lora_weights(shapes) -> int:
@@ -215,8 +182,7 @@ def test_the_check_made_small(tmp_path, capsys):
     assert row["codes"] == [-9, 0] and len(check_7b.values(row, "result", "loss")) == 2
     assert [training["step"] for training in check_7b.values(row, "result", "training")] == [0, 1]
     assert set(check_7b.values(row, "result", "nf4 layers")) == {0, 14}
-    assert {event["call"] for event in row["events"]} == {*check_7b.TIMED, "pipeline", "nf4 layers", "trainable",
-                                                          "training", "loss"}
+    assert {*check_7b.TIMED, "pipeline"} <= {event["call"] for event in row["events"]}
     assert re.search(r"\| step, s \| 2 × [\d.]+ \|", shown) and "| wrong | nothing |" in shown
     assert not list((tmp_path / "runs").iterdir())
 

@@ -22,8 +22,7 @@ import transformers
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from helpers import merge, model, predict, runs, trainer
-from helpers.settings import is_main
+from helpers import merge, model, predict, processes, trainer
 
 GIB = 2**30
 PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
@@ -48,7 +47,7 @@ class Events:
         self.path, self.trainings, self.open = path, trainings, []
 
     def write(self, call: str, **values) -> None:
-        if is_main():
+        if processes.is_main():
             with self.path.open("a") as file:
                 file.write(json.dumps({"call": call, **values}) + "\n")
 
@@ -76,7 +75,7 @@ class Events:
                        reserved=round(peak[1] / GIB, 2), **({"result": result(value)} if result else {}))
             self.trainings -= call == "train"
             if call == "train" and not self.trainings:
-                runs.leave()
+                processes.leave()
                 raise SystemExit
             return value
 
@@ -107,7 +106,7 @@ class Watch(TrainerCallback):
     def on_save(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.kill_at:
             PartialState().wait_for_everyone()
-            if is_main():
+            if processes.is_main():
                 os.kill(os.getpid(), signal.SIGKILL)
         self.last = self.events.mark()
 
