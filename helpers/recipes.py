@@ -176,25 +176,14 @@ TRAINING = tuple(name for name, row in PARAMETERS.items() if row.trains)
 # The commit of each model that this project was written for; model_revision takes another.
 REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db0ac"}
 
-
-class Need(NamedTuple):
-    """GiB that must be free to start a recipe at 7B."""
-
-    gpu: int
-    low_gpu: int  # with memory="low": nothing is merged on the GPU
-    disk: int  # checkpoints, cached vision features, the model saved or merged, and the Hub's download
-
-
-# GPU memory follows from the most that was allocated with the 7B architecture and pictures of 1280 image tokens: 15.5
-# to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4 in batches of 8 with checkpointing and
-# 12.1 in batches of 2 (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in batches of 2, to which by arithmetic
-# accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. r5 is arithmetic alone: r1's, and keys,
-# values and a prefill of batch_size x reward_completions sequences.
-NEEDS = {
-    "base": Need(18, 14, 18),
-    "r1-llm-only": Need(22, 14, 40),
-    "r2-vision-only": Need(36, 30, 50),
-    "r3-two-stage": Need(36, 30, 70),
-    "r4-joint": Need(22, 14, 40),
-    "r5-reward": Need(40, 22, 45),
-}
+# What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture and pictures
+# of 1280 image tokens: 15.5 to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4
+# in batches of 8 with checkpointing and 12.1 in batches of 2 (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in
+# batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. r5 is
+# arithmetic alone: r1's, and keys, values and a prefill of batch_size x reward_completions sequences. With
+# `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, cached vision features, the model saved
+# or merged, and the Hub's download.
+GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22, "r5-reward": 40}
+LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14, "r5-reward": 22}
+DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40,
+                   "r5-reward": 45}}  # fmt: skip

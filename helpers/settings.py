@@ -16,7 +16,18 @@ from typing import Any
 
 from helpers.messages import check_tokenizer
 from helpers.processes import end_with_a_word, is_main, world_size
-from helpers.recipes import LOW_MEMORY, NEEDS, PARAMETERS, RECIPES, REVISIONS, SCALES, Parameter, Stage
+from helpers.recipes import (
+    DISK_GIB,
+    GPU_GIB,
+    LOW_GPU_GIB,
+    LOW_MEMORY,
+    PARAMETERS,
+    RECIPES,
+    REVISIONS,
+    SCALES,
+    Parameter,
+    Stage,
+)
 
 PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
@@ -234,25 +245,25 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     """`auto` -> `7b` where the visible GPUs have room for this recipe, else `tiny`; says which and why."""
     import torch
 
-    least = NEEDS[recipe].low_gpu
-    need = least if memory == "low" else NEEDS[recipe].gpu
+    need, least = (LOW_GPU_GIB if memory == "low" else GPU_GIB)[recipe], LOW_GPU_GIB[recipe]
     needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
-    room = (min if world_size() > 1 else sum)(sizes) if sizes else 0
-    found = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
+    seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if room < need <= sum(sizes):
-        found += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
+        seen += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
     if scale == "7b" and room < need:
         raise ParameterError(f"scale=7b with recipe={recipe} needs {needs}, and this machine shows "
-                             f"{found}; take a larger GPU, or scale=tiny.")
+                             f"{seen}; take a larger GPU, or scale=tiny.")
     if scale == "7b" and old:
         raise ParameterError(f"scale=7b computes in bf16, for which {old[0]} has no instructions; take a GPU of the "
                              "Ampere generation or newer, or scale=tiny.")
     if scale == "auto":
         scale = "7b" if room >= need and not old else "tiny"
-        found += f", and {old[0]} has no instructions for bf16" if old else ""
-        print(f"scale auto -> {scale}: {recipe} at 7B needs {needs}, and there is {found}.")
+        seen += f", and {old[0]} has no instructions for bf16" if old else ""
+        print(f"scale auto -> {scale}: {recipe} at 7B needs {needs}, and there is {seen}.")
     return scale
 
 
@@ -322,7 +333,7 @@ def _check_output(values: dict) -> None:
         _try_to_write(Path(root))
     except OSError as error:
         raise ParameterError(f"output_root={root!r} cannot be written ({error.strerror}).") from None
-    need = NEEDS[recipe].disk if scale == "7b" else 0.5
+    need = DISK_GIB.get(scale, {}).get(recipe, 0.5)
     free = shutil.disk_usage(root).free / 2**30
     if free < need:
         raise ParameterError(f"output_root={root!r} has {free:.1f} GiB free, and recipe={recipe} at scale={scale} "
