@@ -1,7 +1,6 @@
 """What the topic notebooks share, what one of them needs, and that each stays short."""
 
-import re
-import statistics
+import sys
 
 import pytest
 import torch
@@ -9,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from small_training import load_tiny, small_processor, squares
 
 from helpers import collate, model
-from helpers.dev.pairs import read_notebook
 from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import sizes
 from helpers.topics.opening import model_path, opening
+from helpers.topics.serving import served
 
 RULES = {"scale": ("tiny", "7b"), "pictures": range(8, 124), "rate": (0.0, 1e-4), "only": bool,
          "run": "a run's name, or None", "ranks": [range(1, 1000)]}  # fmt: skip
@@ -93,10 +92,9 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
     assert kept["r4-joint"] > 2 * rows * width * tiny.config.vision_config.depth  # a state in bf16 a block, at least
 
 
-@pytest.mark.parametrize("number", range(10))
-def test_a_topic_notebook_is_short(repo, number):
-    (path,) = repo.glob(f"notebooks/{number:02}_*.ipynb")
-    parameters, *cells = [cell.source for cell in read_notebook(path).cells if cell.cell_type == "code"]
-    lines = [len(re.findall(r"^ *[^ #\n]", source, re.M)) for source in (parameters, *cells)]
-    assert sum(lines) <= 120 and statistics.median(lines) <= 8 and max(lines[1:]) <= 25
-    assert not any("helpers.dev" in source for source in cells)
+@pytest.mark.parametrize(("script", "patience", "said"), [("sys.exit('nonsense')", 60, "no server: .*nonsense"),
+                                                          ("time.sleep(60)", 0.5, "no server")])
+def test_a_server_that_ends_or_never_answers_is_an_error_with_its_own_words(script, patience, said):
+    with pytest.raises(RuntimeError, match=said), \
+            served(sys.executable, "-c", f"import sys, time; {script}", patience=patience):
+        pass
