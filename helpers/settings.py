@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.messages import check_tokenizer
-from helpers.processes import end_with_a_word, is_main, world_size
+from helpers.processes import end_with_a_word, is_main, take_signals, world_size  # noqa: F401
 from helpers.recipes import (
     DISK_GIB,
     GPU_GIB,

@@ -55,9 +55,10 @@ def test_everything_that_is_imported_is_declared(repo):
 
 def test_the_data_files_of_the_package_are_declared(repo):
     declared = tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    others = {path.relative_to(repo / "helpers").parts[0] for path in (repo / "helpers").rglob("*")
-              if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert {f"helpers.{folder}" for folder in others} == set(declared)
+    patterns = [f"{package.replace('.', '/')}/{pattern}" for package in declared for pattern in declared[package]]
+    shipped = {file for pattern in patterns for file in repo.glob(pattern)}
+    files = [file for file in repo.glob("helpers/**/*") if file.is_file() and file.suffix not in (".py", ".pyc")]
+    assert files and set(files) <= shipped
 
 
 def test_the_image_and_its_services_are_made_of_what_is_there(repo):
@@ -67,7 +68,9 @@ def test_the_image_and_its_services_are_made_of_what_is_there(repo):
     project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
     assert {"24.04": "3.12"}[ubuntu] in SpecifierSet(project["requires-python"])
     copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
-    assert all((repo / source).exists() for source in copied)
+    assert copied == ["requirements.lock", "helpers"] and all((repo / source).exists() for source in copied)
+    (install,) = (line.partition("--require-hashes")[2] for line in lines if "pip install" in line)
+    assert f"--require-hashes{install}" in (repo / "Makefile").read_text()  # as `make setup` does
     services = yaml.safe_load((repo / "compose.yaml").read_text())["services"]
     commands = {name: service["command"].removesuffix(" ${MODEL:-}") for name, service in services.items()}
     assert commands["server"].split() == json.loads(lines[-1].removeprefix("CMD "))

@@ -98,8 +98,6 @@ def test_metrics_are_written_and_scored_again(tmp_path, capsys):
     again = json.loads((folder / "metrics.json").read_text())["scores"]["fine-tuned"]
     assert again["summary"]["detection_rate"]["value"] == pytest.approx(29 / 30)
     assert again["summary"]["mean_iou"]["n"] == 30
-    with pytest.raises(ValueError, match="named 'tuned'; the names are fine-tuned, merged, base, constant box"):
-        write_metrics(tmp_path, {"tuned": []}, [])
 
 
 def test_completions_that_never_stopped_are_counted_in_every_summary(tmp_path):

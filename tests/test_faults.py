@@ -100,7 +100,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 OUTSIDE_OF_TRAINING = """
 import os, signal, time
-from helpers.processes import end_with_a_word
+from helpers.settings import end_with_a_word
 
 end_with_a_word()
 os.kill(os.getpid(), signal.{name})
@@ -118,7 +118,7 @@ def test_a_signal_outside_of_training_ends_with_a_word_too(name):
 
 FORKED = """
 import os, signal, time
-from helpers.processes import end_with_a_word
+from helpers.settings import end_with_a_word
 
 end_with_a_word()
 lock = __import__("threading").Lock()
