@@ -102,7 +102,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import GRPOConfig, SFTConfig
 
-from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, reward, speed, trainer
+from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, processes
+from helpers import reward, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
 
@@ -126,7 +127,7 @@ plots.overview([stage_run.stage for stage_run in run.stages], run.loss_scope)
 
 # %%
 limit = {"train": run.train_limit, "val": run.val_limit}
-with runs.main_first():
+with processes.main_first():
     raw = data.load_raw(**data.source_of(run.values), limit={split: n for split, n in limit.items() if n})
 if run.stages and not len(raw["train"]):
     raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone, and only recipe=base trains "
@@ -141,7 +142,7 @@ raw["val"][0]
 # with the boxes that came in, and `audit.jsonl` in the run's folder lists every finding by its id.
 
 # %%
-with runs.main_first():
+with processes.main_first():
     audit = data.audit(raw)
     rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
 display(audit.table(), audit.statistics)
@@ -311,7 +312,7 @@ del base
 model.free_memory()
 untrained = {"base": parity.files_hash(run.model_path, run.model_revision), "precision": first_precision}
 runs.open_folder(run, base=untrained["base"], train=runs.rows_hash(rows["train"]))
-if runs.is_main():
+if processes.is_main():
     audit.write(run.folder / "audit.jsonl")
 shared = Path(run.output_root) / "baselines" / runs.key(**untrained, **val)
 baseline = predict_val(lambda: load_base(first_precision), shared / "baseline.jsonl", **untrained)
@@ -665,11 +666,11 @@ merges = bool(last) and last.stage.trains == "lora"
 if merges:
     inputs = trained_on | {"merge_base": run.merge_base}
     with runs.step(run.folder, "merge", inputs, made=run.merged_folder) as todo:
-        if todo and runs.is_main():
+        if todo and processes.is_main():
             merge.save_merged(merge_into(run.merge_base), processor, run.merged_folder, made_with,
                               parity.base_of(last.base, run.model_revision))
 shipped = run.merged_folder if merges else last.result if last else run.model_path
-if last and runs.is_main():
+if last and processes.is_main():
     parity.note_longest(shipped, run.max_new_tokens)
 
 # %% [markdown]
@@ -697,5 +698,5 @@ print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
 for name, score in metrics["scores"].items():
     print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}{evaluate.unstopped_note(score)}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
-runs.leave()
+processes.leave()
 pd.DataFrame(runs.report(run))

@@ -107,8 +107,6 @@ PROMPT = Rule("text for every picture, without special tokens such as <|image_pa
 COUNT = whole(1, 10**9)
 PIXELS = whole(IMAGE_TOKEN, 16384 * IMAGE_TOKEN)
 REVISION = text("a commit, branch or tag")
-
-
 BOX_FORMAT = r"(xywh|xyxy|cxcywh|yxyx)(-(pixels|unit|percent|1000)(-(shown|stored|declared))?)?"  # `data.frames`
 
 
