@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
@@ -70,34 +70,33 @@ def write_lines(path: Path, ids: Sequence[str], work: Callable[[list[int]], Iter
         key: a hash over all that the lines depend on besides their id. Lines of another key are not kept.
         before: files whose lines are kept too.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parts = path.with_suffix(".parts")
+    processes, parts = PartialState(cpu=not torch.cuda.is_available()), path.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    mine = [*(range(len(ids)) if order is None else order)][rank::world]
+    mine = [*(range(len(ids)) if order is None else order)][processes.process_index :: processes.num_processes]
     done = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
     todo = [i for i in mine if ids[i] not in done]
-    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
-    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture",
+                       shown=processes.is_main_process)
+    with (parts / f"{key}.{processes.process_index}.jsonl").open("a") as file:
         file.write("\n")  # ends a line that a kill has cut
         for lines in work(todo) if todo else ():
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             bar.update(len(lines))
     bar.close()
-    _wait_for_all(world)
-    if rank == 0:
-        places = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
-        whole = path.with_name(path.name + ".part")
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        sources, whole = [*before, *parts.glob(f"{key}.*.jsonl")], path.with_name(path.name + ".part")
+        places = _places(sources, name)
         with ExitStack() as opened, whole.open("wb") as file:
-            sources = {source: opened.enter_context(source.open("rb")) for source in {source for source, _ in
-                                                                                      places.values()}}
+            files = {source: opened.enter_context(source.open("rb")) for source in sources}
             for one in ids:
                 source, at = places[one]
-                sources[source].seek(at)
-                file.write(sources[source].readline().rstrip() + b"\n")
+                files[source].seek(at)
+                file.write(files[source].readline().rstrip() + b"\n")
         whole.replace(path)
         shutil.rmtree(parts)
-    _wait_for_all(world)
+    processes.wait_for_everyone()
 
 
 def _places(files: Iterable[Path], name: str) -> dict[str, tuple[Path, int]]:
@@ -134,15 +133,19 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
             return
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
-                raise RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for "
-                                   "want of memory or of room in /dev/shm. The same command goes on where this one "
-                                   "stopped.") from error
+                raise dead_worker(error, "the same command goes on where this one stopped") from error
             if batch_size == 1 or not should_reduce_batch_size(error):
                 raise
         batch_size //= 2
         print(f"out of memory: going on with batches of {batch_size}")
         encoded.clear()
         clear_device_cache(garbage_collection=True)  # here the error, which holds on to the batch's tensors, is gone
+
+
+def dead_worker(error: Exception, next_words: str) -> RuntimeError:
+    """What a DataLoader's error means whose worker died, in one sentence that ends with `next_words`."""
+    return RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for want of "
+                        f"memory or of room in /dev/shm; {next_words}.")
 
 
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
@@ -289,8 +292,3 @@ def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: lis
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(text) for text in path.read_text().split("\n") if text]
-
-
-def _wait_for_all(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()

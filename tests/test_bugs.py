@@ -55,7 +55,8 @@ def test_trainer_multiplies_the_batch_where_it_sees_two_gpus_and_the_projects_do
     assert seen == {"GPUs counted": 2, "batch": 8, "model": "DataParallel"}, f"Trainer's larger batch {GONE}"
     assert bugs.on_two_gpus(load(), spread, *material, tmp_path, Trainer)["batch"] == 4
     lora = trainer_for(load(), *material, tmp_path).model
-    assert bugs.on_two_gpus(lora, spread, *material, tmp_path, trainer.BoxTrainer)["batch"] == 4
+    seen = bugs.on_two_gpus(lora, one, *material, tmp_path, trainer.BoxTrainer)
+    assert seen == {"GPUs counted": 1, "batch": 4, "model": "Qwen2VLForConditionalGeneration"}
 
 
 def test_a_small_step_is_lost_in_bf16_and_kept_in_fp32():

@@ -1,5 +1,6 @@
 """Generation: batches equal to one by one, lines that survive a kill, a confidence a box, constrained decoding."""
 
+import io
 import itertools
 import json
 import math
@@ -32,8 +33,6 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def rows():
-    import io
-
     pictures = [Image.open(io.BytesIO(render_scene(0, i, "val").jpeg)).convert("RGB") for i in range(6)]
     empty = {"bbox": [], "category_id": [], "category_name": []}
     return Dataset.from_list([{"image_id": str(i), "image": p, "width": p.width, "height": p.height, "objects": empty}
@@ -169,7 +168,7 @@ def test_predictions_are_the_same_with_other_processes(vlm, processor, rows, tmp
     assert run(vlm, processor, rows, tmp_path / "helped.jsonl") == alone
 
 
-def test_one_answer_as_a_line(processor):
+def test_one_completion_as_a_line(processor):
     text = "<|object_ref_start|>barcode<|object_ref_end|><|box_start|>(100,200),(500,600)<|box_end|>(1,2"
     tokens = processor.tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
     half = [math.log(0.5)] * len(tokens)
@@ -178,12 +177,9 @@ def test_one_answer_as_a_line(processor):
     assert line["boxes"] == [[0.1, 0.2, 0.5, 0.6]] and line["labels"] == ["barcode"]
     assert line["confidences"] == [0.5] and len(line["rejected"]) == 1
     assert not predict.line("a", tokens[:-1], half[:-1], processor.tokenizer)["stopped"]
-
-
-def test_confidence_counts_the_digits_of_its_own_box_alone(processor):
-    pieces = processor.tokenizer.encode("<|box_start|>(100,200),(500,600)<|box_end|>", add_special_tokens=False)
-    sure, unsure = [0.0] * len(pieces), [math.log(0.25)] * len(pieces)
-    assert predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)["confidences"] == [1.0, 0.25]
+    unsure = [math.log(0.25)] * len(tokens)  # of each box its own digits count alone
+    two = predict.line("a", tokens[:-5] * 2, half[:-5] + unsure[:-5], processor.tokenizer)
+    assert two["confidences"] == [0.5, 0.25]
 
 
 def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):
@@ -193,16 +189,12 @@ def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, 
     assert [line["text"] for line in together] == [line["text"] for line in alone]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_answers_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows, monkeypatch, attention):
-    seen, real = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda **given: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+def test_completions_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows, monkeypatch):
+    enabled, real, before = [], vlm.generate, torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(vlm, "generate", lambda **given: enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
                         or real(**given))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    vlm.set_attn_implementation(attention)
-    (line,) = predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 4, "do_sample": False})
-    vlm.set_attn_implementation("sdpa")
-    assert line["new_tokens"] and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
+    predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 1, "do_sample": False})
+    assert enabled == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 @pytest.fixture(scope="module")
