@@ -1,6 +1,7 @@
 """Batches and label masks: what the loss is computed on, as literals. Lengths against the processor's own."""
 
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -72,7 +73,7 @@ def test_a_batch_is_its_rows_with_padding(processor):
     assert kept(processor, together, 1) == "no nutrition table<|im_end|>"
 
 
-def test_labels_without_the_end_token_stop_the_run(repo):
+def test_labels_without_the_end_token_stop_the_run():
     processor = Qwen2VLProcessor.from_pretrained(TINY_BASE)
     processor.chat_template = processor.chat_template.replace("<|im_end|>", "")
     with pytest.raises(ValueError, match=r"no <\|im_end\|> in its labels"):
@@ -158,15 +159,15 @@ def test_augmented_pictures_count_as_the_largest(processor, monkeypatch):
         limits(processor, small, augment=True)
 
 
-def test_iou_during_training_needs_a_box_to_measure(processor):
+@pytest.mark.parametrize("boxes, pictures, said", [([(), (), (BOX,)], 2, "2 pictures"), ([], 2, "0 pictures"),
+                                                   ([(), (), (BOX,)], 3, None)])
+def test_iou_during_training_needs_a_box_to_measure(boxes, pictures, said, processor):
     train = table([(BOX,)])
-    limits(processor, train, eval_steps=None)
-    with pytest.raises(ParameterError, match="eval_steps=5 finds no box on 2 pictures of selection"):
-        limits(processor, train, selection=table([(), (), (BOX,)]), eval_steps=5)
-    limits(processor, train, selection=table([(), (), (BOX,)]), eval_steps=5, eval_pictures=3)
-    with pytest.raises(ParameterError, match="no box on 0 pictures"):
-        limits(processor, train, selection=train.select([]), eval_steps=5)
-    limits(processor, train, selection=train.select([]), eval_steps=5, stages=[])  # nothing trains
+    options = {"selection": table(boxes) if boxes else train.select([]), "eval_pictures": pictures}
+    limits(processor, train, **options)
+    limits(processor, train, eval_steps=5, stages=[], **options)  # nothing trains
+    with pytest.raises(ParameterError, match=f"eval_steps=5 finds no box on {said}") if said else nullcontext():
+        limits(processor, train, eval_steps=5, **options)
 
 
 def test_a_transparent_picture_is_trained_on_white(processor):
