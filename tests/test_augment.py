@@ -37,28 +37,12 @@ def test_a_box_is_the_tight_hull_of_what_it_framed(size):
         assert boxes.min() >= 0 and (boxes[0, 2:] <= np.array(warped.shape[:0:-1])).all()
 
 
-def test_every_kind_of_change_happens_and_its_chance_is_mild():
-    picture, box = drawn(3, (200, 150))
-    sizes, same = set(), 0
-    for number in range(300):
-        torch.manual_seed(number)
-        warped, boxes = augment.warp(tv_tensors.Image(picture), [box])
-        sizes.add(tuple(warped.shape))
-        same += warped.shape[1:] == (150, 200) and np.allclose(boxes[0, [1, 0, 3, 2]] / (150, 200, 150, 200), box)
-    assert len(sizes) > 50 and 20 < same < 120
-    assert any(height > width for _, height, width in sizes), "no quarter turn"
-
-
 def row(number: int, boxes=None) -> dict:
     picture, box = drawn(number, (120, 100))
     boxes = [box] if boxes is None else boxes
     names = ["nutrition-table", "nutrition-table-text", "nutrition-table-small"][: len(boxes)]
     return {"image_id": str(number), "image": picture, "width": 120, "height": 100, "meta": {"barcode": "1"},
             "objects": {"bbox": boxes, "category_id": list(range(len(boxes))), "category_name": names}}
-
-
-def same(one: dict, other: dict) -> bool:
-    return one["image"].tobytes() == other["image"].tobytes() and one["objects"] == other["objects"]
 
 
 def test_a_draw_depends_on_seed_epoch_and_image_id_and_on_nothing_else():
@@ -71,10 +55,10 @@ def test_a_draw_depends_on_seed_epoch_and_image_id_and_on_nothing_else():
     for start in (torch.manual_seed, random.seed, np.random.seed):
         start(5)
     before = torch.get_rng_state()
-    assert same(view(), first)
+    views = [view(), view(seed=1), view(epoch=1), view(number=2)]
     assert torch.equal(torch.get_rng_state(), before), "the training's own random numbers went on"
-    others = [view(seed=1), view(epoch=1), view(number=2)]
-    assert not any(same(other, first) for other in others)
+    same = [one["image"].tobytes() == first["image"].tobytes() and one["objects"] == first["objects"] for one in views]
+    assert same == [True, False, False, False]
 
 
 def test_no_box_is_lost_and_names_stay_with_their_boxes():
