@@ -105,15 +105,6 @@ def device_map() -> str | dict[str, int | str]:
     return {"": gpus()[0]} if len(gpus()) == 1 else "balanced"
 
 
-def check_one_way(model: nn.Module) -> None:
-    """Raise ValueError where two ways to use several GPUs are mixed: a process a GPU, one model over all GPUs."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    places = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"})
-    if world > 1 and len(places) > 1:
-        raise ValueError(f"{world} processes, and this one's model lies on the GPUs {', '.join(places)}: either one "
-                         "process a GPU (accelerate launch), or one process and device_map='balanced', never both.")
-
-
 def attention(training: bool = True) -> str:
     """On a GPU `flash_attention_2` where the package is installed and the GPU has it (Ampere or newer), else PyTorch's
     `sdpa`; on a CPU `sdpa` too, but `eager` to train in bfloat16, where its backward pass is faster."""

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 import torch
@@ -273,21 +273,19 @@ def line(image_id: str, tokens: list[int], log_probabilities: list[float], token
     pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
     text = "".join(pieces)
     parsed = parse_text(text)
+    starts = [0, *accumulate(map(len, pieces))]
+
+    def confidence(begin: int, end: int) -> float:
+        """exp of the mean log-probability of the tokens that carry a box's digits (0-1)."""
+        digits = [log for piece, start, log in zip(pieces, starts, log_probabilities, strict=False)
+                  if begin <= start < end and re.search(r"\d", piece)]
+        return round(math.exp(sum(digits) / len(digits)), 4)
+
     return {
         "image_id": image_id, "text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(),
-        "confidences": [round(_confidence(span, pieces, log_probabilities), 4) for span in parsed.spans],
+        "confidences": [confidence(*span) for span in parsed.spans],
         "rejected": parsed.rejected, "stopped": stopped, "new_tokens": len(tokens) + stopped,
     }
-
-
-def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: list[float]) -> float:
-    """exp of the mean log-probability of the tokens that carry a box's digits (0-1)."""
-    digits, at = [], 0
-    for piece, log_probability in zip(pieces, log_probabilities, strict=False):
-        if span[0] <= at < span[1] and re.search(r"\d", piece):
-            digits.append(log_probability)
-        at += len(piece)
-    return math.exp(sum(digits) / len(digits))
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,8 +34,7 @@ from trl import SFTTrainer
 
 from helpers import data, evaluate, merge, parity, predict, runs
 from helpers.collate import IGNORED
-from helpers.data.pictures import picture_facts
-from helpers.model import check_one_way, keep_4bit_trainable
+from helpers.model import keep_4bit_trainable
 from helpers.runs import progress_bar, read_json, write_json, write_text
 from helpers.settings import Run, take_signals
 
@@ -68,7 +67,6 @@ class ExactTrainer(Trainer):
                  base: dict[str, str] | None = None, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
-        check_one_way(self.model)
         keep_4bit_trainable(self.model)  # it may generate between two steps
         self.made_with, self.base, self.notice = made_with, base, StopNotice()
         self.kept, args.save_total_limit = args.save_total_limit, None  # no old checkpoint goes before a new is whole
@@ -100,11 +98,14 @@ class ExactTrainer(Trainer):
         try:
             with self.notice.watching():
                 result = super().train(resume_from_checkpoint, **kwargs)
-        except Exception as error:
-            clearer = explained(error, self)
-            if clearer is None:
+        except torch.OutOfMemoryError as error:
+            numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
+            raise torch.OutOfMemoryError(f"out of GPU memory at step {self.state.global_step + 1} "
+                                         f"({numbers.rstrip('.')}): {advice(self)}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
-            raise clearer from error
+            raise predict.dead_worker(error, goes_on(self.folder)) from error
         if self.notice.came:
             raise Stopped(f"{self.notice.came} at step {self.state.global_step} of {self.state.max_steps}: "
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
@@ -269,33 +270,16 @@ def goes_on(folder: Path) -> str:
     return f"the same command goes on from {Path(last).name if last else 'the start'}"
 
 
-def explained(error: Exception, sft: ExactTrainer) -> Exception | None:
-    """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
-    step = sft.state.global_step + 1
-    if isinstance(error, torch.OutOfMemoryError):
-        numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
-        return torch.OutOfMemoryError(f"out of GPU memory at step {step} ({numbers.rstrip('.')}): {_smaller(sft)}")
-    if "DataLoader worker" in str(error):
-        return predict.dead_worker(error, goes_on(sft.folder))
-    if isinstance(error, OSError):
-        for row in sft.train_dataset.cast_column("image", Image(decode=False)):
-            fault = picture_facts(row["image"])["error"]  # pictures were read to their end before the training started
-            if fault:
-                return ValueError(f"the picture of image_id={row['image_id']!r} can no longer be read ({fault}), and "
-                                  "could be when the run started; mend or remove it, and start again.")
-    return None
-
-
-def _smaller(sft: ExactTrainer) -> str:
-    """What to change so that a step takes less memory: the updates stay the same."""
-    advice = []
+def advice(sft: ExactTrainer) -> str:
+    """What to change so that a step takes less memory."""
+    changes = []
     if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
-        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
+        changes.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
     if sft.args.per_device_train_batch_size > 1:
-        advice.append("half of batch_size with twice the accumulation makes the same updates")
+        changes.append("half of batch_size with twice the accumulation makes the same updates")
     pixels = dict(sft.processing_class.image_processor.size)["longest_edge"]
-    advice.append(f"a max_pixels below {pixels} makes shorter sequences")
-    return "; ".join(advice) + "; a smaller batch or max_pixels needs a run_name of its own."
+    changes.append(f"a max_pixels below {pixels} makes shorter sequences")
+    return "; ".join(changes) + "; a smaller batch or max_pixels needs a run_name of its own."
 
 
 class Stopped(SystemExit):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 from small_training import StopAt, build, small_processor, squares
-from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from helpers import augment, collate, trainer
@@ -90,20 +89,6 @@ def test_a_picture_never_gets_too_thin_for_the_model():
         torch.manual_seed(number)
         short, long = sorted(augment.warp(thin, [[0.1, 0.4, 0.9, 0.6]] if number % 2 else [])[0].shape[-2:])
         assert long <= 200 * short
-
-
-def test_worker_processes_make_the_same_batches():
-    processor = small_processor()
-    change = Augment(0)
-    collator = collate.Collator(processor, "Where?", augment=change)
-    rows = [row(number) for number in range(6)]
-    for epoch in (0, 1):
-        change.epoch = epoch
-        batches = [list(DataLoader(rows, batch_size=3, collate_fn=collator, num_workers=workers)) for workers in (0, 2)]
-        for alone, shared in zip(*batches, strict=True):
-            assert all(torch.equal(alone[name], shared[name]) for name in alone)
-    plain = collate.Collator(processor, "Where?")(rows[:3])
-    assert not torch.equal(plain["pixel_values"][0], alone["pixel_values"][0])
 
 
 def augmented(folder, processor, rows, seen, **options):
