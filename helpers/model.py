@@ -87,7 +87,7 @@ def check_4bit(model: nn.Module) -> None:
 
 def gpus() -> list[int]:
     """Numbers of the GPUs that this process uses: its own under a launcher (ValueError where it started more processes
-    than there are GPUs), else all that it sees."""
+    than there are GPUs), else all that are visible."""
     visible = torch.cuda.device_count()
     if not visible or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return list(range(visible))

@@ -46,7 +46,7 @@ WORSE = 1.5  # this many times the mean of the first WINDOW steps: the training 
 COMMON: dict[str, Any] = {
     "remove_unused_columns": False,  # the collator reads rows of the project's schema
     "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # a loss that is no number must be seen
+    "logging_nan_inf_filter": False,  # a loss that is no number must show
     "save_total_limit": 2,
     "dataloader_num_workers": 4 if torch.cuda.is_available() else 0,  # processes that open pictures
     "use_cpu": not torch.cuda.is_available(),
@@ -65,7 +65,7 @@ class ExactTrainer(Trainer):
 
     def __init__(self, model: torch.nn.Module, args: TrainingArguments, *, made_with: dict[str, Any] | None = None,
                  base: dict[str, str] | None = None, **kwargs):
-        args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
+        args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all visible GPUs, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
         keep_4bit_trainable(self.model)  # it may generate between two steps
         self.made_with, self.base, self.notice = made_with, base, StopNotice()
@@ -150,7 +150,7 @@ class ExactTrainer(Trainer):
         odd = sorted(name for name in {*own, *saved}
                      if name not in own or name not in saved or own[name].shape != saved[name].shape)
         if odd:
-            raise ValueError(f"{resume_from_checkpoint} holds other weights than the ones that train here, such as "
+            raise ValueError(f"{resume_from_checkpoint} has other weights than the ones that train here, such as "
                              f"{odd[0]}; was it made by another recipe or rank?")
         with torch.no_grad():
             for name, weight in saved.items():
@@ -199,10 +199,10 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's own; features that a frozen tower has made before (`CachedFeaturesCollator`) take pictures' place.
 
-        SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
+        SDPA needs the pictures' lengths in each layer of the vision tower: on a GPU each would wait for the device, so
         they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
         a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
-        they do not wait for the head's (losses of -inf were seen). So the head's GPU is the current one, the count goes
+        they do not wait for the head's (with losses of -inf). So the head's GPU is the current one, the count goes
         there, and the loss comes back to where Trainer adds it up.
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
@@ -215,7 +215,7 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
             num_items_in_batch = num_items_in_batch.to(place)
         with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
             computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:  # only an evaluation asks for them, and TRL runs the model a second time for their logits
+        if return_outputs:  # only an evaluation needs them, and TRL runs the model a second time for their logits
             return computed[0].to(self.args.device), computed[1]
         return computed.to(self.args.device)
 

@@ -193,9 +193,9 @@ def test_an_adapter_loads_whole_or_not_at_all(tmp_path):
         model.load_adapter(base(), tmp_path)
 
 
-def test_merging_is_right_and_a_wrong_merge_is_caught(tmp_path, processor, monkeypatch):
+def test_merging_is_right_and_a_wrong_merge_is_caught(tmp_path, processor, rows, monkeypatch):
     vlm = with_lora(base(dtype=torch.float32), R4.lora_targets)
-    batch = text_batch(vlm)
+    batch = collate.Collator(processor, "Where?")([rows[0]])
     merged, difference = merge.merge_adapter(vlm, batch)
     assert 0 < difference < 1e-5
     merge.save_whole(merged, processor, tmp_path / "merged")
@@ -217,7 +217,7 @@ def test_merging_is_right_and_a_wrong_merge_is_caught(tmp_path, processor, monke
         merge.merge_adapter(with_lora(base(dtype=torch.float32), R4.lora_targets), batch)
 
 
-def test_a_merge_in_bf16_is_proven_layer_by_layer():
+def test_a_merge_in_bf16_is_proven_layer_by_layer(processor, rows):
     """Rounding in bf16 hides a small adapter in the logits; in the weights of a layer it hides nothing."""
     for forget in (False, True):
         vlm = with_lora(base(), R4.lora_targets)
@@ -228,17 +228,8 @@ def test_a_merge_in_bf16_is_proven_layer_by_layer():
             with pytest.raises(ValueError, match=r"blocks\.0\.attn\.proj: .*the merge is wrong"):
                 merge.merge_adapter(vlm, None)
         else:
-            _, difference = merge.merge_adapter(vlm, text_batch(vlm))
+            _, difference = merge.merge_adapter(vlm, collate.Collator(processor, "Where?")([rows[0]]))
             assert 0 < difference < 0.1
-
-
-def text_batch(vlm):
-    """A batch with one 4 x 4 token picture."""
-    image, pad = vlm.config.image_token_id, 16
-    ids = torch.tensor([[1, 2, *[image] * pad, 3, 4]])
-    kind = (ids == image).int()
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kind,
-            "pixel_values": torch.randn(64, 1176), "image_grid_thw": torch.tensor([[1, 8, 8]])}
 
 
 def show_gpus(monkeypatch, count: int, capability: tuple[int, int] = (9, 0)) -> None:

@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_and_equals_an_undisturbed_one(recipe, tmp_path, pr
 
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path, processor, rows, from_3):
     other = build("r4-joint", tmp_path, processor, rows)
-    with pytest.raises(ValueError, match="holds other weights than the ones that train here"):
+    with pytest.raises(ValueError, match="has other weights than the ones that train here"):
         other.train(resume_from_checkpoint=from_3)
 
 
