@@ -327,11 +327,8 @@ class StopNotice(TrainerCallback):
         """A whole step is done: the one point at which weights, optimizer and data order agree."""
         if self.kernel_of and os.getppid() != self.kernel_of:
             self.came = self.came or "the program that ran this notebook has ended"
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            anyone = torch.tensor(float(bool(self.came)), device=args.device)
-            torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
-            self.came = self.came or ("another process was told to stop" if anyone.item() else "")
-        if self.came:
+        if any(gather_object([self.came])):
+            self.came = self.came or "another process was told to stop"
             control.should_save = control.should_training_stop = True
 
 

@@ -84,11 +84,12 @@ def test_the_best_checkpoint_comes_back_also_after_a_kill(tmp_path, processor, r
 
 
 TWO_PROCESSES = """
-import json, sys
+import json, os, signal
 from pathlib import Path
 from helpers import predict
 from test_callbacks import watched
-from small_training import small_processor, squares
+from small_training import build, small_processor, squares
+from test_trainer import At
 
 mine, real = [], predict.complete
 predict.complete = lambda *given: mine.extend(one["image_id"] for one in given[2]) or real(*given)
@@ -96,11 +97,16 @@ sft = watched(Path("run"), small_processor(), squares(), keep="best", max_steps=
 sft.train()
 ious = [line["eval_iou"] for line in sft.state.log_history if "eval_iou" in line]
 rank, world = sft.accelerator.process_index, sft.accelerator.num_processes
-Path(f"rank{rank}.json").write_text(json.dumps([world, mine, ious, sft.state.best_global_step]))
+stopped = build("r1-llm-only", Path("stopped"), small_processor(), squares())
+stopped.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank else None))
+try:
+    stopped.train()
+except SystemExit as end:
+    Path(f"rank{rank}.json").write_text(json.dumps([world, mine, ious, sft.state.best_global_step, str(end)]))
 """
 
 
-def test_two_processes_share_the_pictures_and_agree(repo):
+def test_two_processes_share_the_pictures_agree_and_stop_together(repo):
     Path("two.py").write_text(TWO_PROCESSES)
     ended = subprocess.run([Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", "29547",
                             "two.py"], env=os.environ | {"PYTHONPATH": f"{repo}:{repo / 'tests'}"},
@@ -108,4 +114,6 @@ def test_two_processes_share_the_pictures_and_agree(repo):
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first[:2] == [2, ["0", "2"] * 2] and second[:2] == [2, ["1"] * 2]
-    assert first[2:] == second[2:] and len(first[2]) == 2 and first[3] == 2
+    assert first[2:4] == second[2:4] and len(first[2]) == 2 and first[3] == 2
+    assert first[4].startswith("another process was told to stop at step 2 of 4: checkpoint-2 is saved")
+    assert second[4].startswith("SIGTERM at step 2 of 4: checkpoint-2 is saved")
