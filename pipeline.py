@@ -657,7 +657,6 @@ def merge_into(kind):
         return merge.merge_adapter(adapted, None)[0]
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")
-    merge.check_algebra(difference, dtype)
     return merged
 
 
