@@ -35,7 +35,8 @@ from helpers.data.pictures import escaped
 from helpers.runs import read_json, write_json, write_text
 from helpers.settings import ParameterError, end_with_a_word
 from helpers.use import load
-from helpers.use.inputs import Picture, Reader, find_pictures, first_line
+from helpers.use.inputs import Picture, Reader, find_pictures
+from helpers.use.load import first_line
 
 
 class Predictor:
@@ -52,27 +53,29 @@ class Predictor:
         self.output, self.read, self.crops, self.batch_size = output, read, crops, batch_size
         self.one_at_a_time = threading.Lock()
 
-    def open(self, pictures: list[Picture]) -> list[Image | ValueError]:
-        """The pictures, or why there is none."""
+    def open(self, picture: Picture) -> Image | str:
+        """The picture, or why there is none."""
+        try:
+            return load.open_upright(self.read(picture.place))
+        except ParameterError:  # nothing can be read there any more
+            raise
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # each source has its own
+            return f"cannot be read ({type(error).__name__}: {first_line(error)})"
 
-        def opened(picture: Picture) -> Image | ValueError:
-            try:
-                return load.open_upright(self.read(picture.place))
-            except ValueError as error:
-                return error
-            except Exception as error:  # each source has its own
-                return ValueError(f"cannot be read ({type(error).__name__}: {first_line(error)})")
-
+    def open_all(self, pictures: list[Picture]) -> list[Image | str]:
+        """What `open` gives for each."""
         with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(opened, pictures))
+            return list(pool.map(self.open, pictures))
 
-    def generate(self, pictures: list[Picture], opened: list[Image | ValueError]) -> list[dict]:
+    def generate(self, pictures: list[Picture], opened: list[Image | str]) -> list[dict]:
         """A line a picture, in their order; in batches of pictures of about one size."""
         rows = [load.as_row(picture.stamp, image) for picture, image in zip(pictures, opened, strict=True)
                 if isinstance(image, Image)]
-        largest_first = sorted(range(len(rows)), key=lambda i: -rows[i]["image"].width * rows[i]["image"].height)
+        rows.sort(key=lambda row: row["image"].width * row["image"].height, reverse=True)
         with self.one_at_a_time:
-            batches = list(predict.generate_batches(self.vlm, self.processor, rows, largest_first, self.prompt,
+            batches = list(predict.generate_batches(self.vlm, self.processor, rows, range(len(rows)), self.prompt,
                                                     {"do_sample": False}, None, self.batch_size))
         if len(rows) >= self.batch_size:
             self.batch_size = max(map(len, batches))  # where memory ran out: what did fit
@@ -82,19 +85,18 @@ class Predictor:
             if isinstance(image, Image):
                 line = found[picture.stamp] | {"width": image.width, "height": image.height}
             else:
-                line = {"image_id": "", "text": "", "labels": [], "boxes": [], "confidences": [], "rejected": [],
-                        "stopped": False, "new_tokens": 0, "width": 0, "height": 0, "error": str(image)}
-            line |= {"image_id": picture.image_id, "stamp": picture.stamp}
+                empty = predict.line("", [], [], self.processor.tokenizer)
+                line = empty | {"width": 0, "height": 0, "error": image}
+            lines.append(line | {"image_id": picture.image_id, "stamp": picture.stamp})
             if self.crops and isinstance(image, Image):
-                line["crops"] = save_crops(line, image, self.output)
-            lines.append(line)
+                lines[-1]["crops"] = save_crops(lines[-1], image, self.output)
         return lines
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """For Ray: columns `image_id` and `place` (bytes, as the operating system has them) and `stamp` -> lines."""
-        pictures = [Picture(*map(os.fsdecode, one)) for one in zip(batch["image_id"], batch["stamp"], batch["place"],
-                                                                 strict=True)]
-        lines = self.generate(pictures, self.open(pictures))
+        columns = [map(os.fsdecode, batch[name]) for name in Picture._fields]
+        pictures = [Picture(*one) for one in zip(*columns, strict=True)]
+        lines = self.generate(pictures, self.open_all(pictures))
         return {"stamp": [line["stamp"] for line in lines], "line": [json.dumps(line) for line in lines]}
 
 
@@ -103,9 +105,9 @@ def predict_here(pictures: list[Picture], options: dict[str, Any], size: int) ->
     predictor = Predictor(**options)
     windows = [pictures[at : at + size] for at in range(0, len(pictures), size)]
     with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(predictor.open, windows[0])
+        coming = ahead.submit(predictor.open_all, windows[0])
         for window, following in pairwise([*windows, []]):
-            opened, coming = coming.result(), ahead.submit(predictor.open, following)
+            opened, coming = coming.result(), ahead.submit(predictor.open_all, following)
             yield predictor.generate(window, opened)
 
 
