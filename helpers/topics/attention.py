@@ -33,7 +33,7 @@ class Look:
     # for each of x0, y0, x1, y1; a map sums to the share of all attention that goes to the picture
 
 
-def looks(model: nn.Module, processor, rows: Iterable[Mapping], thing: str) -> list[Look]:
+def looks(model: nn.Module, processor, rows: Iterable[dict], thing: str) -> list[Look]:
     """Detects `thing` on each of the rows that shows one; those for which a box is written.
 
     The model must have been loaded with `attn_implementation="eager"`: others give no weights. Raises ValueError where
@@ -53,7 +53,7 @@ def looks(model: nn.Module, processor, rows: Iterable[Mapping], thing: str) -> l
 
 
 @torch.inference_mode()
-def look(model: nn.Module, processor, row: Mapping, prompt: str) -> tuple[np.ndarray, np.ndarray] | None:
+def look(model: nn.Module, processor, row: dict, prompt: str) -> tuple[np.ndarray, np.ndarray] | None:
     """The first box that is written for a row's picture, and its `Look.maps`; None where no box is.
 
     A number's first digit is chosen at the token before it, "(" or ","; its attention is taken, in a second pass over

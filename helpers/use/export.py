@@ -194,7 +194,7 @@ def push(name: str, folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Export, and push where asked; a fault in the input ends in one sentence and exit status 1."""
+    """Export, and push with --push; a fault in the input ends in one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m helpers.use.export", description="Copies of a merged model.")
     parser.add_argument("model", help="a merged model's folder")
     parser.add_argument("--output", help="a new folder; the model's name with -export behind it by default")
