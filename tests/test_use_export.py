@@ -176,7 +176,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(merged, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, exported, monkeypatch, capsys):
+def test_the_hub_is_written_only_on_demand_and_only_with_a_token(merged, exported, monkeypatch, capsys):
     calls = []
 
     class Hub:

@@ -137,12 +137,6 @@ def test_pictures_of_rarer_kinds_are_read(kind):
     assert np.abs(difference).mean() < 15  # of 255: a GIF's palette is coarse
 
 
-@pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P"])
-def test_a_transparent_picture_is_shown_on_white(kind):
-    pixels = load.open_upright(finished_model.clear(kind))
-    assert pixels.mode == "RGB" and pixels.getpixel((0, 0)) == (255, 255, 255) and max(pixels.getpixel((32, 32))) < 15
-
-
 def test_boxes_in_pixels_are_never_empty():
     assert load.to_pixels([0.1, 0.2, 0.5, 1.0], (200, 100)) == (20, 20, 100, 100)
     assert load.to_pixels([0.5, 0.5, 0.501, 0.501], (10, 10)) == (5, 5, 6, 6)
