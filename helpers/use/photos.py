@@ -38,6 +38,8 @@ from helpers.use import load
 from helpers.use.inputs import Picture, Reader, find_pictures
 from helpers.use.load import first_line
 
+READERS = 4  # pictures opened at the same time
+
 
 class Predictor:
     """Opens pictures and runs the merged model in folder `model` on them; Ray makes one of it a GPU.
@@ -63,11 +65,6 @@ class Predictor:
             return str(error)
         except Exception as error:  # each source has its own
             return f"cannot be read ({type(error).__name__}: {first_line(error)})"
-
-    def open_all(self, pictures: list[Picture]) -> list[Image | str]:
-        """What `open` gives for each."""
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(self.open, pictures))
 
     def generate(self, pictures: list[Picture], opened: list[Image | str]) -> list[dict]:
         """A line a picture, in their order; in batches of pictures of about one size."""
@@ -96,7 +93,9 @@ class Predictor:
         """For Ray: columns `image_id` and `place` (bytes, as the operating system has them) and `stamp` -> lines."""
         columns = [map(os.fsdecode, batch[name]) for name in Picture._fields]
         pictures = [Picture(*one) for one in zip(*columns, strict=True)]
-        lines = self.generate(pictures, self.open_all(pictures))
+        with ThreadPoolExecutor(READERS) as pool:
+            opened = list(pool.map(self.open, pictures))
+        lines = self.generate(pictures, opened)
         return {"stamp": [line["stamp"] for line in lines], "line": [json.dumps(line) for line in lines]}
 
 
@@ -104,10 +103,10 @@ def predict_here(pictures: list[Picture], options: dict[str, Any], size: int) ->
     """The lines of `size` pictures at a time; while the model works on some, the next are opened."""
     predictor = Predictor(**options)
     windows = [pictures[at : at + size] for at in range(0, len(pictures), size)]
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(predictor.open_all, windows[0])
+    with ThreadPoolExecutor(READERS) as pool:
+        coming = pool.map(predictor.open, windows[0])
         for window, following in pairwise([*windows, []]):
-            opened, coming = coming.result(), ahead.submit(predictor.open_all, following)
+            opened, coming = list(coming), pool.map(predictor.open, following)
             yield predictor.generate(window, opened)
 
 
@@ -173,7 +172,7 @@ def predict_photos(source: str, output: Path, model: str | Path, *, split: str =
 
     `ray`: the address of a Ray cluster, or "here" for one on this machine alone.
     """
-    made_with = load.check(model)
+    made_with, batch_size = load.check(model), max(1, batch_size)
     pictures, read = find_pictures(source, split, output, private)
     job = {"model": made_with["weights"], "prompt": made_with["prompt"], "crops": crops,
            "max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS)}
@@ -263,15 +262,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ray", nargs="?", const="here", metavar="ADDRESS", help="run on all GPUs of a Ray cluster "
                         "(auto: the one this machine belongs to); without ADDRESS on all of this machine")
     parser.add_argument("--batch-size", type=int, default=16)
-    chosen = parser.parse_args(arguments)
-    output = chosen.output.expanduser()
+    chosen = vars(parser.parse_args(arguments))
+    source, output, model = chosen.pop("input"), chosen.pop("output").expanduser(), chosen.pop("model")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # names that are not UTF-8
     end_with_a_word()
     with load.one_sentence():
         try:
-            counts = predict_photos(chosen.input, output, chosen.model or load.newest(), split=chosen.split,
-                                    coco=chosen.coco, crops=chosen.crops, parquet=chosen.parquet, ray=chosen.ray,
-                                    private=chosen.private, batch_size=max(1, chosen.batch_size))
+            counts = predict_photos(source, output, model or load.newest(), **chosen)
         except OSError as error:
             sys.exit(f"OUTPUT={output} " + (
                 "is on a disk that is full: what is done is kept; free some room, and the same command goes on."
