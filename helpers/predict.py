@@ -77,13 +77,12 @@ def write_lines(path: Path, ids: Sequence[str], work: Callable[[list[int]], Iter
     done = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
     todo = [i for i in mine if ids[i] not in done]
     bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
-    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+    with bar, (parts / f"{key}.{rank}.jsonl").open("a") as file:
         file.write("\n")  # ends a line that a kill has cut
         for lines in work(todo) if todo else ():
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             bar.update(len(lines))
-    bar.close()
     _wait_for_all(world)
     if rank == 0:
         places = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
