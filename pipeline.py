@@ -234,7 +234,7 @@ print(f"two in a byte, {packed.flatten().tolist()}, with a scale of {state.absma
 
 # %% [markdown]
 # Only the language model is quantized. The vision tower is small, and rounding it costs accuracy before the language
-# model sees a single token. `llm_int8_skip_modules` keeps it out, by the names that its modules have today.
+# model reads a single token. `llm_int8_skip_modules` keeps it out, by the names that its modules have today.
 
 # %%
 nf4 = BitsAndBytesConfig(

@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig, Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
@@ -58,6 +59,12 @@ def load(path: str | Path, made_with: dict[str, Any] | None = None, *, ours: boo
     if not inference:
         keep_4bit_trainable(loaded)
     return loaded
+
+
+def nf4(dtype: torch.dtype | None = None, skip: Sequence[str] = ("model.visual", "lm_head")) -> BitsAndBytesConfig:
+    """QLoRA's base: NF4 with double quantization, computing in `dtype`; modules named in `skip` are not quantized."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype or compute_dtype(), llm_int8_skip_modules=list(skip))
 
 
 def linear_4bit(model: nn.Module) -> dict[str, Linear4bit]:

@@ -76,15 +76,13 @@ def write_lines(path: Path, ids: Sequence[str], work: Callable[[list[int]], Iter
     mine = [*(range(len(ids)) if order is None else order)][processes.process_index :: processes.num_processes]
     done = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
     todo = [i for i in mine if ids[i] not in done]
-    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture",
-                       shown=processes.is_main_process)
-    with (parts / f"{key}.{processes.process_index}.jsonl").open("a") as file:
+    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=processes.is_main_process)
+    with bar, (parts / f"{key}.{processes.process_index}.jsonl").open("a") as file:
         file.write("\n")  # ends a line that a kill has cut
         for lines in work(todo) if todo else ():
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             bar.update(len(lines))
-    bar.close()
     processes.wait_for_everyone()
     if processes.is_main_process:
         sources, whole = [*before, *parts.glob(f"{key}.*.jsonl")], path.with_name(path.name + ".part")

@@ -79,7 +79,7 @@ flops = {name.rpartition(".")[2]: sum(operations.values()) / 8e9 for name, opera
 limit = rate / 1e9 / flops["Global"]
 vision, head = (flops[part] / flops["Global"] for part in ("visual", "lm_head"))
 Markdown(f"""A matrix product reaches **{rate / 1e9:.0f} GFLOP/s** here. A picture needs {flops["Global"]:.1f} GFLOP.
-The vision tower takes {vision:.0%} of that and the head {head:.0%}: it sees four patches for each image token. So r4
+The vision tower takes {vision:.0%} of that and the head {head:.0%}: it encodes four patches for each image token. So r4
 could train {limit:.0f} pictures a second, if small layers were as fast as large matrix products.""")
 
 # %% [markdown]
@@ -193,8 +193,8 @@ columns = {"recipe": "recipe", "micro_batch": "batch", "pictures_per_s": "pictur
 measured.sort_values(["recipe", "pictures_per_s"])[list(columns)].rename(columns=columns).rename_axis(None).round(2)
 
 # %%
-answers = pd.DataFrame(report["answer"])
-alone, best = answers["s_for_123"].iloc[0], answers["s_for_123"].min()
+inference = pd.DataFrame(report["answer"])["s_for_123"]
+alone, best = inference.iloc[0], inference.min()
 failed = "; ".join(f"{row['name']} ({row['failed'].partition(':')[0]})" for row in report["train"] if "failed" in row)
 r4, r1 = (measured.loc[f"ours, as the pipeline trains{name}", "× stock"] for name in ("", ", r1"))
 Markdown(f"""The pipeline trains r4 **{r4:.1f} ×** and r1 **{r1:.1f} ×** as fast as stock. Inference on 123 pictures

@@ -127,6 +127,14 @@ def processor():
     return small_processor()
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A finished model's folder, to read from; `finished_model.make` makes one to change."""
+    import finished_model
+
+    return finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged")
+
+
 @pytest.fixture(scope="module")
 def rows():
     """16 rows of the project's schema: white squares on black, a box each."""
