@@ -21,6 +21,7 @@ from helpers.recipes import (
     GPU_GIB,
     LOW_GPU_GIB,
     LOW_MEMORY,
+    ONE_GPU_GIB,
     PARAMETERS,
     RECIPES,
     REVISIONS,
@@ -247,6 +248,7 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
 
     need, least = (LOW_GPU_GIB if memory == "low" else GPU_GIB)[recipe], LOW_GPU_GIB[recipe]
     needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
+    alone = ONE_GPU_GIB[memory].get(recipe, 0)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -254,6 +256,8 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if room < need <= sum(sizes):
         seen += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
+    if len(sizes) > 1 and min(sizes) < alone and room >= need:
+        room, seen = 0, f"{seen}, {min(sizes):.0f} each, and the one with the vision tower takes {alone}"
     if scale == "7b" and room < need:
         raise ParameterError(f"scale=7b with recipe={recipe} needs {needs}, and this machine shows "
                              f"{seen}; take a larger GPU, or scale=tiny.")

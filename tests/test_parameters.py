@@ -265,12 +265,17 @@ def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
     card = type("card", (), {"total_memory": 24 * 2**30, "major": 8, "name": "A10"})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     for cards, processes, recipe, scale in ((1, 1, "r4-joint", "7b"), (1, 1, "r2-vision-only", "tiny"),
-                                            (2, 1, "r2-vision-only", "7b"), (2, 2, "r2-vision-only", "tiny")):
+                                            (2, 1, "r4-joint", "7b"), (2, 2, "r2-vision-only", "tiny")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
         monkeypatch.setenv("WORLD_SIZE", str(processes))  # one card a process: their memory does not add up
         assert settings._choose_scale("auto", recipe, None) == scale
     with pytest.raises(ParameterError, match=r"2 GPU\(s\) with 24 GiB for each process \(one .* uses all 48\)"):
         settings._choose_scale("7b", "r2-vision-only", None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ParameterError, match="24 each, and the one with the vision tower takes 26"):
+        settings._choose_scale("7b", "r2-vision-only", None)
+    assert settings._choose_scale("7b", "r2-vision-only", "low") == "7b"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     card.total_memory = 15.7 * 2**30  # what a card of 16 GiB shows
     assert [settings._choose_scale("auto", "r4-joint", memory) for memory in (None, "low")] == ["tiny", "7b"]
     with pytest.raises(ParameterError, match=r"needs 22 GiB of GPU memory \(14 with memory=low\), and this machine sh"):
