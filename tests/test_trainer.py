@@ -171,7 +171,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def script(text):
-    start = "import os, signal, threading, time\nfrom helpers.settings import end_with_a_word\nend_with_a_word()\n"
+    start = "import os, signal, threading, time\nfrom helpers.processes import end_with_a_word\nend_with_a_word()\n"
     return subprocess.run([sys.executable, "-c", start + text], capture_output=True, text=True, timeout=300)
 
 
@@ -336,7 +336,7 @@ def test_keeping_fewer_activations_is_advised_where_some_are_kept(tmp_path, proc
     sft = build("r1-llm-only", tmp_path, processor, rows, gradient_checkpointing=True)
     sft.model.gradient_checkpointing_enable()  # as Trainer does when a training begins
     assert "gradient_checkpointing" not in trainer.advice(sft)
-    KeepActivations([sft.model.get_base_model().model.language_model.layers[0]]).on_train_begin()
+    KeepActivations({sft.model.get_base_model().model.language_model.layers[0]: "everything"}).on_train_begin()
     assert trainer.advice(sft).startswith("gradient_checkpointing=True keeps fewer activations, and goes on")
 
 
