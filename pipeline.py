@@ -48,7 +48,7 @@ lora_rank = None
 lora_alpha = None
 lora_dropout = None
 precision = None  # nf4 or bf16: what the frozen base is stored in; None: as the recipe says
-memory = None  # low: batches of 2 and merging on the CPU, so that r1 and r4 at 7B need a GPU of 16 GiB
+memory = None  # low: activations wait in the host's memory, merging on the CPU; r1 and r4 at 7B need a GPU of 16 GiB
 gradient_checkpointing = None  # recompute activations in the backward pass; None: where memory needs it
 augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
 reward_steps = None  # r5's updates by rewards, each of batch_size x accumulation pictures
@@ -400,12 +400,12 @@ def sft_config(stage_run, fits):
 # does not train encodes each picture once, not once an epoch.
 
 # %%
-def fit(tuned):
+def fit(tuned, train_rows, stage_collator):
     """Whether to recompute activations, and what layers keep all the same."""
     if run.gradient_checkpointing is not None:
         return speed.Fit(run.gradient_checkpointing)
-    rows_of = collate.longest(rows["train"], batch_size, run.min_pixels, run.max_pixels)
-    return speed.fit(tuned, collator(rows_of))
+    longest = collate.longest(train_rows, batch_size, run.min_pixels, run.max_pixels)
+    return speed.fit(tuned, (collator if run.augment else stage_collator)(longest))
 
 
 def training_data(stage_run, tuned, augment):
@@ -425,9 +425,9 @@ def training_data(stage_run, tuned, augment):
 # %%
 def on_labels(stage_run, tuned, **proofs):
     """The trainer of a stage that learns the true completions."""
-    fits = fit(tuned)
     augment = Augment(run.seed) if run.augment else None
     train_rows, stage_collator = training_data(stage_run, tuned, augment)
+    fits = fit(tuned, train_rows, stage_collator)
     callbacks = [augment] if augment else []  # learns the epoch
     return trainer.BoxTrainer(tuned, args=sft_config(stage_run, fits), train_dataset=train_rows,
                               data_collator=stage_collator, processing_class=processor,
