@@ -77,8 +77,8 @@ def test_lora_recipes_end_in_a_merged_model(recipe, trained):
     for figure in ("loss", "before_after", "iou"):
         assert Path(f"{folder}/figures/{figure}.png").stat().st_size > 1000
     merged = weights(f"{folder}-merged")
-    assert any(name.startswith("model.language_model.layers") for name in changed(f"{folder}-merged"))
-    assert any(name.startswith("model.visual") for name in changed(f"{folder}-merged")) == (recipe == "r4-joint")
+    towers = {name.split(".")[1] for name in changed(f"{folder}-merged")}
+    assert towers == {"language_model", *(["visual"] if recipe == "r4-joint" else [])}
     processor = Qwen2VLProcessor.from_pretrained(f"{folder}-merged")
     size = dict(processor.image_processor.size)
     assert (size["shortest_edge"], size["longest_edge"]) == (names["run"].min_pixels, names["run"].max_pixels)
@@ -132,7 +132,7 @@ def test_constrained_decoding_and_the_best_step_by_iou():
 
 @pytest.mark.slow
 def test_r2_changes_the_vision_tower_alone_and_its_longest_answer_belongs_to_the_run(trained):
-    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* =58 or more"):
+    with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* 58"):
         run("recipe=r2-vision-only", "max_new_tokens=20")
     assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
     trained("r2-vision-only")
