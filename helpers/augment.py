@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional
 from transformers import TrainerCallback
 
 from helpers.boxes import xyxy_px_to_xyxy_unit, xyxy_unit_to_xyxy_px, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
-from helpers.data.checks import MOST_ASPECT
+from helpers.data.audit import MOST_ASPECT
 from helpers.data.pictures import as_rgb
 
 GREY = 114  # what lies beyond the edge of a turned or moved picture

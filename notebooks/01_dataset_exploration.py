@@ -35,8 +35,7 @@ from scipy import stats
 
 from helpers import boxes, data, evaluate, plots
 from helpers.data.pictures import open_picture
-from helpers.data.planted import plant_each
-from helpers.data.tables import box_table
+from helpers.topics.dataset import box_table, plant_each
 
 rng = np.random.default_rng(seed)
 

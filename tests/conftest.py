@@ -40,7 +40,7 @@ for secret in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left with one of them at the end (by minutes on two cores)."""
     longest = ("test_pipeline", "test_pipeline_commands", "test_notebooks", "test_pipeline_proofs", "test_committed",
-               "test_speed", "test_faults", "test_kill")
+               "test_speed", "test_trainer", "test_kill")
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from finished_model import clear
 from PIL import Image
+from tiny_exports import HEIGHT, TABLE, WIDTH, jpeg, undecoded
 
 from helpers import data, evaluate, scenes
 from helpers.data import embedded
@@ -19,26 +21,19 @@ from helpers.data.schema import FEATURES, SPLIT_NAMES, empty_split, objects_of
 from helpers.data.splits import carve
 from helpers.use.load import open_upright
 
-TABLE = "nutrition-table"
+SIZE = (WIDTH, HEIGHT)
+BOX = [0.1, 0.2, 0.5, 0.6]
 
 
-def jpeg(number: int, size: tuple[int, int] = (64, 48), orientation: int | None = None, quality: int = 90) -> bytes:
-    """A picture of its own for each `number`: a few large patches of random colour; `size` as stored."""
-    patches = np.random.default_rng(number).integers(0, 256, (6, 6, 3), np.uint8)
-    exif = Image.Exif()
-    if orientation:
-        exif[0x0112] = orientation
-    file = io.BytesIO()
-    Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality, exif=exif)
-    return file.getvalue()
+def boxed(*boxes: list, names: list[str] | None = None, **changed: list) -> dict:
+    return {"objects": objects_of(list(boxes), names or [TABLE] * len(boxes)) | changed}
 
 
-def row(number: int, boxes=((0.1, 0.2, 0.5, 0.6),), names=None, barcode: str | None = None, **other) -> dict:
+def row(number: int, boxes=(BOX,), barcode: str | None = None, **other) -> dict:
     """A row of the schema with the picture `number`; `other` replaces its fields."""
     meta = {"barcode": f"{number:013d}" if barcode is None else barcode, "off_image_id": "1", "image_url": ""}
-    objects = objects_of([list(box) for box in boxes], list(names or [TABLE] * len(boxes)))
-    return {"image_id": f"{number:013d}_1", "image": picture(jpeg(number)), "width": 64, "height": 48, "meta": meta,
-            "objects": objects} | other
+    return {"image_id": f"{number:013d}_1", "image": picture(jpeg(number)), "width": WIDTH, "height": HEIGHT,
+            "meta": meta, **boxed(*map(list, boxes)), **other}
 
 
 def splits(train=(), selection=(), val=()) -> datasets.DatasetDict:
@@ -62,66 +57,65 @@ def cleaned(raw: datasets.DatasetDict) -> datasets.DatasetDict:
     return clean(raw, audit(raw))
 
 
-# --- boxes and categories ---------------------------------------------------------------------------------------------
+# --- what is wrong with a row -----------------------------------------------------------------------------------------
+
+def pixels(kind: str, mode: str, size: tuple[int, int]) -> bytes:
+    """Light grey (3/4 of the range) in the left half, black in the right, on its side for EXIF."""
+    light = {"uint8": 192, "uint16": 192 * 256, "int32": 192, "float32": 0.75}[mode]
+    values = np.zeros(size[::-1], mode)
+    values[:, : size[0] // 2] = light
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3
+    Image.fromarray(values).save(file, kind, **({"exif": exif} if kind == "PNG" else {}))
+    return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("fault", "boxes", "names", "left"),
-    [
-        ("inverted-box", [[0.5, 0.6, 0.1, 0.2]], None, [[0.1, 0.2, 0.5, 0.6]]),
-        ("out-of-range-box", [[-0.1, 0.2, 1.3, 0.6]], None, [[0.0, 0.2, 1.0, 0.6]]),
-        ("empty-box", [[0.1, 0.2, 0.1, 0.6], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
-        ("empty-box", [[0.1, 0.2, 0.5, 0.6], [1.1, 0.2, 1.4, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),  # wholly outside
-        ("not-a-box", [[0.1, 0.2, 0.5], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
-        ("not-a-box", [[0.1, float("nan"), 0.5, 0.6], [0.1, 0.2, 0.5, 0.6]], None, [[0.1, 0.2, 0.5, 0.6]]),
-        ("repeated-box", [[0.1, 0.2, 0.5, 0.6]] * 2, None, [[0.1, 0.2, 0.5, 0.6]]),
-        ("unknown-category", [[0.1, 0.2, 0.5, 0.6], [0.6, 0.1, 0.9, 0.9]], [TABLE, ""], [[0.1, 0.2, 0.5, 0.6]]),
-        ("no-table", [], None, []),
-    ],
-)
-def test_a_planted_box_fault_is_named_and_treated_as_its_rule_says(fault, boxes, names, left):
-    raw = splits(val=[row(1), row(2, boxes, names)])
-    assert found(raw)[fault] == ["0000000000002_1"]
-    assert cleaned(raw)["val"][1]["objects"]["bbox"] == left
-    assert cleaned(raw)["val"][0]["objects"] == raw["val"][0]["objects"]
-    assert raw["val"].to_list()[1]["objects"]["bbox"][0:1] == boxes[0:1] or np.isnan(boxes[0]).any()  # raw stays raw
+TREATED = [  # what changes in a sound row, the faults that are found, the boxes that stay (None: the row is dropped)
+    (boxed([-1e-8, 0.2, 1.0000001, 0.6]), [], [[0.0, 0.2, 1.0, 0.6]]),  # float32 rounding, and no fault
+    (boxed([0.5, 0.6, 0.1, 0.2]), ["inverted-box"], [BOX]),
+    (boxed([-0.1, 0.2, 1.3, 0.6]), ["out-of-range-box"], [[0.0, 0.2, 1.0, 0.6]]),
+    (boxed([0.1, 0.2, 0.1, 0.6], BOX), ["empty-box"], [BOX]),
+    (boxed(BOX, [1.1, 0.2, 1.4, 0.6]), ["out-of-range-box", "empty-box"], [BOX]),  # wholly outside
+    (boxed([0.1, 0.2, 0.5], BOX), ["not-a-box"], [BOX]),
+    (boxed([0.1, math.nan, 0.5, 0.6], BOX), ["not-a-box"], [BOX]),
+    (boxed(BOX, category_id=[]), ["not-a-box", "no-box-left"], None),  # a list that is too short
+    (boxed(BOX, BOX), ["repeated-box"], [BOX]),
+    (boxed(BOX, [0.6, 0.1, 0.9, 0.9], names=[TABLE, ""]), ["unknown-category"], [BOX]),
+    (boxed(BOX, category_id=[2]), ["category-mismatch"], [BOX]),
+    (boxed(), ["no-table"], []),
+    (boxed([0.1, 0.2, 0.1, 0.6]), ["empty-box", "no-table"], []),
+    (boxed([1.1, 0.2, 1.4, 0.6]), ["out-of-range-box", "empty-box", "no-box-left"], None),
+    (boxed([0.1, 0.2, 0.5]), ["not-a-box", "no-box-left"], None),
+    ({"image": picture(jpeg(2)[:700])}, ["unreadable-picture: truncated"], None),
+    ({"image": picture(b"not a picture")}, ["unreadable-picture"], None),
+    ({"image": None}, ["unreadable-picture"], None),
+    ({"image": {"bytes": None, "path": "/nowhere/5.jpg"}}, ["unreadable-picture"], None),
+    ({"image": picture(pixels("TIFF", "int32", SIZE))}, ["unreadable-picture: 32-bit numbers of no known range"], None),
+    ({"image": picture(pixels("TIFF", "float32", SIZE))}, ["unreadable-picture: floating point numbers"], None),
+    ({"image": picture(jpeg(6, (1000, 4))), "width": 1000, "height": 4}, ["too-thin-picture"], None),
+    ({"image": picture(jpeg(1, SIZE[::-1], 6))}, ["exif-as-shown"], [BOX]),
+    ({"image": picture(jpeg(2, orientation=3))}, ["exif-undecided"], [BOX]),
+    ({"image": picture(jpeg(3, orientation=1))}, [], [BOX]),
+    ({"width": 91}, ["wrong-size"], [BOX]),
+    ({"image_id": ""}, ["missing-id"], [BOX]),
+]
 
 
-def test_a_picture_whose_boxes_cannot_be_known_is_dropped_and_is_none_without_a_table():
-    raw = splits(val=[row(1), row(2, [[1.1, 0.2, 1.4, 0.6]]), row(3, [[0.1, 0.2, 0.5]]), row(4, []),
-                      row(5, [[0.1, 0.2, 0.1, 0.6]])])  # fmt: skip
-    assert found(raw)["no-box-left"] == ["0000000000002_1", "0000000000003_1"]
-    assert found(raw)["no-table"] == ["0000000000004_1", "0000000000005_1"]
-    assert cleaned(raw)["val"]["image_id"] == [f"{number:013d}_1" for number in (1, 4, 5)]
-
-
-def test_float32_rounding_is_no_fault_and_leaves_the_unit_square():
-    raw = splits(val=[row(1, [[-1e-8, 0.2, 1.0000001, 0.6]])])
-    assert found(raw) == {}
-    assert cleaned(raw)["val"][0]["objects"]["bbox"] == [[0.0, 0.2, 1.0, 0.6]]
-
-
-def test_where_category_id_and_name_disagree_the_name_counts():
-    objects = {"bbox": [[0.1, 0.2, 0.5, 0.6]], "category_id": [0], "category_name": ["nutrition-table-text"]}
-    raw = splits(val=[row(1, objects=objects)])
-    assert list(found(raw)) == ["category-mismatch"]
-    assert cleaned(raw)["val"][0]["objects"]["category_id"] == [3]
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_picture_that_does_not_decode_to_its_end_is_dropped_and_the_others_stay():
-    whole = jpeg(2)
-    raw = splits(val=[row(1), row(2, image=picture(whole[: len(whole) // 2])), row(3, image=picture(b"not a picture")),
-                      row(4, image=None), row(5, image={"bytes": None, "path": "/nowhere/5.jpg"}),
-                      row(6, image=picture(jpeg(6, (1000, 4))), width=1000, height=4)])
-    result = audit(raw)
-    assert found(raw)["unreadable-picture"] == [f"{number:013d}_1" for number in (2, 3, 4, 5)]
-    assert found(raw)["too-thin-picture"] == ["0000000000006_1"]
-    assert "truncated" in next(fault.found for fault in result.faults if fault.index == 1)
-    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1"]
-    assert result.statistics["val"]["pictures"] == 1
+@pytest.mark.parametrize(("changes", "faults", "left"), TREATED)
+def test_a_fault_is_named_and_treated_as_its_rule_says(changes, faults, left):
+    raw = splits(val=[row(1), row(2, **changes)])
+    before, result = raw["val"].select_columns(["width", "objects"]).to_list(), audit(raw)
+    for fault, expected in zip(result.faults, faults, strict=True):
+        name, _, part = expected.partition(": ")
+        assert (fault.fault, fault.index) == (name, 1) and part in fault.found
+    sound, *rest = clean(raw, result)["val"]
+    assert data.truth_rows(clean(raw, result)["val"])[0] == data.truth_rows(raw["val"])[0]
+    assert result.statistics["val"]["pictures"] == 1 + len(rest) and sound["objects"]["bbox"] == [BOX]
+    assert [after["objects"]["bbox"] for after in rest] == ([] if left is None else [left])
+    for after in rest:
+        assert after["objects"]["category_id"] == [0] * len(left)
+        assert (after["width"], after["height"]) == after["image"].size == SIZE and after["image_id"]
+    np.testing.assert_equal(raw["val"].select_columns(["width", "objects"]).to_list(), before)  # raw stays raw
 
 
 def test_a_selection_of_which_nothing_is_left_is_empty_and_said(tmp_path, capsys):
@@ -156,14 +150,6 @@ def test_boxes_of_the_stored_picture_turn_with_it(orientation):
     shown = [*(dark.min(0) / (200, 100)), *((dark.max(0) + 1) / (200, 100))]
     assert (after["width"], after["height"]) == after["image"].size == (100, 200)
     np.testing.assert_allclose(after["objects"]["bbox"], [shown], atol=1e-9)
-
-
-def test_exif_that_the_boxes_follow_or_that_leaves_no_trace_is_named_and_kept():
-    raw = splits(val=[row(1, image=picture(jpeg(1, orientation=6)), width=48, height=64),
-                      row(2, image=picture(jpeg(2, orientation=3))), row(3, image=picture(jpeg(3, orientation=1)))])
-    assert found(raw) == {"exif-as-shown": ["0000000000001_1"], "exif-undecided": ["0000000000002_1"]}
-    assert cleaned(raw)["val"].to_list() == raw["val"].to_list()
-    assert raw["val"][0]["image"].size == (48, 64)
 
 
 def test_scores_count_the_raw_truth_whole_and_the_cleaned_truth_alone():
@@ -226,12 +212,11 @@ def test_embedded_rows_are_the_scenes(tmp_path: Path):
     assert {name: len(split) for name, split in ds.items()} == FEW
     assert list(ds["train"].features) == [*FEATURES, "rotation"]
     scene = scenes.render_scene(5, 1, "val")
-    value = ds["val"].cast_column("image", datasets.Image(decode=False))[1]
-    assert value["image"]["bytes"] == scene.jpeg
+    value = data.truth_rows(ds["val"])[1]
+    assert undecoded(ds["val"])[1]["bytes"] == scene.jpeg
     assert (value["image_id"], value["width"], value["height"]) == (scene.image_id, scene.width, scene.height)
     assert [(y0, x0, y1, x1) for _, (x0, y0, x1, y1) in scene.tables] == [tuple(b) for b in value["objects"]["bbox"]]
     assert ds["val"][1]["image"].size == (scene.width, scene.height)
-    assert data.truth_rows(ds["val"])[1] == {k: v for k, v in value.items() if k != "image"}
 
 
 def test_embedded_scenes_are_rendered_once_until_the_renderer_changes(tmp_path: Path, monkeypatch, capsys):
@@ -260,49 +245,28 @@ def test_prepare_gives_the_size_that_the_processor_would_choose_and_keeps_the_re
     assert width % 28 == 0 and height % 28 == 0 and width * height <= 200 * 28 * 28 // 4
     assert width < height and abs(height / width - 2) < 0.2
     assert data.truth_rows(ready["train"]) == data.truth_rows(raw["train"])
-    undecoded = [ds["train"].cast_column("image", datasets.Image(decode=False))[1] for ds in (raw, ready)]
-    assert undecoded[0] == undecoded[1]  # small enough: the same bytes
+    assert undecoded(raw["train"])[1] == undecoded(ready["train"])[1]  # small enough: the same bytes
     before = np.asarray(raw["train"][0]["image"].resize((width, height), Image.Resampling.BICUBIC), int)
     assert np.abs(before - np.asarray(ready["train"][0]["image"], int)).mean() < 2
 
 
-def grey(kind: str, mode: str, size: tuple[int, int]) -> bytes:
-    """Light grey (3/4 of the range) in the left half, black in the right, on its side for EXIF."""
-    light = {"uint8": 192, "uint16": 192 * 256, "int32": 192, "float32": 0.75}[mode]
-    pixels = np.zeros(size[::-1], mode)
-    pixels[:, : size[0] // 2] = light
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **({"exif": exif} if kind == "PNG" else {}))
-    return file.getvalue()
-
-
 @pytest.mark.parametrize("size", [(800, 400), (56, 28)])  # made smaller, and small enough
 def test_a_grey_picture_of_16_bits_is_the_one_of_8_bits(size):
-    raw = splits(val=[row(n, image=picture(grey("PNG", mode, size)), width=size[0], height=size[1])
+    raw = splits(val=[row(n, image=picture(pixels("PNG", mode, size)), width=size[0], height=size[1])
                       for n, mode in ((1, "uint8"), (2, "uint16"))])
     eight, sixteen = (np.asarray(one["image"].convert("RGB"), int) for one in data.prepare(raw, 1, 56 * 56)["val"])
     assert np.array_equal(eight, sixteen) and eight[:, -4:].mean() > 180 and eight[:, :4].mean() < 10  # turned by EXIF
-    thumbs = [picture_facts(picture(grey("PNG", mode, size)))["thumb"] for mode in ("uint8", "uint16")]
+    thumbs = [picture_facts(picture(pixels("PNG", mode, size)))["thumb"] for mode in ("uint8", "uint16")]
     assert thumbs[0] == thumbs[1]  # what the audit knows a picture by
-
-
-@pytest.mark.parametrize("mode, said", [("int32", "32-bit"), ("float32", "floating point")])
-def test_a_picture_of_numbers_without_a_range_is_named_and_dropped(mode, said):
-    raw = splits(val=[row(1), row(2, image=picture(grey("TIFF", mode, (64, 48))))])
-    assert found(raw) == {"unreadable-picture": ["0000000000002_1"]}
-    assert f"{said} numbers of no known range" in audit(raw).faults[0].found
-    assert cleaned(raw)["val"]["image_id"] == ["0000000000001_1"]
 
 
 KINDS_OF_CLEAR = ["RGBA", "LA", "L", "RGB", "1", "16 bits", "P", "P, a value each"]
 
 
 def is_ink_on_white(picture: Image.Image) -> bool:
-    pixels = np.asarray(picture.convert("RGB"))
-    height, width = pixels.shape[:2]
-    return pixels[:4].min() > 240 and pixels[height // 2 - 4 : height // 2 + 4, width // 2].max() < 15
+    values = np.asarray(picture.convert("RGB"))
+    height, width = values.shape[:2]
+    return values[:4].min() > 240 and values[height // 2 - 4 : height // 2 + 4, width // 2].max() < 15
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_CLEAR)

@@ -15,10 +15,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import test_data_formats as formats
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline_runner import SOURCE
+from tiny_exports import export, undecoded
 
 from helpers import data, evaluate
 from helpers.boxes import CATEGORIES
@@ -146,7 +146,7 @@ def accepted_or_refused(root: Path) -> bool:
     """Whether the folder loads; it may be refused, in one line. No picture outside of it is ever named."""
     try:
         raw = data.load_raw(str(root), unlabelled="negative", val_share=1)
-        for picture in formats.undecoded(raw["val"]):
+        for picture in undecoded(raw["val"]):
             assert Path(picture["path"]).is_relative_to(root)
         data.clean(raw, data.audit(raw))
         evaluate.score(data.raw_truth(raw["val"]), [], resamples=0)
@@ -156,10 +156,9 @@ def accepted_or_refused(root: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["own_metadata", "hf_metadata", "coco", "yolo", "voc"])
+@pytest.mark.parametrize("kind", ["own metadata", "COCO boxes in metadata", "COCO", "YOLO", "Pascal VOC"])
 def test_a_broken_annotation_file_is_refused_in_one_line_or_read(kind, tmp_path):
-    draw, root, read = random.Random(kind), tmp_path / "set", 0
-    getattr(formats, f"write_{kind}")(root)
+    draw, root, read = random.Random(kind), export(tmp_path / "set", kind), 0
     files = [file for ending in ("txt", "yaml", "xml", "json", "jsonl") for file in sorted(root.rglob(f"*.{ending}"))]
     for _ in range(60 * TIMES):
         file = draw.choice(files)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from pipeline_runner import run
-from test_data_formats import save_picture, write
+from tiny_exports import save_picture, write
 
 from helpers import data, evaluate, predict
 from helpers.recipes import REVISIONS
@@ -22,13 +22,13 @@ def faulty_folder(root: Path) -> None:
         lines = []
         for number in range(start, start + count):
             save_picture(root / split / f"{number}.jpg", number, (160, 120))
-            boxes = [[70, 62, 80, 48]]
+            boxes = [[72, 60, 80, 48]]  # whole thousandths, as the constant box is
             if number == 103:
-                boxes.append([70, 62, 0, 48])  # empty
+                boxes.append([72, 60, 0, 48])  # empty
             objects = {"bbox": boxes, "categories": [0] * len(boxes)}
             lines.append({"file_name": f"{number}.jpg", "objects": objects})
         lines.append({"file_name": "gone.jpg", "objects": {"bbox": [], "categories": []}})
-        write(root / split / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+        write(root / split / "metadata.jsonl", lines)
     (root / "train/7.jpg").write_bytes((root / "train/7.jpg").read_bytes()[:900])
     (root / "val/107.jpg").write_bytes(b"not a picture")
     shutil.copy(root / "val/101.jpg", root / "train/9.jpg")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from helpers.data.audit import Audit, Fault, audit, clean
-from helpers.data.checks import RULES
+from helpers.data.audit import RULES, Audit, Fault, audit, clean
 from helpers.data.classes import take_classes
 from helpers.data.embedded import load_embedded, load_extra
-from helpers.data.pictures import NAN_BOX
 from helpers.data.prepare import prepare
 from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, categories_of
-from helpers.data.sources import HUB_ID, HUB_REVISION, check_content, load_hub, load_local
+from helpers.data.sources import HUB_ID, HUB_REVISION, load_hub, load_local
 from helpers.data.splits import arrange
 
 OPTIONS = ("classes", "val_share", "box_format", "unlabelled")  # arguments of `load_raw` that are parameters of a run
@@ -58,7 +57,6 @@ def load_raw(
             f"dataset_id is {dataset_id!r}, which is no file or folder; expected embedded, an existing path, "
             "or a Hub id such as openfoodfacts/nutrition-table-detection"
         )
-    check_content(found, dataset_id)
     splits = arrange(take_classes(found, classes, dataset_id), dataset_id, val_share, seed)
     return datasets.DatasetDict(
         {name: split.select(range(min(limit.get(name, len(split)), len(split)))) for name, split in splits.items()}
@@ -99,7 +97,8 @@ def raw_truth(split: datasets.Dataset) -> list[dict[str, Any]]:
     rows = truth_rows(split)
     for row in rows:
         objects = row["objects"] or {}
-        boxes = [box if box and len(box) == 4 and None not in box else NAN_BOX for box in objects.get("bbox") or []]
+        boxes = [box if box and len(box) == 4 and None not in box else [math.nan] * 4
+                 for box in objects.get("bbox") or []]
         names = [name or "" for name in objects.get("category_name") or []] + [""] * len(boxes)
         row["objects"] = {"bbox": boxes, "category_name": names[: len(boxes)]}
     return rows

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from helpers.boxes import CATEGORIES
-from helpers.data.schema import FEATURES, DataError, categories_of
+from helpers.data.schema import DataError, categories_of, with_columns
 from helpers.messages import target_text
 
 UNNAMED = "object"  # what a box without a class name is called
@@ -25,7 +25,13 @@ def take_classes(
     which no box is taken stays, as one without. `DataError` for a class that is not there, or a name that the target
     text cannot carry. What was taken is printed.
     """
-    objects = [entry for rows in found.values() for entry in rows["objects"] if entry and entry["bbox"]]
+    objects = [entry for rows in found.values() for entry in rows["objects"]]
+    if not objects:
+        raise DataError(f"{where} has no pictures; expected at least one")
+    objects = [entry for entry in objects if entry and entry["bbox"]]
+    if not objects:
+        raise DataError(f"{where}: objects.bbox is empty in all {sum(map(len, found.values()))} pictures; expected "
+                        "boxes")
     counts = Counter(name or UNNAMED for entry in objects for name in entry["category_name"])
     new = _chosen(counts, wanted, where) if wanted else {name: _writable(name, where) for name in counts}
     boxes: Counter[str] = Counter()
@@ -71,7 +77,7 @@ def _writable(name: str, where: str) -> str:
 
 
 def _renamed(rows: datasets.Dataset, new: dict[str, str], categories: tuple[str, ...]) -> datasets.Dataset:
-    """`rows` with the boxes whose name `new` has, under its value; the pictures are not copied."""
+    """`rows` with the boxes whose name `new` has, under its value."""
     def taken(entry: dict[str, Any] | None) -> dict[str, Any] | None:
         if not entry or len(entry["bbox"] or []) != len(entry["category_name"] or []):
             return entry  # for the audit to name
@@ -80,6 +86,4 @@ def _renamed(rows: datasets.Dataset, new: dict[str, str], categories: tuple[str,
         return {"bbox": [box for box, _ in kept], "category_id": [categories.index(name) for _, name in kept],
                 "category_name": [name for _, name in kept]}
 
-    objects = [taken(entry) for entry in rows["objects"]]
-    changed = rows.remove_columns("objects").add_column("objects", objects, feature=FEATURES["objects"])
-    return changed.select_columns(list(FEATURES))
+    return with_columns(rows, [{"objects": taken(entry)} for entry in rows["objects"]])

@@ -1,9 +1,9 @@
 """Annotation files -> rows of the schema.
 
 A format is one small function from a file to annotated pictures (`Found`): the picture's name, its boxes as the file
-has them, what kind of boxes they are, the names of their classes. Everything after that is done once, in `to_rows`: the
-picture is found, unit, order and frame of the boxes are decided for the whole set (`frames`), and what cannot be read
-is left out by name or refused. A broken annotation file stops the load with a `DataError`, a broken picture never.
+has them, what kind of boxes they are, the names of their classes. Everything after that is done once, in `read`: the
+picture is found, unit, order and frame of the boxes are decided for the whole set (`frames`), and what cannot be
+read is left out by name or refused. A broken annotation file stops the load with a `DataError`, a broken picture never.
 """
 
 from __future__ import annotations
@@ -19,109 +19,59 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import yaml
 
-from helpers.boxes import CATEGORIES
-from helpers.data.frames import ANY, Framed, around, left_out, numbers_of, to_unit
-from helpers.data.pictures import Head, Pictures, Wanted, completed, escaped, head
-from helpers.data.schema import DataError, meta_of, objects_of, read_text, read_yaml
-from helpers.data.splits import Rows, split_name, split_of
+from helpers.data.frames import ANY, around, left_out, numbers_of, to_unit
+from helpers.data.matching import Found, Pictures
+from helpers.data.pictures import completed, escaped, head
+from helpers.data.schema import DataError, read_text, read_yaml
+from helpers.data.splits import split_name, split_of
 from helpers.messages import parse_text
 
-
-class Found(NamedTuple):
-    """One annotated picture: its row without boxes, and its boxes and classes as written."""
-
-    row: dict[str, Any]  # of `row`
-    boxes: list[Any] | None  # a tuple: corners, whatever the order of `kind`; None: listed, and nothing is said of it
-    kind: str  # as `frames.to_unit` takes it
-    names: list[Any]  # one a box; a number is a category_id
-    split: str = ""  # where the file itself says it
-    stem: str = ""  # the file's own name where it belongs to this picture alone
-    head: Head | None = None  # of a picture that is no file
-    file: Path = Path()
+# --- from what a file says to boxes in 0-1 ----------------------------------------------------------------------------
 
 
-def read(kind: str, pictures: Pictures, files: dict[Path, Any]) -> Iterator[Found]:
-    """The annotated pictures of `files`, which `annotated` or `yolo_labels` gave for this key of `READERS`."""
+def read(kind: str, pictures: Pictures, files: dict[Path, Any], **options: Any) -> list[Found]:
+    """The annotated pictures of `files`, which `annotated` gave for this key of `FORMATS`, with boxes as `settled`."""
+    found: list[Found] = []
     if kind == "YOLO":
-        yield from read_yolo(pictures, files)
-        return
-    for file, content in files.items():
-        for one in READERS[kind][1](file, content):
-            said = split_of(file.parent if one.stem else file, pictures.root)
-            yield one._replace(file=file, split=one.split or said)
-
-
-def row(name: str, size: Iterable[Any] = (), image_id: Any = None, meta: dict | None = None) -> dict[str, Any]:
-    """A row of the schema without boxes: the picture's name as written, its (width, height) where the file has them."""
-    try:
-        width, height = (int(float(value or 0)) for value in (*size, None, None)[:2])
-        if not 0 <= min(width, height) <= max(width, height) <= 10**6:
-            raise ValueError("no picture is as large")
-    except (TypeError, ValueError, OverflowError):
-        raise DataError(f"{name}: width and height are {size!r}; expected whole numbers of pixels") from None
-    return {"image_id": image_id, "image": {"path": name, "bytes": None}, "width": width, "height": height,
-            "meta": meta, "objects": objects_of([], [])}  # fmt: skip
-
-
-def to_rows(found: Iterable[Found], pictures: Pictures | None, where: str, box_format: str | None = None,
-            unlabelled: str | None = None) -> Rows:  # fmt: skip
-    """{split, or "" where no file names it: rows of the schema}; `box_format` and `unlabelled` are those of `load_raw`.
-
-    Where `pictures` is None, each `Found` has the head of its own.
-    """
-    found = list(found)
-    found = _labelled(_with_pictures(found, pictures) if pictures else found, where, unlabelled)
-    reasons = {number: why for number, one in enumerate(found) if (why := _unreadable(one))}
-    left_out([f"{found[n].row['image_id']} ({found[n].file.name}: {why})" for n, why in reasons.items()], len(found),
-             where, "have boxes that cannot be read")
-    found = [one for number, one in enumerate(found) if number not in reasons]
-    boxes: dict[int, list[list[float]] | None] = {}
-    for kind in dict.fromkeys(one.kind for one in found):
-        own = [number for number, one in enumerate(found) if one.kind == kind]
-        sizes = [Framed(one.boxes or [], one.head, (one.row["width"], one.row["height"]))
-                 for one in (found[number] for number in own)]  # fmt: skip
-        boxes |= dict(zip(own, to_unit(sizes, kind, box_format, where), strict=True))
-    splits: Rows = {}
-    for number in _once(found, boxes, where):
-        one, names = found[number], [escaped(name) for name in map(_name, found[number].names)]
-        one.row["image_id"] = escaped(str(one.row["image_id"]))
-        one.row["meta"] = meta_of(one.row["meta"])
-        one.row["width"], one.row["height"] = one.head.shown if one.head else (one.row["width"], one.row["height"])
-        one.row["objects"] = objects_of(boxes[number] or [], names)
-        splits.setdefault(one.split, []).append(one.row)
-    return splits
-
-
-def _name(name: Any) -> str:
-    return CATEGORIES[name] if type(name) is int and 0 <= name < len(CATEGORIES) else str(name)
-
-
-def _with_pictures(found: list[Found], pictures: Pictures) -> list[Found]:
-    """`found` with the path of each picture, what its head says, and its id."""
-    wanted = [Wanted(one.row["image"]["path"], one.file, one.split, one.stem) for one in found]
-    placed, ends = [], []
-    for one, path in zip(found, pictures.find(wanted), strict=True):
-        whole = completed(path)
-        ends += [path.name] if whole else []
-        one.row["image"] = {"path": str(path), "bytes": whole}
-        one.row["image_id"] = one.row["image_id"] or path.stem
-        placed.append(one._replace(head=head(one.row["image"])))
+        found += read_yolo(pictures, files)
+    for file, content in files.items() if kind != "YOLO" else ():
+        for one in FORMATS[kind].read(file, content):
+            one.file, one.split = file, one.split or split_of(file.parent if one.stem else file, pictures.root)
+            found.append(one)
+    ends = []
+    for one, path in zip(found, pictures.find(found), strict=True):
+        one.path, one.image_id, one.content = path, one.image_id or path.stem, completed(path)
+        ends += [path.name] if one.content else []
+        if str(path) != escaped(str(path)) and path.is_file():
+            one.content = one.content or path.read_bytes()
+        one.head = head({"path": path, "bytes": one.content})
     if ends:
         print(f"data: {len(ends)} JPEG files lack a little of their end, which stays grey, such as {escaped(ends[0])}")
-    return placed
+    return settled(found, str(pictures.root), **options)
 
 
-def _labelled(found: list[Found], where: str, unlabelled: str | None) -> list[Found]:
-    """`found` without the pictures that a file lists and says nothing of, or with them as pictures without a table."""
-    silent = [one.row["image_id"] for one in found if one.boxes is None]
-    if unlabelled == "negative":
-        return [one._replace(boxes=one.boxes or []) for one in found]
+def settled(found: list[Found], where: str, box_format: str | None = None, unlabelled: str | None = None
+            ) -> list[Found]:  # fmt: skip
+    """`found`, each picture once, with boxes [y0, x0, y1, x1] in 0-1 of the picture as shown; without those whose boxes
+    cannot be known. `box_format` and `unlabelled` are those of `load_raw`."""
+    silent = [str(one.image_id) for one in found if one.boxes is None]
     if unlabelled is None:
         left_out(silent, len(found), where, "are listed without a box, which may mean no table or not labelled yet; "
                  "give unlabelled='negative' or 'skip'")
-    return [one for one in found if one.boxes is not None]
+    found = [one for one in found if one.boxes is not None or unlabelled == "negative"]
+    reasons = {one: why for one in found if (why := _unreadable(one))}
+    left_out([f"{one.image_id} ({one.file.name}: {why})" for one, why in reasons.items()], len(found), where,
+             "have boxes that cannot be read")
+    found = [one for one in found if one not in reasons]
+    for kind in dict.fromkeys(one.kind for one in found):
+        own = [one for one in found if one.kind == kind]
+        for one, boxes in zip(own, to_unit(own, kind, box_format, where), strict=True):
+            one.boxes = boxes
+    return _once([one for one in found if one.boxes is not None], where)
 
 
 def _unreadable(one: Found) -> str:
@@ -132,130 +82,121 @@ def _unreadable(one: Found) -> str:
     return next((str(box)[:120] or "an empty text" for box in boxes if numbers_of(box) is None), "")
 
 
-def _once(found: list[Found], boxes: dict[int, Any], where: str) -> list[int]:
+def _once(found: list[Found], where: str) -> list[Found]:
     """The entries to take: of a picture that stands there several times with much the same boxes the first."""
-    first: dict[tuple[str, str], int] = {}
-    again, differ = 0, set()
-    known: dict[str, int] = {}
-    for number in sorted(boxes, key=lambda number: not found[number].split):  # a list of all beside those of the splits
-        if boxes[number] is None:
+    kept: dict[tuple[str, Path], Found] = {}
+    of_path: dict[Path, Found] = {}
+    again, differ = 0, {}
+    for one in sorted(found, key=lambda one: not one.split):  # a list of all beside those of the splits
+        same = kept.get((one.split, one.path)) if one.split else of_path.get(one.path)
+        if same is None:
+            kept[one.split, one.path] = of_path[one.path] = one
             continue
-        one, path = found[number], found[number].row["image"]["path"]
-        same = known.setdefault(path, number) if not one.split else first.setdefault((one.split, path), number)
-        known[path] = same
-        again += same != number
-        if not _agree(boxes[same], boxes[number]) or {*map(str, found[same].names)} != {*map(str, one.names)}:
-            differ.add(same)
-    first |= {("", path): number for path, number in known.items() if not found[number].split}
-    left_out([f"{found[n].row['image_id']} ({found[n].file.name})" for n in differ], len(found), where,
-             "are annotated twice with other boxes or classes; remove one of the two")
+        again += 1
+        if not _agree(same, one) or {*map(str, same.names)} != {*map(str, one.names)}:
+            differ[same] = f"{same.image_id} ({same.file.name})"
+    left_out(list(differ.values()), len(found), where, "are annotated twice with other boxes or classes; remove one of "
+             "the two")
     if again:
         print(f"data: {again} pictures are annotated twice, with the same boxes: the first counts")
-    return sorted(number for number in first.values() if number not in differ)
+    taken = {*kept.values()} - {*differ}
+    return [one for one in found if one in taken]
 
 
-def _agree(some: list[list[float]], others: list[list[float]]) -> bool:
-    """Whether two lists of boxes are much the same."""
-    return len(some) == len(others) and bool(np.allclose(sorted(some), sorted(others), rtol=0, atol=0.05))
+def _agree(one: Found, other: Found) -> bool:
+    """Whether the boxes of two entries are much the same."""
+    some, others = sorted(one.boxes or []), sorted(other.boxes or [])
+    return len(some) == len(others) and bool(np.allclose(some, others, rtol=0, atol=0.05))
 
 
-def same_rows(some: Rows, others: Rows) -> bool:
+def same_pictures(some: list[Found], others: list[Found]) -> bool:
     """Whether two readings of a folder give the same pictures much the same boxes."""
-    one, other = ({row["image"]["path"]: row["objects"]["bbox"] for rows in splits.values() for row in rows}
-                  for splits in (some, others))  # fmt: skip
+    one, other = ({found.path: found for found in reading} for reading in (some, others))
     return one.keys() == other.keys() and all(_agree(one[path], other[path]) for path in one)
 
 
-# --- what a file is ---------------------------------------------------------------------------------------------------
-
-_OBJECTS: dict[str, Callable[[dict], bool]] = {  # of a JSON file that is one object
-    "COCO": lambda one: isinstance(one.get("images"), list) and isinstance(one.get("annotations"), list),
-    "labelme": lambda one: isinstance(one.get("shapes"), list) and "imagePath" in one,
-    "VIA": lambda one: any(isinstance(part, dict) and "regions" in part for part in _via_entries(one)[:9]),
-}
-_LINES: dict[str, Callable[[dict], bool]] = {  # of a list of objects, or of JSON lines
-    "metadata": lambda one: "file_name" in one and ("objects" in one or "bbox" in one),
-    "CreateML": lambda one: "image" in one and isinstance(one.get("annotations"), list),
-    "Label Studio": lambda one: isinstance(one.get("data"), dict) and "annotations" in one,
-    "chat": lambda one: any(key in one for key in ("conversations", "messages", "suffix")) and _chat_image(one) != "",
-}
-_COLUMNS = {  # of a table
-    "image": "filename file image imageid imagename img path imagepath imagefile frame".split(),
-    "name": "class classname label labelname category categoryname name".split(),
-    "x0": "xmin x1 left".split(), "y0": "ymin y1 top".split(), "x1": "xmax x2 right".split(),
-    "y1": "ymax y2 bottom".split(), "x": "x bboxx".split(), "y": "y bboxy".split(), "w": "w bboxwidth bboxw".split(),
-    "h": "h bboxheight bboxh".split(), "width": "width imagewidth".split(), "height": "height imageheight".split(),
-}  # fmt: skip
-_CORNERS = {"xyxy": ["x0", "y0", "x1", "y1"], "xywh": ["x", "y", "w", "h"]}
+# --- what a file holds ------------------------------------------------------------------------------------------------
 
 
 def annotated(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
-    """{format: {file: what it holds}} of the annotation files among `files`, and what the others of their kind hold.
+    """{key of `FORMATS`: {file: what it holds}} of the annotation files among `files`, and what the others hold.
 
     `DataError` for one that is broken; what is no annotation at all is only listed.
     """
-    readers = {".json": _json, ".jsonl": _json, ".ndjson": _json, ".xml": _xml, ".csv": _table}
+    parsers: dict[str, Callable[[Path], Any]] = {
+        ".json": _json, ".jsonl": _json, ".ndjson": _json, ".xml": _xml, ".csv": _table, ".parquet": _parquet}
     known: dict[str, dict[Path, Any]] = {}
     others = []
     for file in files:
-        if file.suffix.lower() in readers:
-            content, kind = readers[file.suffix.lower()](file)
-            if kind:
-                known.setdefault(kind, {})[file] = content
+        if parse := parsers.get(file.suffix.lower()):
+            held = parse(file)
+            first = [one for one in held[:9] if isinstance(one, dict)] if isinstance(held, list) else [held]
+            name = next((name for name, one in FORMATS.items()
+                         if isinstance(held, one.holds) and any(map(one.fits, first))), "")  # fmt: skip
+            if name:
+                known.setdefault(name, {})[file] = held
             else:
-                others.append(f"{file.name} ({content})")
+                others.append(f"{file.name} ({_described(held, first)})")
     return known, others
 
 
-def _json(file: Path) -> tuple[Any, str]:
+def _described(held: Any, first: list[Any]) -> str:
+    """In words what a file holds that is no annotation; `first` are the first dicts of a list."""
+    if isinstance(held, pd.DataFrame):
+        return f"{len(held)} lines with the columns {list(held)[:8]}"
+    if isinstance(held, ElementTree.Element):
+        return f"<{held.tag}>"
+    if isinstance(held, dict | list) and first:
+        return f"has {sorted(first[0])[:8]}"
+    return held.why if isinstance(held, Unread) else f"a {type(held).__name__}"
+
+
+class Unread(NamedTuple):
+    """Of a file that is broken and shows no sign of annotations."""
+
+    why: str
+
+
+def _json(file: Path) -> Any:
     text, where = read_text(file), str(file)
     try:
         if file.suffix.lower() == ".json":
-            found = json.loads(text)
-        else:
-            found = []
-            for number, line in enumerate(text.split("\n"), 1):
-                where = f"{file} line {number}"
-                found += [json.loads(line)] if line.strip() else []
+            return json.loads(text)
+        found = []
+        for number, line in enumerate(text.split("\n"), 1):
+            where = f"{file} line {number}"
+            found += [json.loads(line)] if line.strip() else []
+        return found
     except (json.JSONDecodeError, RecursionError) as error:
         if any(word in text for word in ('"bbox', '"objects"', '"annotations"', '"shapes"', '"regions"')):
             raise DataError(f"{where}: not valid JSON ({error}); expected a whole file") from None
-        return "not valid JSON", ""
-    first = [one for one in (found[:9] if isinstance(found, list) else [found]) if isinstance(one, dict)]
-    kinds = _LINES if isinstance(found, list) else _OBJECTS
-    kind = next((name for name, fits in kinds.items() if any(map(fits, first))), "")
-    return found if kind else f"has {sorted(first[0])[:8]}" if first else f"a {type(found).__name__}", kind
+        return Unread("not valid JSON")
 
 
-def _xml(file: Path) -> tuple[Any, str]:
+def _xml(file: Path) -> Any:
     found = file.read_bytes()
     try:
         try:
-            tree = ElementTree.fromstring(found)
+            return ElementTree.fromstring(found)
         except ElementTree.ParseError:
             if found.isascii() or b"encoding=" in found[:100]:
                 raise
-            tree = ElementTree.fromstring(found.decode("gb18030", "replace"))  # written on a Chinese Windows
+            return ElementTree.fromstring(found.decode("gb18030", "replace"))  # written on a Chinese Windows
     except ElementTree.ParseError as error:
         if b"<annotation" in found:
             raise DataError(f"{file}: not valid XML ({error}); expected a whole annotation file") from None
-        return "not valid XML", ""
-    kind = {"annotation": "Pascal VOC", "annotations": "CVAT"}.get(tree.tag, "")
-    return tree if kind else f"<{tree.tag}>", kind
+        return Unread("not valid XML")
 
 
-def _table(file: Path) -> tuple[Any, str]:
+def _table(file: Path) -> Any:
+    """A table of text; a list of its lines where it is the metadata of an imagefolder."""
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python")
     except Exception as error:  # pandas and csv raise many kinds
-        return f"no table ({type(error).__name__})", ""
+        return Unread(f"no table ({type(error).__name__})")
     if not table.empty and {"file_name", "objects"} <= set(table.columns):
-        return [{key: _value(value) for key, value in line.items()} for line in table.to_dict("records")], "metadata"
-    plain = {name: re.sub(r"[\W_]", "", str(name).lower()) for name in table.columns}
-    table = table.rename(columns={name: key for name, same in plain.items() for key, known in _COLUMNS.items()
-                                  if same in known})  # fmt: skip
-    fits = not table.empty and any({"image", "name", *corners} <= set(table) for corners in _CORNERS.values())
-    return (table, "CSV") if fits else (f"{len(table)} lines with the columns {list(plain)[:8]}", "")
+        return [{key: _value(value) for key, value in line.items()} for line in table.to_dict("records")]
+    return table
 
 
 def _value(text: str) -> Any:
@@ -266,7 +207,16 @@ def _value(text: str) -> Any:
         return text
 
 
-# --- metadata of an imagefolder ---------------------------------------------------------------------------------------
+def _parquet(file: Path) -> Any:
+    """The schema of a table; a list of its lines where it is the metadata of an imagefolder."""
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+        return pyarrow.parquet.read_table(file).to_pylist() if "file_name" in schema.names else schema
+    except Exception as error:
+        raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
+
+
+# --- metadata of an imagefolder, and tables ---------------------------------------------------------------------------
 
 _BOX_FIELDS = ("bbox", "bboxes", "boxes", "box")
 _NAME_FIELDS = ("category_name", "category_names", "categories", "category", "labels", "label", "category_id",
@@ -279,15 +229,15 @@ def read_metadata(file: Path, lines: list[Any]) -> Iterator[Found]:
         where = f"{file} line {number}"
         if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
             raise DataError(f"{where}: found {str(line)[:60]}; expected an object {{...}} with file_name and objects")
-        new = row(line["file_name"], (line.get("width"), line.get("height")), line.get("image_id"), line.get("meta"))
-        yield of_objects(Found(new, [], "", []), line.get("objects", line), where, "meta" in line)
+        yield of_columns(line["file_name"], line, where)
 
 
-def of_objects(found: Found, objects: Any, where: str, own: bool) -> Found:
-    """`found` with the boxes of a column `objects`: lists of boxes and names, or a list of one dict a box.
+def of_columns(name: str, line: dict[str, Any], where: str) -> Found:
+    """A row with a column `objects`, or its fields: lists of boxes and names, or a list of one dict a box.
 
-    Only a row that also has `meta` (`own`) is surely one of this project's schema, whose boxes are yxyx.
+    Only a row that also has `meta` is surely one of this project's schema, whose boxes are yxyx.
     """
+    objects = line.get("objects", line)
     if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
         keys = dict.fromkeys(key for one in objects for key in one) or ("bbox", "category")
         objects = {key: [one.get(key) for one in objects] for key in keys}
@@ -297,8 +247,17 @@ def of_objects(found: Found, objects: Any, where: str, own: bool) -> Found:
     field = next((key for key in _NAME_FIELDS if isinstance(objects.get(key), list)), None)
     if boxes is None or field is None:
         raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
-    kind = "" if field != "category_name" else "yxyx-unit" if own else ANY
-    return found._replace(boxes=boxes, names=objects[field], kind=kind)
+    kind = "" if field != "category_name" else "yxyx-unit" if "meta" in line else ANY
+    return Found(name, boxes, kind, objects[field], _size(line), line.get("image_id"), line.get("meta"))
+
+
+def _size(one: Any, width: str = "width", height: str = "height") -> tuple[Any, Any]:
+    return one.get(width), one.get(height)
+
+
+def _four(one: Any, *keys: str) -> list[Any]:
+    """The four values of a box by their keys."""
+    return [one.get(key) for key in keys or ("x", "y", "width", "height")]
 
 
 # --- COCO -------------------------------------------------------------------------------------------------------------
@@ -315,16 +274,16 @@ def read_coco(file: Path, found: dict[str, Any]) -> Iterator[Found]:
                     found_id = str(item.get(key))[:40]
                     raise DataError(f"{file}: {key} of {kind}[{number}] is {found_id!r}; expected a number")
     names = {str(category["id"]): str(category.get("name")) for category in found.get("categories") or []}
-    notes: dict[str, list[dict[str, Any]]] = {str(picture["id"]): [] for picture in found["images"]}
+    notes = defaultdict(list)
     for note in found["annotations"]:
-        notes.setdefault(str(note["image_id"]), []).append(note)
+        notes[str(note["image_id"])].append(note)
     for picture in found["images"]:
         if not isinstance(picture.get("file_name"), str):
             raise DataError(f"{file}: image {picture['id']!r} has no file_name; expected the picture's path")
         own = notes.pop(str(picture["id"]), [])
-        new = row(picture["file_name"], (picture.get("width"), picture.get("height")), None, picture)
-        yield Found(new, [_coco_box(note) for note in own] or None, "xywh-pixels",
-                    [names.get(n, f"class {n}") for n in (str(note["category_id"]) for note in own)])
+        classes = [str(note["category_id"]) for note in own]
+        yield Found(picture["file_name"], [_coco_box(note) for note in own] or None, "xywh-pixels",
+                    [names.get(number, f"class {number}") for number in classes], _size(picture), meta=picture)
     lost = [note.get("id") for others in notes.values() for note in others]
     if len(lost) * 2 > len(found["annotations"]):
         raise DataError(f"{file}: {len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has; "
@@ -355,43 +314,41 @@ def _coco_box(note: dict[str, Any]) -> Any:
 def read_labelme(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """labelme: a JSON a picture, points in pixels."""
     shapes = [shape for shape in found["shapes"] if isinstance(shape, dict)]
-    boxes = [around(shape.get("points")) if shape.get("shape_type") != "circle" else
-             "a circle" for shape in shapes]  # fmt: skip
-    new = row(str(found["imagePath"]), (found.get("imageWidth"), found.get("imageHeight")))
-    yield Found(new, boxes, "xyxy-pixels", [shape.get("label") for shape in shapes], stem=file.stem)
+    boxes = ["a circle" if shape.get("shape_type") == "circle" else around(shape.get("points")) for shape in shapes]
+    yield Found(str(found["imagePath"]), boxes, "xyxy-pixels", [shape.get("label") for shape in shapes],
+                _size(found, "imageWidth", "imageHeight"), stem=file.stem)
 
 
-def _via_entries(found: dict[str, Any]) -> list[Any]:
+def _via_entries(found: dict[str, Any]) -> list[dict[str, Any]]:
     entries = found.get("_via_img_metadata", found)
-    return list(entries.values()) if isinstance(entries, dict) else []
+    return [one for one in entries.values() if isinstance(one, dict)] if isinstance(entries, dict) else []
 
 
 def read_via(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """VGG Image Annotator: JSON of a project or an export, rectangles and polygons in pixels."""
-    for entry in (one for one in _via_entries(found) if isinstance(one, dict)):
+    for entry in _via_entries(found):
         regions = entry.get("regions") or []
         regions = list(regions.values()) if isinstance(regions, dict) else regions
         named = [list((region.get("region_attributes") or {}).values()) for region in regions]
         names = [next(iter(first[0]), "") if first and isinstance(first[0], dict) else (first or [""])[0]
                  for first in named]  # a checkbox is {choice: true}
         boxes = [_via_box(region.get("shape_attributes") or {}) for region in regions]
-        yield Found(row(str(entry.get("filename"))), boxes or None, "xywh-pixels", names)
+        yield Found(str(entry.get("filename")), boxes or None, "xywh-pixels", names)
 
 
 def _via_box(shape: dict[str, Any]) -> Any:
     xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
     if isinstance(xs, list) and isinstance(ys, list) and len(xs) == len(ys):
         return around(list(zip(xs, ys, strict=True)))
-    return [shape.get(key) for key in ("x", "y", "width", "height")]
+    return _four(shape)
 
 
 def read_createml(file: Path, entries: list[Any]) -> Iterator[Found]:
     """CreateML JSON: [centre x, centre y, width, height] in pixels."""
     for entry in entries:
         notes = [note for note in entry.get("annotations") or [] if isinstance(note, dict)]
-        places = [note.get("coordinates") or {} for note in notes]
-        boxes = [[place.get(key) for key in ("x", "y", "width", "height")] for place in places]
-        yield Found(row(str(entry.get("image"))), boxes or None, "cxcywh-pixels", [note.get("label") for note in notes])
+        boxes = [_four(note.get("coordinates") or {}) for note in notes]
+        yield Found(str(entry.get("image")), boxes or None, "cxcywh-pixels", [note.get("label") for note in notes])
 
 
 def read_labelstudio(file: Path, tasks: list[Any]) -> Iterator[Found]:
@@ -401,42 +358,59 @@ def read_labelstudio(file: Path, tasks: list[Any]) -> Iterator[Found]:
         name = (texts or [""])[0].split("?d=")[-1]  # local files are served as /data/local-files/?d=path
         done = [one for one in task["annotations"] if isinstance(one, dict) and not one.get("was_cancelled")]
         regions = [one for one in (done[0].get("result") or [] if done else []) if isinstance(one.get("value"), dict)]
-        labels = [next((v for key, v in one["value"].items() if key.endswith("labels")), None) for one in regions]
-        regions, labels = [r for r, v in zip(regions, labels, strict=True) if v], [v[0] for v in labels if v]
-        size = [regions[0].get(f"original_{side}") for side in ("width", "height")] if regions else []
-        boxes = [_labelstudio_box(one) for one in regions] if done else None
-        yield Found(row(name, size), boxes, "xywh-percent", labels)
+        labelled = [(one, labels[0]) for one in regions for key, labels in one["value"].items()
+                    if key.endswith("labels") and labels]  # fmt: skip
+        size = _size(labelled[0][0], "original_width", "original_height") if labelled else ()
+        boxes = [_labelstudio_box(one) for one, _ in labelled] if done else None
+        yield Found(name, boxes, "xywh-percent", [label for _, label in labelled], size)
 
 
 def _labelstudio_box(region: dict[str, Any]) -> Any:
-    value = region["value"]
-    box = [value.get(key) for key in ("x", "y", "width", "height")]
+    value, size = region["value"], _size(region, "original_width", "original_height")
     if "points" in value:
         return around(value["points"])
-    numbers, size = numbers_of(box), [region.get(f"original_{side}") for side in ("width", "height")]
-    if not value.get("rotation") or numbers is None or not all(size):
-        return box
-    scale = np.array(size) / 100  # turned around its upper left corner, in pixels
-    start, side = numbers[:2] * scale, numbers[2:] * scale
-    corners = _turned(start, [[0, 0], [side[0], 0], [0, side[1]], side], value["rotation"])
-    return around(corners / scale)
+    box = numbers_of(_four(value))
+    if box is None or not value.get("rotation") or not all(size):
+        return _four(value)
+    x, y, width, height = np.array(box) * np.tile(size, 2) / 100  # turned around its upper left corner, in pixels
+    return around(_turned((x, y, x + width, y + height), (x, y), value["rotation"]) / size * 100)
 
 
-def _turned(centre: Any, points: Any, degrees: Any) -> np.ndarray:
-    """`points` [N, 2], relative to `centre`, turned clockwise around it, in pixels."""
+def _turned(box: Iterable[float], pivot: tuple[float, float], degrees: Any) -> np.ndarray:
+    """The corners [4, 2] of a box (x0, y0, x1, y1) in pixels that is turned clockwise around `pivot`."""
+    x0, y0, x1, y1 = box
     turn = math.radians(float(degrees))
-    matrix = [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
-    return np.asarray(centre) + np.asarray(points, float) @ np.array(matrix)
+    matrix = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    return pivot + (np.array([[x0, y0], [x1, y0], [x0, y1], [x1, y1]]) - pivot) @ matrix
+
+
+_COLUMNS = {
+    "image": "filename file image imageid imagename img path imagepath imagefile frame".split(),
+    "name": "class classname label labelname category categoryname name".split(),
+    "x0": "xmin x1 left".split(), "y0": "ymin y1 top".split(), "x1": "xmax x2 right".split(),
+    "y1": "ymax y2 bottom".split(), "x": "x bboxx".split(), "y": "y bboxy".split(), "w": "w bboxwidth bboxw".split(),
+    "h": "h bboxheight bboxh".split(), "width": "width imagewidth".split(), "height": "height imageheight".split(),
+}  # fmt: skip
+_CORNERS = {"xyxy": ["x0", "y0", "x1", "y1"], "xywh": ["x", "y", "w", "h"]}
+
+
+def _boxed(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with the names of `_COLUMNS`; empty where it has no picture, class or corners."""
+    plain = {name: re.sub(r"[\W_]", "", str(name).lower()) for name in table.columns}
+    table = table.rename(columns={name: key for name, same in plain.items() for key, known in _COLUMNS.items()
+                                  if same in known})  # fmt: skip
+    return table if any({"image", "name", *corners} <= set(table) for corners in _CORNERS.values()) else table[:0]
 
 
 def read_csv(file: Path, table: pd.DataFrame) -> Iterator[Found]:
     """A table with a line a box (TensorFlow, OpenImages and others): corners, or x, y, width and height."""
+    table = _boxed(table)
     order = next(order for order, corners in _CORNERS.items() if set(corners) <= set(table))
     for name, lines in table.groupby("image", sort=False):
         size = [lines[side].iloc[0] for side in ("width", "height") if side in lines]
         lines = lines[lines[_CORNERS[order]].ne("").any(axis=1)]
         boxes = lines[_CORNERS[order]].to_numpy().tolist()
-        yield Found(row(str(name), size), boxes or None, order, lines["name"].tolist())
+        yield Found(str(name), boxes or None, order, lines["name"].tolist(), size)
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -466,10 +440,9 @@ def read_chats(file: Path, items: list[Any]) -> Iterator[Found]:
         if isinstance(objects, dict) and isinstance(objects.get("bbox"), list):  # ms-swift
             names = objects.get("ref") or [""]
             kind = {"norm1": "xyxy-unit", "real": "xyxy-pixels"}.get(objects.get("bbox_type", ""), "xyxy")
-            names = names * len(objects["bbox"]) if len(names) == 1 else names
-            yield Found(row(name), objects["bbox"], kind, names)
+            yield Found(name, objects["bbox"], kind, names * len(objects["bbox"]) if len(names) == 1 else names)
         else:
-            yield Found(row(name), *_of_text(_completion(item)))
+            yield Found(name, *_of_text(_completion(item)))
 
 
 def _completion(item: dict[str, Any]) -> str:
@@ -509,9 +482,9 @@ def _of_text(text: str) -> tuple[list[Any] | None, str, list[str]]:
 def read_voc(file: Path, found: ElementTree.Element) -> Iterator[Found]:
     """Pascal VOC: an XML a picture, corners in pixels; of a polygon the box around it."""
     things = list(found.iter("object"))
-    new = row(found.findtext("filename") or file.stem, [found.findtext(f"size/{side}") for side in ("width", "height")])
-    yield Found(new, [_voc_box(thing) for thing in things], "xyxy-pixels",
-                [thing.findtext("name") or "" for thing in things], stem=file.stem)
+    size = [found.findtext(f"size/{side}") for side in ("width", "height")]
+    yield Found(found.findtext("filename") or file.stem, [_voc_box(thing) for thing in things], "xyxy-pixels",
+                [thing.findtext("name") or "" for thing in things], size, stem=file.stem)
 
 
 def _voc_box(thing: ElementTree.Element) -> Any:
@@ -528,21 +501,20 @@ def read_cvat(file: Path, found: ElementTree.Element) -> Iterator[Found]:
     for image in found.iter("image"):
         shapes = [shape for shape in image if shape.get("label")]
         split = split_name(image.get("subset") or "")
-        yield Found(row(image.get("name") or "", (image.get("width"), image.get("height"))),
-                    [_cvat_box(shape) for shape in shapes] or None, "xyxy-pixels",
-                    [shape.get("label") for shape in shapes], split if split in ("train", "val", "test") else "")
+        yield Found(image.get("name") or "", [_cvat_box(shape) for shape in shapes] or None, "xyxy-pixels",
+                    [shape.get("label") for shape in shapes], _size(image),
+                    split=split if split in ("train", "val", "test") else "")
 
 
 def _cvat_box(shape: ElementTree.Element) -> Any:
     if points := shape.get("points"):
         return around(re.split("[;,]", points))
-    box = [shape.get(key) for key in ("xtl", "ytl", "xbr", "ybr")]
+    box = _four(shape, "xtl", "ytl", "xbr", "ybr")
     corners = numbers_of(box)
     if corners is None or not shape.get("rotation"):
         return box if shape.tag == "box" else f"a {shape.tag}"
-    (x0, y0), (x1, y1) = corners[:2], corners[2:]
-    half = np.array([[x0 - x1, y0 - y1], [x1 - x0, y0 - y1], [x0 - x1, y1 - y0], [x1 - x0, y1 - y0]]) / 2
-    return around(_turned([(x0 + x1) / 2, (y0 + y1) / 2], half, shape.get("rotation")))
+    x0, y0, x1, y1 = corners
+    return around(_turned(corners, ((x0 + x1) / 2, (y0 + y1) / 2), shape.get("rotation")))
 
 
 # --- YOLO -------------------------------------------------------------------------------------------------------------
@@ -579,12 +551,12 @@ def yolo_labels(pictures: Pictures) -> dict[Path, list[Path]]:
 
 def _has_box(label: Path) -> bool:
     """Whether the first line that is long enough has the numbers of a box."""
-    words = next((words for line in _lines(label) if len(words := line.split()) > 4), [])
-    return bool(words) and all(map(_is_number, words[1:5]))
+    words = next((words for words in _lines(label) if len(words) > 4), ["", "no box"])
+    return all(map(_is_number, words[1:5]))
 
 
-def _lines(file: Path) -> list[str]:
-    return file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+def _lines(label: Path) -> list[list[str]]:
+    return [line.split() for line in label.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
 
 
 def _is_number(word: str) -> bool:
@@ -598,22 +570,27 @@ def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Fo
     A picture without a label file, beside others with one, has no box. `labels`: of `yolo_labels`.
     """
     file, root = yolo_names(pictures.all), pictures.root
-    config = read_yaml(file) or {} if file else {}
+    config = (read_yaml(file) if file else None) or {}
     names = _class_names(file, config) if file else None
-    named = [str(own[0] if len(own) == 1 else Path(*_key(label, root))) for label, own in labels.items()]
-    paths = pictures.find([Wanted(name, label, split_of(label.parent, root))
-                           for name, label in zip(named, labels, strict=True)])  # fmt: skip
-    places = {path.parent for path in paths}
+    found = []
+    for label, own in labels.items():
+        boxes, classes, kind = _yolo_boxes(label, names, "kpt_shape" in config)
+        name = str(own[0] if len(own) == 1 else Path(*_key(label, root)))
+        found.append(Found(name, boxes, kind, classes, split=split_of(label.parent, root), file=label))
+    for one, path in zip(found, pictures.find(found), strict=True):
+        one.name, one.path, one.split = str(path), path, ""  # the picture's place says it
+    labelled = {one.path for one in found}
+    places = {path.parent for path in labelled}
     near = (path for path in pictures.files if path.parent in places or "images" in path.relative_to(root).parts)
-    silent = sorted(set(near) - set(paths))
-    known = len(silent) <= len(paths) and all(path.exists() for path in paths) and all(
+    silent = sorted(set(near) - labelled)
+    known = len(silent) <= len(found) and all(path.exists() for path in labelled) and all(
         path.parent in places for path in silent)  # else not labelled yet, or the names were changed
     if silent and known:
         print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as "
               f"{escaped(silent[0].name)}: read as pictures without a table")  # fmt: skip
-    for path, label in sorted({**dict.fromkeys(silent), **dict(zip(paths, labels, strict=True))}.items()):
-        boxes, classes, kind = _yolo_boxes(label, names, "kpt_shape" in config) if label else ([], [], "cxcywh-unit")
-        yield Found(row(str(path)), boxes if label or known else None, kind, classes, file=label or root / "labels")
+    found += [Found(str(path), [] if known else None, "cxcywh-unit", [], file=root / "labels", path=path)
+              for path in silent]  # fmt: skip
+    yield from sorted(found, key=lambda one: one.path)
 
 
 def _class_names(file: Path, config: dict[str, Any]) -> dict[int, str]:
@@ -628,16 +605,15 @@ def _class_names(file: Path, config: dict[str, Any]) -> dict[int, str]:
                         ) from None  # fmt: skip
 
 
-def _yolo_boxes(file: Path, names: dict[int, str] | None, poses: bool) -> tuple[list[Any], list[str], str]:
+def _yolo_boxes(label: Path, names: dict[int, str] | None, poses: bool) -> tuple[list[Any], list[str], str]:
     """The boxes of a label file, their classes, and their kind."""
     boxes: list[Any] = []
     classes, kind = [], "cxcywh-unit"
-    for number, line in enumerate(_lines(file), 1):
-        words = line.split()
+    for number, words in enumerate(_lines(label), 1):
         if not words or words[0].startswith(("imagesource:", "gsd:")):
             continue
-        box: Any = f"line {number}: {line[:60]!r}; expected: class cx cy width height"
         name = ""
+        box: Any = f"line {number}: {' '.join(words)[:60]!r}; expected: class cx cy width height"
         if len(words) > 8 and not _is_number(words[8]):  # DOTA: four corners in pixels, the name, how difficult
             kind, name, box = "xyxy-pixels", words[8], around(words[:8])
         elif len(words) > 4 and all(map(_is_number, words)):
@@ -653,16 +629,36 @@ def _yolo_boxes(file: Path, names: dict[int, str] | None, poses: bool) -> tuple[
     return boxes, classes, kind
 
 
-READERS: dict[str, tuple[str, Callable[..., Iterator[Found]]]] = {
-    "COCO": ("*.json with images, annotations, categories", read_coco),
-    "YOLO": ("*.txt with class cx cy width height, and a .yaml with names or classes.txt", read_yolo),
-    "Pascal VOC": ("*.xml with <annotation>", read_voc),
-    "metadata": ("metadata.jsonl, .json, .csv or .parquet of a Hugging Face imagefolder", read_metadata),
-    "CVAT": ("*.xml of CVAT for images", read_cvat),
-    "Label Studio": ("its JSON", read_labelstudio),
-    "labelme": ("a .json a picture", read_labelme),
-    "VIA": ("JSON of the VGG Image Annotator", read_via),
-    "CreateML": ("*.json with image and annotations", read_createml),
-    "CSV": ("a line a box with the picture, the class and corners", read_csv),
-    "chat": (".json or .jsonl to fine-tune Qwen, LLaVA, ms-swift or Florence-2 on", read_chats),
-}
+class Format(NamedTuple):
+    """How a format of annotations is recognised and read."""
+
+    mark: str  # in words
+    holds: Any = ()  # the type of what its file holds, see `annotated`; () for a format that is no single file
+    fits: Callable[[Any], bool] = bool  # whether that, or one of the first entries of a list, is of this format
+    read: Callable[..., Iterator[Found]] = read_yolo
+
+
+FORMATS = {
+    "Parquet": Format("*.parquet files with pictures, as the Hub serves them", pyarrow.Schema),
+    "save_to_disk": Format("state.json or dataset_dict.json, written by datasets"),
+    "COCO": Format("*.json with images, annotations, categories", dict, lambda one:
+                   isinstance(one.get("images"), list) and isinstance(one.get("annotations"), list), read_coco),
+    "YOLO": Format("*.txt with class cx cy width height, and a .yaml with names or classes.txt"),
+    "Pascal VOC": Format("*.xml with <annotation>", ElementTree.Element, lambda one: one.tag == "annotation", read_voc),
+    "metadata": Format("metadata.jsonl, .json, .csv or .parquet of a Hugging Face imagefolder", list, lambda one:
+                       "file_name" in one and ("objects" in one or "bbox" in one), read_metadata),
+    "CVAT": Format("*.xml of CVAT for images", ElementTree.Element, lambda one: one.tag == "annotations", read_cvat),
+    "Label Studio": Format("its JSON", list, lambda one:
+                           isinstance(one.get("data"), dict) and "annotations" in one, read_labelstudio),
+    "labelme": Format("a .json a picture", dict, lambda one:
+                      isinstance(one.get("shapes"), list) and "imagePath" in one, read_labelme),
+    "VIA": Format("JSON of the VGG Image Annotator", dict, lambda one:
+                  any("regions" in part for part in _via_entries(one)[:9]), read_via),
+    "CreateML": Format("*.json with image and annotations", list, lambda one:
+                       "image" in one and isinstance(one.get("annotations"), list), read_createml),
+    "CSV": Format("a line a box with the picture, the class and corners", pd.DataFrame,
+                  lambda one: not _boxed(one).empty, read_csv),
+    "chat": Format(".json or .jsonl to fine-tune Qwen, LLaVA, ms-swift or Florence-2 on", list, lambda one:
+                   any(key in one for key in ("conversations", "messages", "suffix")) and _chat_image(one) != "",
+                   read_chats),
+}  # fmt: skip

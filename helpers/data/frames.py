@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from helpers.data.checks import turned
-from helpers.data.pictures import SIDEWAYS, Head
+from helpers.data.matching import Found
+from helpers.data.pictures import SIDEWAYS, Head, turned
 from helpers.data.schema import DataError
 
 ORDERS = {
@@ -32,14 +32,6 @@ MARGIN = 0.02  # of a side: how far a box that lies in its picture may leave it
 SAME = 0.005  # of a side: readings that differ by less are one
 FAR = 0.8  # of a side: the boxes of a set reach as far in the frame that is theirs
 CHANCE = 1e-3  # that all boxes end inside a smaller frame by accident
-
-
-class Framed(NamedTuple):
-    """The boxes of one picture as written, and what is known of its size."""
-
-    boxes: list[Any]  # as written; a tuple is corners in the set's unit, whatever its order
-    head: Head | None  # None: the picture cannot be read
-    declared: tuple[int, int]  # (width, height) by the annotation, (0, 0) where it gives none
 
 
 def left_out(bad: list[str], of: int, where: str, what: str) -> None:
@@ -71,17 +63,17 @@ def around(points: Any) -> tuple[float, ...] | str:
     return f"the points {str(points)[:60]}"
 
 
-def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: str) -> list[list[list[float]] | None]:
+def to_unit(pictures: list[Found], kind: str, box_format: str | None, where: str) -> list[list[list[float]] | None]:
     """The boxes of each picture as [y0, x0, y1, x1] in 0-1 of it as shown; None where they cannot be known.
 
     `kind`: what the format says of its boxes, `order-unit`, `order`, "" for nothing, or `ANY`. `box_format` (the
     parameter) overrules it. Boxes are converted as they stand: inverted, empty or outside, they stay so for the audit.
     `DataError` where no reading fits, or two fit and more than `FEW` of the pictures depend on it.
     """
-    index = np.array([i for i, one in enumerate(pictures) for _ in one.boxes], int)
-    if not len(index):
+    if not any(one.boxes for one in pictures):
         return [[] for _ in pictures]
-    boxes = Boxes([(box, one) for one in pictures for box in one.boxes])
+    boxes = Boxes(pictures)
+    index = boxes.index
     order, unit, frame = (*(box_format or kind).split("-"), "", "")[:3] if box_format or kind != ANY else ("", "", "")
     said, others = [], []
     if unit:
@@ -105,7 +97,7 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
     if unknown:
         formats = dict.fromkeys(one.removesuffix("-shown") for one in pool)
-        left_out([str(pictures[i].boxes[0]) for i in sorted(unknown)], len(set(index)), where,
+        left_out([str((pictures[i].boxes or [])[0]) for i in sorted(unknown)], len(set(index)), where,
                  f"have boxes that may be {' or '.join(map(explained, pool[:3]))}: nothing decides, give box_format, "
                  f"one of {', '.join(formats)}")
     if chosen.endswith("declared") and boxes.swapped.any():
@@ -116,7 +108,7 @@ def to_unit(pictures: list[Framed], kind: str, box_format: str | None, where: st
     if order_unit != kind:
         print(f"data: boxes are read as {order_unit}: {explained(order_unit)}, by box_format" if box_format else
               f"data: boxes are read as {order_unit}: {explained(order_unit)}, found from all {len(index)} boxes")
-    boxes.tell_frame(chosen, index, where)
+    boxes.tell_frame(chosen)
     result: list[list[list[float]] | None] = [None if i in unknown else [] for i in range(len(pictures))]
     for i, (x0, y0, x1, y1) in zip(index, boxes.readings[chosen].tolist(), strict=True):
         if (known := result[i]) is not None:
@@ -135,15 +127,17 @@ def explained(reading: str) -> str:
 class Boxes:
     """All boxes of a set [N, 4] and, for each reading, where it puts them: corners in 0-1 of the picture as shown."""
 
-    def __init__(self, boxes: list[tuple[Any, Framed]]) -> None:
-        self.numbers = np.array([numbers_of(box) for box, _ in boxes], np.float64)
-        self.corners = np.array([isinstance(box, tuple) for box, _ in boxes])
-        heads = [one.head or Head(one.declared, 1) for _, one in boxes]
-        self.known = np.array([one.head is not None for _, one in boxes])  # the others decide nothing
+    def __init__(self, pictures: list[Found]) -> None:
+        boxes = [(box, i, one) for i, one in enumerate(pictures) for box in one.boxes or []]
+        self.index = np.array([i for _, i, _ in boxes])  # of each box's picture
+        self.numbers = np.array([numbers_of(box) for box, _, _ in boxes], np.float64)
+        self.corners = np.array([isinstance(box, tuple) for box, _, _ in boxes])
+        heads = [one.head or Head(one.size, 1) for _, _, one in boxes]
+        self.known = np.array([one.head is not None for _, _, one in boxes])  # the others decide nothing
         self.orientation = np.array([one.orientation for one in heads])
         self.shown = np.maximum([one.shown for one in heads], 1).astype(float)
         self.stored = np.maximum([one.stored for one in heads], 1).astype(float)
-        declared = np.array([one.declared for _, one in boxes], float)
+        declared = np.array([one.size for _, _, one in boxes], float)
         self.as_shown = _alike(declared, self.shown)
         as_stored = ~self.as_shown & _alike(declared, self.stored)
         self.other = (declared > 0).all(axis=1) & ~self.as_shown & ~as_stored
@@ -231,17 +225,15 @@ class Boxes:
         """Whether these boxes reach `share` of the frame on both sides."""
         return bool((self.readings[name][boxes][:, 2:].max(axis=0, initial=0) >= share).all())
 
-    def tell_frame(self, chosen: str, index: np.ndarray, where: str) -> None:
+    def tell_frame(self, chosen: str) -> None:
         """Print what was decided about pictures that EXIF turns, or whose size is not the one that the file gives."""
-        is_pixels, frame = "-pixels-" in chosen, chosen.split("-")[2]
-        exif = len(set(index[(self.orientation > 1) & self.known]))
-        if exif:
-            how = "as the file sizes them" if frame == "declared" else f"as {frame}"
+        declared = chosen.endswith("declared")
+        if exif := len(set(self.index[(self.orientation > 1) & self.known])):
+            how = "as the file sizes them" if declared else f"as {chosen.split('-')[2]}"
             print(f"data: EXIF turns {exif} pictures; their boxes are read in the pictures {how}")
-        other = len(set(index[self.other & self.known])) if is_pixels else 0
-        if other:
+        if "-pixels-" in chosen and (other := len(set(self.index[self.other & self.known]))):
             print(f"data: {other} pictures have another size than their annotations say; their boxes are in pixels of "
-                  f"{'that size' if frame == 'declared' else 'the picture'}")
+                  f"{'that size' if declared else 'the picture'}")
 
 
 def _alike(sizes: np.ndarray, others: np.ndarray) -> np.ndarray:

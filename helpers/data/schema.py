@@ -1,4 +1,4 @@
-"""The one row schema, the errors, and what every source shares: classes, texts, safe paths."""
+"""The one row schema, the error, and what every source shares: columns, classes, texts."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def empty_split() -> datasets.Dataset:
     return datasets.Dataset.from_dict({name: [] for name in FEATURES}, features=FEATURES)
 
 
+def with_columns(split: datasets.Dataset, rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """`split` with the columns that `rows` (one dict each) have in place of its own; the pictures are not copied."""
+    order = [*FEATURES, *(name for name in split.column_names if name not in FEATURES)]
+    split = split.cast_column("image", Image(decode=False))
+    for name in rows[0] if rows else []:
+        split = split.remove_columns(name) if name in split.column_names else split
+        split = split.add_column(name, [row[name] for row in rows], feature=FEATURES[name])
+    return split.select_columns(order).cast_column("image", Image())
+
+
 def workers(rows: int) -> int | None:
     """Processes for work on `rows` pictures; None (no pool) where starting one would cost more than it saves."""
     count = min(os.cpu_count() or 1, 16, rows // 64)
@@ -66,12 +76,6 @@ def source_hash(*places: Path) -> str:
 def fingerprint(split: datasets.Dataset, *inputs: Any) -> str:
     """Of what is made from `split` by the code in this folder with these `inputs`; for `Dataset.map`."""
     return Hasher.hash([split._fingerprint, source_hash(Path(__file__).parent), inputs])
-
-
-def meta_of(found: dict[str, Any] | None = None) -> dict[str, str]:
-    """The `meta` of a row, from what its source gives: nothing of it is guessed."""
-    found = found if isinstance(found, dict) else {}
-    return {key: "" if found.get(key) is None else str(found[key]) for key in FEATURES["meta"]}
 
 
 def categories_of(names: Iterable[str]) -> tuple[str, ...]:
@@ -112,16 +116,3 @@ def read_yaml(file: Path) -> dict[str, Any] | None:
             raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
         return None
     return found if isinstance(found, dict) else None
-
-
-def safe_path(root: Path, name: str, where: str) -> Path:
-    """The path `name`, relative to `root`; `DataError` where it, `..` or a link leads out of `root`."""
-    try:
-        path = Path(root, name)
-        path.exists()  # OSError where a name is too long
-        inside = root.resolve() in path.resolve().parents  # ValueError where it has a zero byte
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: the picture path {name[:60]!r} cannot be one ({error})") from None
-    if not inside:
-        raise DataError(f"{where}: the picture path {name!r} leads out of {root}; expected a path inside that folder")
-    return path

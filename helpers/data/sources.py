@@ -15,17 +15,66 @@ import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
-from helpers.data.pictures import ENDINGS, Pictures, escaped, files_below, head
-from helpers.data.schema import FEATURES, DataError, fingerprint, safe_path
-from helpers.data.splits import Rows, by_place, split_name, split_of
+from helpers.data.formats import FORMATS
+from helpers.data.matching import Found, Pictures
+from helpers.data.pictures import ENDINGS, escaped, files_below, head
+from helpers.data.schema import FEATURES, DataError, fingerprint, with_columns
+from helpers.data.splits import by_place, split_name, split_of
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
 HUB_REVISION = "b1931722f06a0cd7f74c190cb9081348fbec4680"  # its data files as uploaded: 1083 train, 123 val
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
 _COMMIT = re.compile("[0-9a-f]{40}")
 Splits = dict[str, datasets.Dataset]
 
-
 # --- tables that already have columns ---------------------------------------------------------------------------------
+
+
+def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **options: Any) -> Splits:
+    """A data set of the Hub with pictures and boxes. Offline, gated or missing: a `DataError` that says what to do."""
+    revision = revision or (HUB_REVISION if dataset_id == HUB_ID else None)
+    name = f"{dataset_id} at revision {revision or 'main'}"
+    try:
+        found = datasets.load_dataset(dataset_id, revision=revision, cache_dir=cache_dir)
+    except Exception as error:  # huggingface_hub, datasets, requests and fsspec each have their own
+        offline = "HF_HUB_OFFLINE is set and it is not in the cache" if datasets.config.HF_HUB_OFFLINE else ""
+        raise DataError(
+            f"the data set {name} cannot be loaded ({offline or f'{type(error).__name__}: {_reason(error)}'}); "
+            "expected an existing local path, or a Hub id with access to the Hub (a gated one needs a token: HF_TOKEN "
+            "or `hf auth login`); offline, bring its Parquet files and give their folder as dataset_id"
+        ) from error
+    cached = {Path(file["filename"]).parent.name for rows in found.values() for file in rows.cache_files}
+    commits = {name for name in cached if _COMMIT.fullmatch(name)}  # datasets names the folder after the commit
+    if _COMMIT.fullmatch(revision or "") and commits - {revision}:
+        raise DataError(f"the cache has {dataset_id} at revision {', '.join(commits)} only; expected {revision}")
+    return _to_schema(dict(found), name, None, **options)
+
+
+def _load_tables(kind: str, root: Path, files: list[Path], cache_dir: str | None, **options: Any) -> Splits:
+    """Parquet `files`, or a folder of `save_to_disk`, which is read through the cache: `datasets` would else write its
+    own files into the folder."""
+    by_split: dict[str, list[str]] = {}
+    try:
+        if kind == "Parquet":
+            for file in files:  # what one shard of several lacks, `datasets` would fill with None
+                _check_columns(pyarrow.parquet.read_schema(file).names, file)
+                by_split.setdefault(split_of(file, root), []).append(str(file))
+        else:
+            saved = datasets.load_from_disk(str(root))
+            for name, rows in saved.items() if isinstance(saved, dict) else [(str(saved.split or ""), saved)]:
+                by_split[name] = [file["filename"] for file in rows.cache_files]
+        builder = {"Parquet": "parquet", "save_to_disk": "arrow"}[kind]
+        splits = {name: datasets.load_dataset(builder, data_files=own, split="train", cache_dir=cache_dir)
+                  for name, own in by_split.items()}  # fmt: skip
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        raise DataError(f"{root}: cannot be read as {kind} ({_reason(error)})") from error
+    return _to_schema(splits, str(root), Pictures(root), **options)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def _check_columns(columns: list[str], where: str | Path) -> None:
@@ -33,52 +82,67 @@ def _check_columns(columns: list[str], where: str | Path) -> None:
         raise DataError(f"{where} has the columns {columns}; it lacks {missing}, expected {list(FEATURES)}")
 
 
-def _to_schema(splits: Splits, where: str, root: Path | None, **options: Any) -> Splits:
+def _to_schema(splits: Splits, where: str, pictures: Pictures | None, **options: Any) -> Splits:
     """`splits` with the schema's columns alone; other columns beside pictures and boxes are read as `formats` does.
 
-    `DataError` names the columns that are missing or have another type.
+    `pictures`: those of the folder, None for the Hub. `DataError` names the columns that are missing or have another
+    type.
     """
-    if any(set(FEATURES) - set(rows.column_names) for rows in splits.values()):
-        return _from_columns(splits, where, root, **options)
-    cast = {}
-    for name, rows in splits.items():
-        rows = rows.select_columns(list(FEATURES))
-        try:
-            rows = rows if rows.features == FEATURES else rows.cast(FEATURES)
-        except Exception as error:  # pyarrow and datasets raise many kinds
-            found = {name: rows.features[name] for name in FEATURES if rows.features[name] != FEATURES[name]}
-            raise DataError(f"{where}, {name or 'its rows'}: the columns {found} cannot be read as "
-                            f"{[FEATURES[n] for n in found]}") from error
-        cast[name] = _only_own_pictures(rows, where, root)
-    return cast
-
-
-def _from_columns(splits: Splits, where: str, root: Path | None, **options: Any) -> Splits:
-    """Rows with a picture and `objects`, such as those of cppe-5, as rows of the schema."""
-    found, pictures = [], {}
+    whole = all(set(FEATURES) <= set(rows.column_names) for rows in splits.values())
     for name, rows in splits.items():
         _check_columns(rows.column_names, where)
-        classes = _class_names(rows.features["objects"])
+        features = FEATURES if whole else {**rows.features, "image": FEATURES["image"]}
         try:
-            rows = rows.cast_column("image", datasets.Image())
+            rows = rows.select_columns(list(features)).cast(datasets.Features(features))
         except Exception as error:  # pyarrow and datasets raise many kinds
-            raise DataError(f"{where}: the column image is {rows.features['image']}; expected pictures") from error
-        pictures[name] = _only_own_pictures(rows, where, root).cast_column("image", datasets.Image(decode=False))
-        for number, line in enumerate(pictures[name]):
-            size = line.get("width"), line.get("height")
-            new = formats.row(str(number), size, str(line.get("image_id", f"{name}-{number}")), line.get("meta"))
-            one = formats.Found(new, [], "", [], name, head=head(line["image"]), file=Path(where))
-            one = formats.of_objects(one, line["objects"], f"{where}, {name} row {number}", "meta" in line)
-            named = [classes[n] if classes and type(n) is int and 0 <= n < len(classes) else n for n in one.names]
-            found.append(one._replace(names=named))
+            found = {name: rows.features[name] for name in features if rows.features[name] != features[name]}
+            raise DataError(f"{where}, {name or 'its rows'}: the columns {found} cannot be read as "
+                            f"{[features[name] for name in found]}") from error
+        splits[name] = _only_own_pictures(rows, where, pictures)
+    return splits if whole else _from_columns(splits, where, **options)
+
+
+def _only_own_pictures(split: datasets.Dataset, where: str, pictures: Pictures | None) -> datasets.Dataset:
+    """Pictures given by path must be among `pictures`; from the Hub (None) each must bring its bytes, or is None."""
+    column = split.data.column("image")
+    lacking = pyarrow.compute.struct_field(column, "bytes").is_null().to_pylist()
+    paths = pyarrow.compute.struct_field(column, "path").to_pylist()
+    asked = [path for path, by_path in zip(paths, lacking, strict=True) if by_path and path]
+    if not asked:
+        return split
+    found = pictures.find([Found(path, [], "", [], file=Path(where)) for path in asked]) if pictures else []
+    own = {path: str(file) for path, file in zip(asked, found, strict=False)}
+
+    def placed(image: dict[str, Any] | None) -> dict[str, Any]:
+        if image and image["bytes"] is None:
+            image = {"bytes": None, "path": own[image["path"]]} if image["path"] in own else None
+        return {"image": image}
+
+    undecoded = split.cast_column("image", datasets.Image(decode=False))
+    new = fingerprint(undecoded, own, list(map(_stamp, found)))  # a picture file that changes is read anew
+    split = undecoded.map(placed, input_columns="image", features=undecoded.features, new_fingerprint=new)
+    return split.cast_column("image", datasets.Image())
+
+
+def _from_columns(splits: Splits, where: str, **options: Any) -> Splits:
+    """Rows with a picture and `objects`, such as those of cppe-5, as rows of the schema."""
+    found = []
+    for name, rows in splits.items():
+        classes = _class_names(rows.features["objects"]) or []
+        for number, line in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
+            one = formats.of_columns(str(number), line, f"{where}, {name} row {number}")
+            one.names = [classes[n] if type(n) is int and 0 <= n < len(classes) else n for n in one.names]
+            one.image_id = str(line.get("image_id", f"{name}-{number}"))
+            one.split, one.head, one.file, one.path = name, head(line["image"]), Path(where), Path(one.name)
+            found.append(one)
+    by_split: dict[str, list[Found]] = {}
+    for one in formats.settled(found, where, **options):
+        by_split.setdefault(one.split, []).append(one)
     made = {}
-    for name, lines in formats.to_rows(found, None, where, **options).items():
-        own = pictures[name].select([int(line["image"]["path"]) for line in lines]).select_columns("image")
-        rest = [{key: value for key, value in line.items() if key != "image"} for line in lines]
-        features = datasets.Features({**FEATURES, "image": datasets.Image(decode=False)})
-        full = own.map(lambda row, number, rest=rest: row | rest[number], with_indices=True, features=features,
-                       new_fingerprint=fingerprint(own, rest))  # fmt: skip
-        made[name] = full.cast_column("image", datasets.Image())
+    for name, own in by_split.items():
+        rows = [{key: value for key, value in one.row().items() if key != "image"} for one in own]
+        pictures = splits[name].select([int(one.name) for one in own]).select_columns("image")
+        made[name] = with_columns(pictures, rows)
     return made
 
 
@@ -90,91 +154,37 @@ def _class_names(feature: Any) -> list[str] | None:
     return next((names for one in inner if one is not None and (names := _class_names(one))), None)
 
 
-def _only_own_pictures(split: datasets.Dataset, where: str, root: Path | None) -> datasets.Dataset:
-    """Pictures given by path must lie in `root`; from the Hub (`root` None) each must bring its bytes."""
-    if not len(split) or not pyarrow.compute.struct_field(split.data.column("image"), "bytes").null_count:
-        return split
-
-    def own(image: dict[str, Any] | None) -> dict[str, Any]:
-        if image is None or image["bytes"] is not None or image["path"] is None:
-            return {"image": image}
-        if root is None:
-            return {"image": None}  # the audit lists it as unreadable
-        return {"image": {"bytes": None, "path": str(safe_path(root, image["path"], where))}}
-
-    undecoded = split.cast_column("image", datasets.Image(decode=False))
-    paths = pyarrow.compute.struct_field(split.data.column("image"), "path").to_pylist()
-    stamps = [_stamp(root / path) if root and path else None for path in paths]
-    new = fingerprint(undecoded, str(root), where, stamps)  # a picture file that changes is read anew
-    own_alone = undecoded.map(own, input_columns="image", features=undecoded.features, new_fingerprint=new)
-    return own_alone.cast_column("image", datasets.Image())
-
-
-def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **options: Any) -> Splits:
-    """A data set of the Hub with pictures and boxes. Offline, gated or missing: a `DataError` that says what to do."""
-    revision = revision or (HUB_REVISION if dataset_id == HUB_ID else None)
-    name = f"{dataset_id} at revision {revision or 'main'}"
-    try:
-        found = datasets.load_dataset(dataset_id, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # huggingface_hub, datasets, requests and fsspec each have their own
-        reason = " ".join(str(error).split())[:300]
-        offline = "HF_HUB_OFFLINE is set and it is not in the cache" if datasets.config.HF_HUB_OFFLINE else ""
-        raise DataError(
-            f"the data set {name} cannot be loaded ({offline or f'{type(error).__name__}: {reason}'}); expected an "
-            "existing local path, or a Hub id with access to the Hub (a gated one needs a token: HF_TOKEN or "
-            "`hf auth login`); offline, bring its Parquet files and give their folder as dataset_id"
-        ) from error
-    cached = {Path(file["filename"]).parent.name for rows in found.values() for file in rows.cache_files}
-    commits = {name for name in cached if _COMMIT.fullmatch(name)}  # datasets names the folder after the commit
-    if _COMMIT.fullmatch(revision or "") and commits - {revision}:
-        raise DataError(f"the cache has {dataset_id} at revision {', '.join(commits)} only; expected {revision}")
-    return _to_schema(dict(found), name, None, **options)
-
-
-def _load_parquet(root: Path, files: list[Path], cache_dir: str | None, **options: Any) -> Splits:
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        _check_columns(parquet_columns(file), file)  # what one shard of several lacks, `datasets` fills with None
-        by_split.setdefault(split_of(file, root), []).append(str(file))
-    splits = {}
-    for name, own in by_split.items():
-        try:
-            splits[name] = datasets.load_dataset("parquet", data_files=own, split="train", cache_dir=cache_dir)
-        except Exception as error:
-            reason = " ".join(str(error.__cause__ or error).split())[:300]
-            raise DataError(f"{', '.join(own)}: cannot be read as Parquet ({reason})") from error
-    return _to_schema(splits, str(root), root, **options)
-
-
-def parquet_columns(file: Path) -> list[str]:
-    """The columns of a Parquet file; `DataError` where it is cut off."""
-    try:
-        return pyarrow.parquet.read_schema(file).names
-    except Exception as error:
-        raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
-
-
-def _load_saved(root: Path, cache_dir: str | None, **options: Any) -> Splits:
-    """A folder of `save_to_disk`, read through the cache: `datasets` would else write its own files into the folder."""
-    splits = {}
-    try:
-        found = datasets.load_from_disk(str(root))
-        for name, rows in found.items() if isinstance(found, dict) else [(str(found.split or ""), found)]:
-            files = [file["filename"] for file in rows.cache_files]
-            splits[name] = datasets.load_dataset("arrow", data_files=files, split="train", cache_dir=cache_dir)
-    except Exception as error:
-        raise DataError(f"{root}: cannot be read as a folder of save_to_disk ({error})") from error
-    return _to_schema(splits, str(root), root, **options)
-
-
 # --- a local path -----------------------------------------------------------------------------------------------------
 
-FORMATS = {
-    "Parquet": "*.parquet files with pictures, as the Hub serves them",
-    "save_to_disk": "state.json or dataset_dict.json, written by datasets",
-    **{name: mark for name, (mark, _) in formats.READERS.items()},
-}
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz")
+
+def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
+    """Every split of a local file or folder under the name it has there ("" without one), its format said out loud."""
+    path = path.resolve()
+    files = [path] if path.is_file() else list(files_below(path))
+    archives = [file for file in files if file.suffix.lower() in ARCHIVES]
+    if archives and not any(file.suffix.lower() in (*ENDINGS, ".parquet", ".arrow") for file in files):
+        print(f"data: {', '.join(file.name for file in archives)} unpacked into the cache")
+        path = _unpacked(archives, cache_dir)
+    root = _root_of(path)
+    pictures = Pictures(root)
+    held = _held(root if path.is_dir() else path, pictures)
+    first, *more = sorted(held, key=list(FORMATS).index)
+    print(f"data: {path} is read as {first} ({FORMATS[first].mark})")
+    if first in ("Parquet", "save_to_disk"):
+        if more:
+            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file to read")
+        return _load_tables(first, root, list(held[first]), cache_dir, **options)
+    found = formats.read(first, pictures, held[first], **options)
+    for name in more:
+        if not formats.same_pictures(found, formats.read(name, pictures, held[name], **options)):
+            raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to "
+                            "read, or a folder without the other")  # fmt: skip
+    used = {one.path.resolve() for one in found}
+    unused = [file for file in pictures.files if file.resolve() not in used]
+    if unused:  # neither trained on nor scored
+        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as "
+              f"{escaped(unused[0].name)}")
+    return {name: _cached(own, cache_dir) for name, own in by_place(found, pictures).items()}
 
 
 def _root_of(path: Path) -> Path:
@@ -203,101 +213,43 @@ def _unpacked(archives: list[Path], cache_dir: str | None) -> Path:
     return folder
 
 
-def detect_formats(path: Path, pictures: Pictures) -> dict[str, dict[Path, Any]]:
+def _held(path: Path, pictures: Pictures) -> dict[str, dict[Path, Any]]:
     """{key of `FORMATS`: its files and what they hold} of `path`; `DataError` where there is none."""
     if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
         return {"save_to_disk": {}}
     files = [path] if path.is_file() and not path.suffix.startswith(".y") else pictures.all
-    found, others = formats.annotated(files)
-    for file in files:
-        if file.suffix == ".parquet":
-            if "file_name" in parquet_columns(file):
-                found.setdefault("metadata", {})[file] = pyarrow.parquet.read_table(file).to_pylist()
-            else:
-                found.setdefault("Parquet", {})[file] = None
+    held, others = formats.annotated(files)
     if files != [path] and (labels := formats.yolo_labels(pictures)):
-        found["YOLO"] = labels
-    if not found:
-        known = "; ".join(f"{name}: {mark}" for name, mark in FORMATS.items())
+        held["YOLO"] = labels
+    if not held:
+        known = "; ".join(f"{name}: {one.mark}" for name, one in FORMATS.items())
         raise DataError(f"{path} holds no known format{': ' if others else ''}{', '.join(others[:3])}; "
                         f"expected one of: {known}")
     if others:
         print(f"data: {len(others)} files hold no annotations and are not read, such as {others[0]}")
-    return found
+    return held
+
+
+def _cached(found: list[Found], cache_dir: str | None) -> datasets.Dataset:
+    """Rows whose pictures are files, as a cached split; a picture file that changes is read anew."""
+    stamps = [_stamp(one.path) for one in found]
+    if not any(stamps):
+        raise DataError(f"none of the {len(found)} pictures exists, such as {found[0].path}; expected picture files "
+                        "there")
+    rows = tuple(one.row() for one in found)
+    return datasets.Dataset.from_generator(
+        _rows,
+        features=FEATURES,
+        gen_kwargs={"rows": rows},
+        cache_dir=cache_dir,
+        fingerprint=Hasher.hash(["files", rows, stamps]),
+    )
 
 
 def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def _cached(rows: list[dict[str, Any]], cache_dir: str | None) -> datasets.Dataset:
-    """Rows whose pictures are files, as a cached split; a picture file that changes is read anew."""
-    files = [Path(row["image"]["path"]) for row in rows]
-    stamps = [_stamp(file) for file in files]
-    if not any(stamps):
-        raise DataError(f"none of the {len(rows)} pictures exists, such as {files[0]}; expected picture files there")
-    return datasets.Dataset.from_generator(
-        _rows,
-        features=FEATURES,
-        gen_kwargs={"rows": tuple(map(_storable, rows))},
-        cache_dir=cache_dir,
-        fingerprint=Hasher.hash(["files", rows, stamps]),
-    )
-
-
-def _storable(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with bytes for the path where it has them, or the file's name is not UTF-8, which Arrow holds alone."""
-    path, found = row["image"]["path"], row["image"]["bytes"]
-    if path == escaped(path) and found is None:
-        return row
-    found = found or (Path(path).read_bytes() if Path(path).is_file() else None)
-    return row | {"image": {"path": None, "bytes": found}}
-
-
 def _stamp(file: Path) -> tuple[int, int] | None:
     """Size and time of a file, which tell where it was replaced."""
     return (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
-
-
-def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
-    """Every split of a local file or folder under the name it has there ("" without one), its format said out loud."""
-    path = path.resolve()
-    files = [path] if path.is_file() else list(files_below(path))
-    archives = [file for file in files if file.suffix.lower() in ARCHIVES]
-    if archives and not any(file.suffix.lower() in (*ENDINGS, ".parquet", ".arrow") for file in files):
-        print(f"data: {', '.join(file.name for file in archives)} unpacked into the cache")
-        path = _unpacked(archives, cache_dir)
-    root = _root_of(path)
-    pictures = Pictures(root)
-    found = detect_formats(root if path.is_dir() else path, pictures)
-    first, *more = sorted(found, key=list(FORMATS).index)
-    print(f"data: {path} is read as {first} ({FORMATS[first]})")
-    if first in ("Parquet", "save_to_disk"):
-        if more:
-            raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file to read")
-        if first == "save_to_disk":
-            return _load_saved(root, cache_dir, **options)
-        return _load_parquet(root, list(found[first]), cache_dir, **options)
-    splits: Rows = {}
-    for name in (first, *more):
-        rows = formats.to_rows(formats.read(name, pictures, found[name]), pictures, str(root), **options)
-        if name != first and not formats.same_rows(splits, rows):
-            raise DataError(f"{path} holds {first} and {name}, which differ; expected one: give the file of the one to "
-                            "read, or a folder without the other")  # fmt: skip
-        splits = splits or rows
-    splits = by_place(splits, root, pictures.all)
-    used = {Path(row["image"]["path"]).resolve() for rows in splits.values() for row in rows}
-    unused = [file for file in pictures.files if file.resolve() not in used]
-    if unused:  # neither trained on nor scored
-        first = escaped(unused[0].name)
-        print(f"data: {len(unused)} pictures in {root} have no annotation and are not used, such as {first}")
-    return {name: _cached(rows, cache_dir) for name, rows in splits.items()}
-
-
-def check_content(splits: Splits, where: str) -> None:
-    """`DataError` where a source has no pictures or no boxes: nothing can be learned."""
-    objects = [entry or {} for rows in splits.values() for entry in rows["objects"]]
-    if not objects:
-        raise DataError(f"{where} has no pictures; expected at least one")
-    if not any(entry.get("bbox") for entry in objects):
-        raise DataError(f"{where}: objects.bbox is empty in all {len(objects)} pictures; expected boxes")

@@ -9,22 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any
-from unicodedata import normalize
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 
 from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text, read_yaml
 
+if TYPE_CHECKING:  # they import from here
+    from helpers.data.matching import Found, Pictures
+
 UNLISTED = "in no list"
-Rows = dict[str, list[dict[str, Any]]]  # split, or "" where none is named -> rows of the schema
 _KNOWN = {
     "val": re.compile("val(id|idation)?(set)?|dev(set)?|eval(uation)?(set)?"),
     "test": re.compile("test(ing)?(set)?"),
@@ -59,52 +59,51 @@ def _word(name: str) -> str:
 # --- what lists and names say -----------------------------------------------------------------------------------------
 
 
-def by_place(rows: Rows, root: Path, files: Sequence[Path]) -> Rows:
-    """`rows`, by the split that their format gives or "", under the split that counts.
+def by_place(found: list[Found], pictures: Pictures) -> dict[str, list[Found]]:
+    """`found`, by the split that counts, "" where nothing names one.
 
-    That is the one of a list among `files`, else the given one, else that of the picture's folder, else, where every
-    picture has one, that of a word in its name.
+    That is the one of a list among the files, else the one that its own file says, else that of the picture's folder,
+    else, where every picture has one, that of a word in its name.
     """
-    lists = _listed(root, files, [Path(row["image"]["path"]) for own in rows.values() for row in own])
-    new: Rows = defaultdict(list)
+    root, lists = pictures.root, _listed(pictures, [one.path for one in found])
     said = set(lists.values())  # splits that are more than a guess
     rest = UNLISTED if "train" in said else "train" if said else ""
-    for given, own in rows.items():
-        paths = [Path(row["image"]["path"]) for row in own]
-        if all(_word(path.stem) == given and not split_of(path.parent, root) for path in paths):
-            given = ""  # their own names say so, and no folder
-        for row, path in zip(own, paths, strict=True):
-            split = lists.get(path) or given or split_of(path.parent, root)
-            said |= {split_name(part) for part in path.parent.relative_to(root).parts} & {split}
-            new[split or rest].append(row)
+    by_name = {split: all(_word(one.path.stem) == split and not split_of(one.path.parent, root) for one in found
+                          if one.split == split) for split in {one.split for one in found}}  # fmt: skip
+    new: dict[str, list[Found]] = defaultdict(list)
+    for one in found:
+        given = "" if by_name[one.split] else one.split  # their own names say so, and no folder
+        split = lists.get(one.path) or given or split_of(one.path.parent, root)
+        said |= {split_name(part) for part in one.path.parent.relative_to(root).parts} & {split}
+        new[split or rest].append(one)
     if set(new) == {""}:
-        guessed: Rows = defaultdict(list)
-        for row in new[""]:
-            guessed[_word(Path(row["image"]["path"]).stem)].append(row)
+        guessed: dict[str, list[Found]] = defaultdict(list)
+        for one in found:
+            guessed[_word(one.path.stem)].append(one)
         if len(guessed) > 1 and "" not in guessed:
             print(f"data: {' and '.join(sorted(guessed))} are what the names of the pictures say")
-            return dict(guessed)
-    return {"": rows for rows in new.values()} if len(new) == 1 and not said else dict(new)  # noqa: B035  one
+            return guessed
+    return new if said or len(new) > 1 else {"": found}
 
 
-def _listed(root: Path, files: Sequence[Path], pictures: list[Path]) -> dict[Path, str]:
+def _listed(pictures: Pictures, annotated: list[Path]) -> dict[Path, str]:
     """{picture: split} by a data.yaml and by lists named after a split (ImageSets/Main/val.txt, train.txt)."""
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for picture in pictures:
-        for name in {picture.name, picture.stem}:
-            by_name[normalize("NFC", name)].append(picture)
     splits: dict[Path, set[str]] = defaultdict(set)
-    for split, place in [one for file in files for one in _statements(file, root)]:
-        found = ([picture for picture in pictures if picture.is_relative_to(place)] if place.is_dir() else
-                 [picture for line in read_text(place).splitlines() for picture in _find(line, by_name)])  # fmt: skip
-        for picture in found:
-            splits[picture].add(split)
+    others = {*pictures.files} - {*annotated}
+    for file in pictures.all:
+        for split, place in _statements(file, pictures.root):
+            found = [picture for picture in annotated if picture.is_relative_to(place)]
+            for line in read_text(place).splitlines() if place.is_file() else ():
+                found += pictures.search(line.strip(), place, "", others)[0]
+            for picture in found:
+                splits[picture].add(split)
     both = [picture for picture, own in splits.items() if {"train", "val"} <= own]
     if both and not any("train" in own and "val" not in own for own in splits.values()):
-        print(f"data: {root} names the same {len(both)} pictures as train and as val: val is carved from them")
+        print(f"data: {pictures.root} names the same {len(both)} pictures as train and as val: val is carved from them")
         return {picture: "train" if "val" in own else min(own) for picture, own in splits.items()}
     if both:
-        print(f"data: {root}: {len(both)} pictures are in the lists of train and of val, and stay in val alone")
+        print(f"data: {pictures.root}: {len(both)} pictures are in the lists of train and of val, and stay in val "
+              "alone")
     order = [*_KNOWN, "trainval"]
     first = {picture: min(own, key=order.index) for picture, own in splits.items()}
     return {picture: "train" if split == "trainval" else split for picture, split in first.items()}
@@ -139,14 +138,6 @@ def _below(root: Path, base: Path, path: Any, entry: str) -> Path | None:
     ends = [folder.joinpath(*parts[start:]) for start in range(len(parts)) for folder in (base, root)]
     ends += [root] if not parts or parts[-1] == root.name else []
     return next((end for end in ends if os.path.exists(end)), None)  # False too for what can be no path
-
-
-def _find(line: str, by_name: dict[str, list[Path]]) -> list[Path]:
-    """The pictures that a line of a list names: with or without folders and ending, from whatever machine."""
-    *folders, name = PureWindowsPath(normalize("NFC", line.strip())).parts or ("",)
-    found = by_name.get(name) or by_name.get(Path(name).stem) or []
-    shared = [len(os.path.commonprefix([[*path.parts[-2::-1]], folders[::-1]])) for path in found]
-    return [path for path, count in zip(found, shared, strict=True) if count == max(shared)]
 
 
 # --- what is carved ---------------------------------------------------------------------------------------------------
@@ -208,11 +199,23 @@ def carve(split: datasets.Dataset, count: int, seed: int) -> tuple[datasets.Data
 def groups_of(split: datasets.Dataset) -> pd.Series:
     """A key for each row; rows of one product, copies of one photo and equal files have the same."""
     rows = zip(split["image_id"], split["meta"], strict=True)
-    keys = pd.Series([(meta or {}).get("barcode") or product_of(image_id) for image_id, meta in rows], dtype=object)
-    key, content = pd.factorize(keys)[0], pd.factorize(np.array(_contents(split)))[0]
-    links = coo_array((np.ones(len(keys)), (key, key.max(initial=0) + 1 + content)))
-    links.resize((nodes := int(links.shape[1]), nodes))
-    return keys.groupby(connected_components(links, directed=False)[1][key]).transform("min")
+    keys = [(meta or {}).get("barcode") or product_of(image_id) for image_id, meta in rows]
+    images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
+    contents = [("content", _content(image) or number) for number, image in enumerate(images)]
+    groups = DisjointSet([*keys, *contents])
+    for key, content in zip(keys, contents, strict=True):
+        groups.merge(key, content)
+    first = {}
+    for key in sorted(set(keys)):
+        first.setdefault(groups[key], key)
+    return pd.Series([first[groups[key]] for key in keys], dtype=object)
+
+
+def _content(image: dict[str, Any] | None) -> str:
+    """A hash of a picture's file; "" where there is none."""
+    path = Path((image or {}).get("path") or "")
+    content = image["bytes"] if image and image["bytes"] is not None else path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(content).hexdigest() if content else ""
 
 
 def product_of(image_id: str) -> str:
@@ -227,19 +230,3 @@ def is_barcode(code: str) -> bool:
     if not re.fullmatch(r"\d{8}|\d{12,14}", code) or re.match(r"(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])", code):
         return False
     return sum(int(digit) * (3 if place % 2 else 1) for place, digit in enumerate(reversed(code))) % 10 == 0
-
-
-def _contents(split: datasets.Dataset) -> list[str]:
-    """For each row a text that rows with the same picture file share; files are read only where their sizes agree."""
-    images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
-    sizes = [_size(image) for image in images]
-    shared = {size for size, count in Counter(sizes).items() if size and count > 1}
-    return [hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).hexdigest() if size in shared else
-            str(row) for row, (image, size) in enumerate(zip(images, sizes, strict=True))]  # fmt: skip
-
-
-def _size(image: dict[str, Any] | None) -> int:
-    """Bytes of a picture's file; 0 where there is none."""
-    if not image or (image["bytes"] is None and not Path(image["path"] or "").is_file()):
-        return 0
-    return len(image["bytes"]) if image["bytes"] is not None else Path(image["path"]).stat().st_size

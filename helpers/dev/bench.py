@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -34,11 +35,11 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers import runs
-from helpers.dev.check_7b import read_events
 from helpers.dev.random_7b import MANY_SIZES, PUBLISHED, SIZES, write_model, write_pictures
 from helpers.recipes import RECIPES, SCALES
 from helpers.runs import read_json, write_json
 from helpers.settings import TINY_BASE
+from helpers.trainer import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "notebooks" / "performance_7b.json"
@@ -58,9 +59,9 @@ WAYS: dict[str, dict] = {  # name -> how; what is not said is the scale's own
     "ours, 44 picture sizes": {"kind": "ours", "many_sizes": True},
 }
 ON_A_GPU = {"cap_gib", "many_sizes"}  # of a way: only there
-# Who takes turns: the one that may fill the card waits for as few others as there must be, since they keep their model.
+# Who takes turns. All keep their model: the one that fills the card comes last, and sees what room the others leave.
 GROUPS = (("stock", "Unsloth", "ours, in 16 GiB", "ours, in 24 GiB"),
-          ("ours, as the pipeline trains", "Unsloth, beside it"), ("ours, 44 picture sizes",))
+          ("Unsloth, beside it", "ours, as the pipeline trains"), ("ours, 44 picture sizes",))
 VARIANTS = {name + suffix: {"recipe": recipe, **how} for recipe, suffix in (("r4-joint", ""), ("r1-llm-only", ", r1"))
             for name, how in WAYS.items()}
 ANSWERS = {f"ours, {precision}": {"kind": "answers", "recipe": "base", "precision": precision}
@@ -209,15 +210,16 @@ def answers(task: dict) -> None:
 
 def pipeline(task: dict) -> None:
     """pipeline.py itself, in turns once it trains."""
-    from helpers.dev import measured
-
+    if task["cap_gib"]:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(task["cap_gib"] * 2**30 / whole)
     transformers.trainer.DEFAULT_CALLBACKS.append(Turns(Path(task["turns"]), task["pictures"]))
     given = {"recipe": task["recipe"], "scale": task["scale"], "model_id": task["model"], "dataset_id": task["data"],
              "epochs": 2, "train_limit": task["train"], "val_limit": 1, "max_new_tokens": max(32, task["new_tokens"]),
              "save_steps": 1000, "report_to": "none", "memory": task["memory"],
              "output_root": Path(task["turns"]).parent / "runs"}
-    measured.main(f"{task['turns']}.events", str(task["cap_gib"] or 0), "0", "1",
-                  *(f"{name}={value}" for name, value in given.items()))
+    sys.argv = ["pipeline.py", *(f"{name}={value}" for name, value in given.items())]
+    runpy.run_path(str(ROOT / "pipeline.py"), run_name="__main__")
 
 
 def child(task: dict) -> None:
@@ -242,7 +244,7 @@ class Racer:
 
     def turns(self) -> list[dict]:
         """What was measured so far, a line a turn; the first one is not counted."""
-        return read_events(Path(self.task["turns"]))
+        return read_log(Path(self.task["turns"]))
 
     def wait(self, count: int, until: float) -> None:
         """Wait for the turn of this number; sets `failed` where the process ends before, or time is over."""

@@ -6,8 +6,7 @@ import pytest
 
 from helpers import data
 from helpers.data import embedded
-from helpers.data.planted import plant_each
-from helpers.data.tables import box_table
+from helpers.topics.dataset import box_table, plant_each
 
 
 @pytest.mark.parametrize("barcode", ["4006381333931", ""])
