@@ -113,12 +113,13 @@ def _places(files: Iterable[Path], name: str) -> dict[str, tuple[Path, int]]:
 
 def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, generation: dict,
                      names: Sequence[str] | None, batch_size: int) -> Iterator[list[dict]]:
-    """The lines of each batch of the rows `todo`. Where memory runs out, it goes on with batches of half the size.
+    """The lines of each batch of the rows `todo`, whose first is the largest picture: that a batch of such fits is
+    known before. Where memory runs out all the same, it goes on with batches of half the size.
 
     On a GPU other processes open the coming pictures, where `rows` is a data set and no list of pictures.
     """
     size = processor.image_processor.size
-    largest = as_rgb(rows[todo[0]]["image"]).size if todo else (1, 1)  # they are sorted
+    largest = as_rgb(rows[todo[0]]["image"]).size if todo else (1, 1)
     most = image_tokens([largest], size["shortest_edge"], size["longest_edge"]).max()
     done, batch_size = 0, min(batch_size, len(todo), room_for(model, int(most) + PROMPT_TOKENS))
     workers = 0 if model.device.type == "cpu" or isinstance(rows, list) else 4
