@@ -102,7 +102,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import GRPOConfig, SFTConfig
 
-from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, reward, speed, trainer
+from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, processes
+from helpers import reward, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
 
@@ -126,7 +127,7 @@ plots.overview([stage_run.stage for stage_run in run.stages], run.loss_scope)
 
 # %%
 limit = {"train": run.train_limit, "val": run.val_limit}
-with runs.main_first():
+with processes.main_first():
     raw = data.load_raw(**data.source_of(run.values), limit={split: n for split, n in limit.items() if n})
 if run.stages and not len(raw["train"]):
     raise data.DataError(f"dataset_id={run.dataset_id!r} has pictures for val alone, and only recipe=base trains "
@@ -141,7 +142,7 @@ raw["val"][0]
 # with the boxes that came in, and `audit.jsonl` in the run's folder lists every finding by its id.
 
 # %%
-with runs.main_first():
+with processes.main_first():
     audit = data.audit(raw)
     rows = data.prepare(data.clean(raw, audit), run.min_pixels, run.max_pixels)
 display(audit.table(), audit.statistics)
@@ -233,7 +234,7 @@ print(f"two in a byte, {packed.flatten().tolist()}, with a scale of {state.absma
 
 # %% [markdown]
 # Only the language model is quantized. The vision tower is small, and rounding it costs accuracy before the language
-# model sees a single token. `llm_int8_skip_modules` keeps it out, by the names that its modules have today.
+# model reads a single token. `llm_int8_skip_modules` keeps it out, by the names that its modules have today.
 
 # %%
 nf4 = BitsAndBytesConfig(
@@ -311,7 +312,7 @@ del base
 model.free_memory()
 untrained = {"base": parity.files_hash(run.model_path, run.model_revision), "precision": first_precision}
 runs.open_folder(run, base=untrained["base"], train=runs.rows_hash(rows["train"]))
-if runs.is_main():
+if processes.is_main():
     audit.write(run.folder / "audit.jsonl")
 shared = Path(run.output_root) / "baselines" / runs.key(**untrained, **val)
 baseline = predict_val(lambda: load_base(first_precision), shared / "baseline.jsonl", **untrained)
@@ -380,12 +381,13 @@ def in_every_stage(stage_run):
     )
 
 
-def sft_config(stage_run, checkpointed):
+def sft_config(stage_run, fits):
     """How a stage is trained on labels."""
     return SFTConfig(
         num_train_epochs=run.epochs,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=checkpointed,
+        gradient_checkpointing=fits.recompute,
+        activation_offloading=run.memory == "low" and torch.cuda.is_available(),  # the rest waits in the host's memory
         max_length=None,  # TRL's default of 1024 would cut image tokens
         **in_every_stage(stage_run),
     )
@@ -393,18 +395,17 @@ def sft_config(stage_run, checkpointed):
 
 # %% [markdown]
 # Three things save time and change a number only in its last digits. LoRA's product is added in place, and on a GPU
-# small operations are compiled. Activations are recomputed in the backward pass (gradient checkpointing) only in as
-# many layers as memory asks for, which is tried with the longest batch. And a vision tower that does not train encodes
-# each picture once, not once an epoch.
+# small operations are compiled. The longest batch is tried, and only where its activations do not fit into memory are
+# they recomputed in the backward pass (gradient checkpointing), in as few layers as that takes. And a vision tower that
+# does not train encodes each picture once, not once an epoch.
 
 # %%
-def checkpointing(tuned):
-    """Whether to recompute activations, and the layers that keep theirs all the same."""
+def fit(tuned, train_rows, stage_collator):
+    """Whether to recompute activations, and what layers keep all the same."""
     if run.gradient_checkpointing is not None:
-        return run.gradient_checkpointing, []
-    rows_of = collate.longest(rows["train"], run.share[0], run.min_pixels, run.max_pixels)
-    longest = collator(rows_of)
-    return speed.checkpointing(tuned, longest)
+        return speed.Fit(run.gradient_checkpointing)
+    longest = collate.longest(train_rows, batch_size, run.min_pixels, run.max_pixels)
+    return speed.fit(tuned, (collator if run.augment else stage_collator)(longest))
 
 
 def training_data(stage_run, tuned, augment):
@@ -424,13 +425,13 @@ def training_data(stage_run, tuned, augment):
 # %%
 def on_labels(stage_run, tuned, **proofs):
     """The trainer of a stage that learns the true completions."""
-    checkpointed, kept = checkpointing(tuned)
     augment = Augment(run.seed) if run.augment else None
     train_rows, stage_collator = training_data(stage_run, tuned, augment)
+    fits = fit(tuned, train_rows, stage_collator)
     callbacks = [augment] if augment else []  # learns the epoch
-    return trainer.BoxTrainer(tuned, args=sft_config(stage_run, checkpointed), train_dataset=train_rows,
+    return trainer.BoxTrainer(tuned, args=sft_config(stage_run, fits), train_dataset=train_rows,
                               data_collator=stage_collator, processing_class=processor,
-                              callbacks=[speed.KeepActivations(kept), *callbacks], **proofs)
+                              callbacks=[speed.KeepActivations(fits.kept), *callbacks], **proofs)
 
 
 # %% [markdown]
@@ -656,7 +657,6 @@ def merge_into(kind):
         return merge.merge_adapter(adapted, None)[0]
     merged, difference = merge.merge_adapter(adapted, batch)
     print(f"adapter applied against merged, in {dtype}: logits differ by {difference:.1e} of their size")
-    merge.check_algebra(difference, dtype)
     return merged
 
 
@@ -665,11 +665,11 @@ merges = bool(last) and last.stage.trains == "lora"
 if merges:
     inputs = trained_on | {"merge_base": run.merge_base}
     with runs.step(run.folder, "merge", inputs, made=run.merged_folder) as todo:
-        if todo and runs.is_main():
+        if todo and processes.is_main():
             merge.save_merged(merge_into(run.merge_base), processor, run.merged_folder, made_with,
                               parity.base_of(last.base, run.model_revision))
 shipped = run.merged_folder if merges else last.result if last else run.model_path
-if last and runs.is_main():
+if last and processes.is_main():
     parity.note_longest(shipped, run.max_new_tokens)
 
 # %% [markdown]
@@ -697,5 +697,5 @@ print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
 for name, score in metrics["scores"].items():
     print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}{evaluate.unstopped_note(score)}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
-runs.leave()
+processes.leave()
 pd.DataFrame(runs.report(run))

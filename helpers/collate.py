@@ -109,39 +109,33 @@ def check_limits(rows: Mapping[str, datasets.Dataset], collator: Collator, run: 
     or val does not fit into `max_new_tokens`; where a picture of train makes more than 2048 tokens (with `augment` each
     may become as large as `max_pixels`); where `eval_steps` would find no box on its pictures of selection.
     """
+    tokenizer, train = collator.processor.tokenizer, rows["train"]
     ids = [f"{image_id!r} in {split}" for split in ("train", "val") for image_id in rows[split]["image_id"]]
     objects = [one for split in ("train", "val") for one in rows[split]["objects"]]
-    need = _completion_tokens(objects, collator)
+    texts = [target_text(one) + END_OF_TURN for one in objects]
+    completions = np.array([len(tokens) for tokens in tokenizer(texts)["input_ids"]])
+    need = completions
     if run.constrained:  # leaves each box the room that it takes at most
-        unit = longest_unit(collator.processor.tokenizer, names_in(rows["train"], rows["val"]))
-        need = np.maximum(need, [len(one["bbox"]) * unit + 1 for one in objects])
+        unit = longest_unit(tokenizer, names_in(train, rows["val"]))
+        need = np.maximum(completions, [len(one["bbox"]) * unit + 1 for one in objects])
     if need.max() > run.max_new_tokens:
         raise ParameterError(f"max_new_tokens={run.max_new_tokens} would cut completions: the true one of image_id="
                              f"{ids[need.argmax()]} needs {need.max()}; set max_new_tokens={need.max()} or more.")
-    if run.stages:
-        _check_sequences(rows["train"], collator, run)
-    few = rows["selection"]["objects"][: run.eval_pictures] if run.stages and run.eval_steps else None
-    if few is not None and not any(objects["bbox"] for objects in few):
-        raise ParameterError(f"eval_steps={run.eval_steps} finds no box on {len(few)} pictures of selection; leave it "
-                             "out, raise eval_pictures, or give the data set pictures for a split named selection.")
-
-
-def _check_sequences(train: datasets.Dataset, collator: Collator, run: Run) -> None:
-    """Raise ParameterError for the longest sequence of `train`, where it has more than 2048 tokens."""
-    completions = _completion_tokens(train["objects"], collator)
-    chat = collator.texts([{"image": None, "objects": train["objects"][0]}])[0]
-    text = len(collator.processor.tokenizer(chat)["input_ids"]) - 1 - completions[0] + completions  # 1: <|image_pad|>
+    if not run.stages:
+        return
+    chat = collator.texts([{"image": None, "objects": objects[0]}])[0]
+    text = len(tokenizer(chat)["input_ids"]) - 1 - completions[0] + completions[: len(train)]  # 1: <|image_pad|>
     images = (np.full(len(train), run.max_pixels // IMAGE_TOKEN) if run.augment else
               image_tokens(zip(train["width"], train["height"], strict=True), run.min_pixels, run.max_pixels))
     most = int((text + images).argmax())
-    tokens, room = text[most] + images[most], IMAGE_TOKEN * (MAX_TOKENS - text[most])
-    if tokens > MAX_TOKENS:
-        raise ParameterError(f"image_id={train['image_id'][most]!r} in train makes {tokens} tokens, {text[most]} of "
-                             f"them text, and at most {MAX_TOKENS} are allowed; "
+    if text[most] + images[most] > MAX_TOKENS:
+        room = IMAGE_TOKEN * (MAX_TOKENS - text[most])
+        raise ParameterError(f"image_id={ids[most]} makes {text[most] + images[most]} tokens, {text[most]} of them "
+                             f"text, and at most {MAX_TOKENS} are allowed; "
                              + (f"set max_pixels={room} or less." if room > 0 else "take it out."))
-
-
-def _completion_tokens(rows: Sequence[Mapping], collator: Collator) -> np.ndarray:
-    """Tokens of each true completion of N rows' `objects`, with the `<|im_end|>` that ends it: int64 [N]."""
-    texts = [target_text(objects) + END_OF_TURN for objects in rows]
-    return np.array([len(ids) for ids in collator.processor.tokenizer(texts)["input_ids"]], dtype=np.int64)
+    if run.eval_steps:
+        few = rows["selection"]["objects"][: run.eval_pictures]
+        if not any(one["bbox"] for one in few):
+            raise ParameterError(f"eval_steps={run.eval_steps} finds no box on {len(few)} pictures of selection; leave "
+                                 "it out, raise eval_pictures, or give the data set pictures for a split named "
+                                 "selection.")

@@ -22,7 +22,9 @@ def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor] | None) -> tu
 
     `batch` is a collated batch. Returns the plain model and the relative difference of the logits, before against
     after: ||before - after|| / ||before||, over the last `COMPARED` tokens; None without a batch. Raises ValueError
-    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are stored in.
+    that names a layer whose merged weights are not W + scaling B A, rounded once to the dtype they are stored in; and
+    where the logits differ by more than rounding does in fp32, 1e-5. (In bf16 any number passes, as rounding grows
+    through the layers: there the check of each layer counts.)
     """
     models.check_4bit(model)
     before = _last_logits(model, batch) if batch is not None else None
@@ -35,7 +37,11 @@ def merge_adapter(model: PeftModel, batch: dict[str, torch.Tensor] | None) -> tu
                              "rounding does not explain it: the merge is wrong.")
     if batch is None or before is None:
         return merged, None
-    return merged, ((before - _last_logits(merged, batch)).norm() / before.norm()).item()
+    difference = ((before - _last_logits(merged, batch)).norm() / before.norm()).item()
+    if math.isnan(difference) or (merged.dtype == torch.float32 and difference > 1e-5):
+        raise ValueError(f"merged logits differ by {difference:.2e} of their size from base + adapter in "
+                         f"{merged.dtype}, and rounding explains 1e-05 at most in float32: the merge is wrong.")
+    return merged, difference
 
 
 def _last_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -55,16 +61,6 @@ def _exact_rows(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     exact = base[rows].float() + delta
     allowed = torch.finfo(base.dtype).eps * (exact.abs() + delta.abs()) + 1e-5 * delta.abs().max()
     return rows, exact, allowed
-
-
-def check_algebra(difference: float, dtype: torch.dtype) -> None:
-    """Raise ValueError unless the relative difference of the logits is rounding: 1e-5 in fp32.
-
-    In bf16 any number passes, as rounding grows through the layers: there `merge_adapter`'s check of each layer counts.
-    """
-    if math.isnan(difference) or (dtype == torch.float32 and difference > 1e-5):
-        raise ValueError(f"merged logits differ by {difference:.2e} of their size from base + adapter in {dtype}, and "
-                         "rounding explains 1e-05 at most in float32: the merge is wrong.")
 
 
 def save_whole(model: torch.nn.Module, processor, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig, Qwen2VLForConditionalGeneration
+from transformers import BitsAndBytesConfig, PreTrainedConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.utils import is_flash_attn_2_available
 
@@ -60,6 +61,12 @@ def load(path: str | Path, made_with: dict[str, Any] | None = None, *, ours: boo
     return loaded
 
 
+def nf4(dtype: torch.dtype | None = None, skip: Sequence[str] = ("model.visual", "lm_head")) -> BitsAndBytesConfig:
+    """QLoRA's base: NF4 with double quantization, computing in `dtype`; modules named in `skip` are not quantized."""
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype or compute_dtype(), llm_int8_skip_modules=list(skip))
+
+
 def linear_4bit(model: nn.Module) -> dict[str, Linear4bit]:
     """`{full name: layer}` of the layers that bitsandbytes stores in 4 bits."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear4bit)}
@@ -85,32 +92,24 @@ def check_4bit(model: nn.Module) -> None:
                              "bf16) and can be neither trained nor merged: load the model again, with model.load.")
 
 
+def gpus() -> list[int]:
+    """Numbers of the GPUs that this process uses: its own under a launcher (ValueError where it started more processes
+    than there are GPUs), else all that are visible."""
+    visible = torch.cuda.device_count()
+    if not visible or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return list(range(visible))
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or int(rank) >= visible:
+        raise ValueError(f"the launcher gave this process LOCAL_RANK={rank}, and this machine shows {visible} GPU(s): "
+                         "start one process a GPU, with accelerate or torchrun.")
+    return [int(rank)]
+
+
 def device_map() -> str | dict[str, int | str]:
-    """Where `from_pretrained` puts the weights: one GPU a process under a launcher (ValueError where it started more
-    processes than there are GPUs), balanced over all otherwise."""
+    """Where `from_pretrained` puts the weights: on this process's GPU, balanced over several, or on the CPU."""
     if not torch.cuda.is_available():
         return {"": "cpu"}
-    visible = torch.cuda.device_count()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        rank = int(os.environ.get("LOCAL_RANK", -1))
-        if not 0 <= rank < visible:
-            raise ValueError(f"the launcher gave this process LOCAL_RANK={os.environ.get('LOCAL_RANK')}, and this "
-                             f"machine shows {visible} GPU(s): start one process a GPU, with accelerate or torchrun.")
-        return {"": rank}
-    return "balanced" if visible > 1 else {"": 0}
-
-
-def check_one_way(model: nn.Module, n_gpu: int) -> None:
-    """Raise ValueError where two ways to use several GPUs are mixed: a process a GPU, one model over all GPUs; or where
-    Trainer counts more than one GPU in this process (`n_gpu`) and would use DataParallel."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    gpus = sorted({str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"})
-    if world > 1 and len(gpus) > 1:
-        raise ValueError(f"{world} processes, and this one's model lies on the GPUs {', '.join(gpus)}: either one "
-                         "process a GPU (accelerate launch), or one process and device_map='balanced', never both.")
-    if n_gpu > 1:
-        raise ValueError(f"Trainer counts {n_gpu} GPUs in this process, and must count one (args.n_gpu == 1); spread "
-                         "the model with device_map='balanced', or start one process a GPU.")
+    return {"": gpus()[0]} if len(gpus()) == 1 else "balanced"
 
 
 def attention(training: bool = True) -> str:
@@ -218,13 +217,6 @@ def load_adapter(base: nn.Module, folder: str | Path, trainable: bool = False) -
     if lost:
         raise ValueError(f"adapter {folder}: {len(lost)} keys fit only the file or only the model, such as {lost[0]}.")
     return model.eval()
-
-
-def gpus() -> list[int]:
-    """Numbers of the GPUs that this process uses: its own under a launcher, else all that it sees."""
-    if torch.cuda.is_available() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return [int(os.environ.get("LOCAL_RANK", 0))]
-    return list(range(torch.cuda.device_count()))
 
 
 def layer_kinds(names: list[str]) -> dict[str, int]:

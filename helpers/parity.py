@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from helpers.messages import target_text
 from helpers.runs import file_hash, read_json, write_json
 
@@ -61,13 +63,7 @@ def base_of(model_id: str | Path, revision: str | None = None) -> dict[str, str]
 
 def hub_commit(model_id: str, revision: str | None) -> str:
     """The commit that a branch, tag or commit (None: main) of a Hub id means in the cache, or the name as it stands."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model_id, "config.json", revision=revision)
-    except HFValidationError:  # a folder that is not there
-        return "missing"
+    found = try_to_load_from_cache(model_id, "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else revision or "main"
 
 

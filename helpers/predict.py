@@ -2,16 +2,16 @@
 
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
@@ -25,6 +25,7 @@ from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to
 from helpers.runs import progress_bar
 
 AT_ONCE = 4  # pictures that the vision tower encodes together: more gain nothing, and leave a CPU's cache
+PROMPT_TOKENS = 128  # of text, about, with the completion
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -70,34 +71,31 @@ def write_lines(path: Path, ids: Sequence[str], work: Callable[[list[int]], Iter
         key: a hash over all that the lines depend on besides their id. Lines of another key are not kept.
         before: files whose lines are kept too.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parts = path.with_suffix(".parts")
+    processes, parts = PartialState(cpu=not torch.cuda.is_available()), path.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
-    mine = [*(range(len(ids)) if order is None else order)][rank::world]
+    mine = [*(range(len(ids)) if order is None else order)][processes.process_index :: processes.num_processes]
     done = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
     todo = [i for i in mine if ids[i] not in done]
-    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=rank == 0)
-    with (parts / f"{key}.{rank}.jsonl").open("a") as file:
+    bar = progress_bar(len(mine), len(mine) - len(todo), path.stem, "picture", shown=processes.is_main_process)
+    with bar, (parts / f"{key}.{processes.process_index}.jsonl").open("a") as file:
         file.write("\n")  # ends a line that a kill has cut
         for lines in work(todo) if todo else ():
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             bar.update(len(lines))
-    bar.close()
-    _wait_for_all(world)
-    if rank == 0:
-        places = _places([*before, *parts.glob(f"{key}.*.jsonl")], name)
-        whole = path.with_name(path.name + ".part")
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        sources, whole = [*before, *parts.glob(f"{key}.*.jsonl")], path.with_name(path.name + ".part")
+        places = _places(sources, name)
         with ExitStack() as opened, whole.open("wb") as file:
-            sources = {source: opened.enter_context(source.open("rb")) for source in {source for source, _ in
-                                                                                      places.values()}}
+            files = {source: opened.enter_context(source.open("rb")) for source in sources}
             for one in ids:
                 source, at = places[one]
-                sources[source].seek(at)
-                file.write(sources[source].readline().rstrip() + b"\n")
+                files[source].seek(at)
+                file.write(files[source].readline().rstrip() + b"\n")
         whole.replace(path)
         shutil.rmtree(parts)
-    _wait_for_all(world)
+    processes.wait_for_everyone()
 
 
 def _places(files: Iterable[Path], name: str) -> dict[str, tuple[Path, int]]:
@@ -119,7 +117,10 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
 
     On a GPU other processes open the coming pictures, where `rows` is a data set and no list of pictures.
     """
-    done, batch_size = 0, min(batch_size, len(todo))
+    size = processor.image_processor.size
+    largest = as_rgb(rows[todo[0]]["image"]).size if todo else (1, 1)  # they are sorted
+    most = image_tokens([largest], size["shortest_edge"], size["longest_edge"]).max()
+    done, batch_size = 0, min(batch_size, len(todo), room_for(model, int(most) + PROMPT_TOKENS))
     workers = 0 if model.device.type == "cpu" or isinstance(rows, list) else 4
     while done < len(todo):
         encoded: list[dict] = []
@@ -134,15 +135,31 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
             return
         except RuntimeError as error:
             if "DataLoader worker" in str(error):
-                raise RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for "
-                                   "want of memory or of room in /dev/shm. The same command goes on where this one "
-                                   "stopped.") from error
+                raise dead_worker(error, "the same command goes on where this one stopped") from error
             if batch_size == 1 or not should_reduce_batch_size(error):
                 raise
         batch_size //= 2
         print(f"out of memory: going on with batches of {batch_size}")
         encoded.clear()
         clear_device_cache(garbage_collection=True)  # here the error, which holds on to the batch's tensors, is gone
+
+
+def room_for(model, tokens: int) -> int:
+    """How many prompts of so many tokens the GPU has memory for at once: their keys and values, and what the widest
+    layer makes of them (gate, up and their product); at least 1. Without a GPU: any number."""
+    if model.device.type != "cuda":
+        return 10**9
+    text, cuda = model.config.get_text_config(), torch.cuda
+    head = text.hidden_size // text.num_attention_heads
+    numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * head + 3 * text.intermediate_size
+    free = cuda.mem_get_info()[0] + cuda.memory_reserved() - cuda.memory_allocated()
+    return max(1, int(0.8 * free / (tokens * (numbers + 4 * text.hidden_size) * model.dtype.itemsize)))
+
+
+def dead_worker(error: Exception, next_words: str) -> RuntimeError:
+    """What a DataLoader's error means whose worker died, in one sentence that ends with `next_words`."""
+    return RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for want of "
+                        f"memory or of room in /dev/shm; {next_words}.")
 
 
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
@@ -270,27 +287,20 @@ def line(image_id: str, tokens: list[int], log_probabilities: list[float], token
     pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
     text = "".join(pieces)
     parsed = parse_text(text)
+    starts = [0, *accumulate(map(len, pieces))]
+
+    def confidence(begin: int, end: int) -> float:
+        """exp of the mean log-probability of the tokens that carry a box's digits (0-1)."""
+        digits = [log for piece, start, log in zip(pieces, starts, log_probabilities, strict=False)
+                  if begin <= start < end and re.search(r"\d", piece)]
+        return round(math.exp(sum(digits) / len(digits)), 4)
+
     return {
         "image_id": image_id, "text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(),
-        "confidences": [round(_confidence(span, pieces, log_probabilities), 4) for span in parsed.spans],
+        "confidences": [confidence(*span) for span in parsed.spans],
         "rejected": parsed.rejected, "stopped": stopped, "new_tokens": len(tokens) + stopped,
     }
 
 
-def _confidence(span: tuple[int, int], pieces: list[str], log_probabilities: list[float]) -> float:
-    """exp of the mean log-probability of the tokens that carry a box's digits (0-1)."""
-    digits, at = [], 0
-    for piece, log_probability in zip(pieces, log_probabilities, strict=False):
-        if span[0] <= at < span[1] and re.search(r"\d", piece):
-            digits.append(log_probability)
-        at += len(piece)
-    return math.exp(sum(digits) / len(digits))
-
-
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(text) for text in path.read_text().split("\n") if text]
-
-
-def _wait_for_all(world: int) -> None:
-    if world > 1:
-        torch.distributed.barrier()

@@ -107,8 +107,6 @@ PROMPT = Rule("text for every picture, without special tokens such as <|image_pa
 COUNT = whole(1, 10**9)
 PIXELS = whole(IMAGE_TOKEN, 16384 * IMAGE_TOKEN)
 REVISION = text("a commit, branch or tag")
-
-
 BOX_FORMAT = r"(xywh|xyxy|cxcywh|yxyx)(-(pixels|unit|percent|1000)(-(shown|stored|declared))?)?"  # `data.frames`
 
 
@@ -138,8 +136,8 @@ PARAMETERS: dict[str, Parameter] = {
     "epochs": Parameter(number(0, 1000), {"7b": 3, "tiny": 2}, trains=True),
     "learning_rate": Parameter(number(0, 1), optional=True, trains=True),  # of the recipe's stages
     # published: 2 x 8; one H100 trains r4 1.6 x as fast with 8 x 2 and activations recomputed
-    "batch_size": Parameter(whole(1, 4096), both(8), low=both(2), trains=True),
-    "accumulation": Parameter(whole(1, 4096), {"7b": 2, "tiny": 1}, low={"7b": 8, "tiny": 4}, trains=True),
+    "batch_size": Parameter(whole(1, 4096), both(8), low={"7b": 8, "tiny": 2}, trains=True),
+    "accumulation": Parameter(whole(1, 4096), {"7b": 2, "tiny": 1}, low={"7b": 2, "tiny": 4}, trains=True),
     "lora_rank": Parameter(whole(1, 4096), {"7b": 64, "tiny": 16}, trains=True),
     "lora_alpha": Parameter(whole(1, 8192), {"7b": 128, "tiny": 32}, trains=True),
     "lora_dropout": Parameter(SHARE, {"7b": 0.05, "tiny": 0.0}, trains=True),  # on a CPU a quarter of a step
@@ -159,7 +157,7 @@ PARAMETERS: dict[str, Parameter] = {
     "eval_pictures": Parameter(COUNT),
     "keep": Parameter(one_of("last", "best")),
     "save_steps": Parameter(COUNT, {"7b": 25, "tiny": 50}),
-    "predict_batch_size": Parameter(whole(1, 4096), {"7b": 16, "tiny": 32}, low={"7b": 4, "tiny": 8}),
+    "predict_batch_size": Parameter(whole(1, 4096), {"7b": 128, "tiny": 32}, low={"7b": 16, "tiny": 8}),
     "max_new_tokens": Parameter(whole(8, 4096)),
     "constrained": Parameter(FLAG),
     "merge_base": Parameter(one_of("full", "dequantized")),
@@ -187,5 +185,8 @@ REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db
 # or merged, and the Hub's download.
 GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22, "r5-reward": 40}
 LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14, "r5-reward": 22}
+# Of that on a single GPU, however many one process spreads the model over: a vision tower that trains lies on one.
+# 25.1 with two H100 (`notebooks/several_gpus_7b.json`), and by the same arithmetic 19 with `memory="low"`.
+ONE_GPU_GIB = {None: {"r2-vision-only": 26, "r3-two-stage": 26}, "low": {"r2-vision-only": 20, "r3-two-stage": 20}}
 DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40,
                    "r5-reward": 45}}  # fmt: skip

@@ -34,7 +34,6 @@ class RewardTrainer(ExactTrainer, GRPOTrainer):
         train = pictures_of(rows, prompt, steps * pictures // args.num_generations, args.seed)
         super().__init__(model, args, reward_funcs=[_for_trl(one, tokenizer) for one in rewards], train_dataset=train,
                          processing_class=processing_class, **kwargs)
-        self.copies = args.num_generations
         for name, weight in trained.items():  # TRL has rounded them to bf16 where the base is quantized
             self.model.get_parameter(name).data = weight
 

@@ -1,8 +1,6 @@
-"""A run's folder: its manifest, its steps, files that are whole or not there; and several processes as one."""
+"""A run's folder: its manifest, its steps, files that are whole or not there."""
 
-import atexit
 import contextlib
-import functools
 import hashlib
 import json
 import logging
@@ -13,12 +11,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,14 +22,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from helpers.processes import is_main, together, world_size
 from helpers.recipes import TRAINING, Stage
-from helpers.settings import PROJECT, ParameterError, Run, StageRun, is_main, read_value
+from helpers.settings import PROJECT, ParameterError, Run, StageRun, read_value
 
 PACKAGES = ("torch", "torchvision", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 WHOLE = 2**24  # bytes: a larger file is hashed by samples of it
 SAMPLES, SAMPLE = 64, 2**16  # how many, and the bytes of each
-SILENCE = 30  # seconds without a sign of life after which a process of a run counts as lost
-_left = threading.Event()  # by `leave`
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,16 +88,6 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def main_first() -> Iterator[None]:
-    """Under a launcher the main process runs the block first and the others find what it has cached.
-
-    On several machines the first process of each other machine follows, then the rest: caches need not be shared.
-    """
-    with _processes().main_process_first(), _processes().local_main_process_first():
-        yield
-
-
-@contextlib.contextmanager
 def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold a lock beside `path`: two runs started side by side never make the same file at the same time.
 
@@ -116,70 +101,12 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
         except Timeout:
             raise ParameterError(f"another process is at work on {path}; wait for its end, or give this run a "
                                  "run_name of its own.") from None
-    _processes().wait_for_everyone()
+    together().wait_for_everyone()
     try:
         yield
-        _processes().wait_for_everyone()
+        together().wait_for_everyone()
     finally:
         lock.release()
-
-
-def _processes() -> Any:
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
-    if state.num_processes > 1:
-        _end_together(state.process_index, state.num_processes)
-    return state
-
-
-@functools.cache
-def _end_together(rank: int, world: int) -> None:
-    """Until `leave`, the end of one of `world` processes ends them all, each with a sentence.
-
-    One that dies closes its connections, and whatever the others wait for fails. A machine that hangs or is off the
-    network closes nothing. So each process counts in the launcher's store, and ends where another is SILENCE seconds
-    behind, or the store itself does not reply.
-    """
-    from torch.distributed import DistError
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    again = "start the same command again on every machine: it goes on from the last checkpoint.\n"
-    heard, store = dict.fromkeys(range(world), (0, time.monotonic())), _get_default_store().clone()
-
-    def say_so(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        sys.__excepthook__(kind, error, trace)
-        if issubclass(kind, DistError) or "by peer" in str(error):  # NCCL and the store, gloo
-            sys.stderr.write(f"process {rank} of {world} ends, because another one has: its log says why; {again}")
-
-    def count() -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: `watch` sees that nothing is heard any more
-            while not _left.wait(SILENCE / 6):
-                for other, (before, _) in heard.items():
-                    if (now := store.add(f"alive {other}", int(other == rank))) > before:
-                        heard[other] = now, time.monotonic()
-
-    def watch() -> None:
-        while not _left.wait(1):
-            since = time.monotonic() - SILENCE
-            silent = [str(other) for other, (_, last) in heard.items() if last < since and other != rank]
-            if silent:
-                os.write(2, f"process {rank} of {world} ends, because process {', '.join(silent)} has been silent for "
-                            f"{SILENCE} s; {again}".encode())
-                os._exit(1)
-
-    sys.excepthook = say_so
-    atexit.register(_left.set)  # no thread is in the store when Python ends
-    for work in (count, watch):
-        threading.Thread(target=work, daemon=True).start()
-
-
-def leave() -> None:
-    """Leave the group of processes, at the end: PyTorch warns of one that is still open when a process ends."""
-    _processes().wait_for_everyone()
-    _left.set()
-    _processes().destroy_process_group()
 
 
 def key(**inputs: Any) -> str:
@@ -249,13 +176,13 @@ def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[s
         "run": folder.name, "recipe": run.recipe, "scale": run.scale, "command": command(run),
         "parameters": run.values, "inputs": inputs, "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(), "git": git_revision(), "machine": machine(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "processes": world_size(),
         "timings": before.get("timings", {}), "peak_memory": before.get("peak_memory", {}),
     }
     if is_main():
         write_json(folder / "manifest.json", manifest)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        _processes().wait_for_everyone()
+    if world_size() > 1:
+        together().wait_for_everyone()
     if not (folder / "manifest.json").is_file():
         raise ParameterError(f"{folder} is not seen by all machines: output_root must be a folder they share.")
 

@@ -1,26 +1,27 @@
 """Parameters -> a run that is settled: the scale, every default, the folders; refused here if it cannot work."""
 
 import ast
+import contextlib
 import difflib
-import functools
 import json
 import math
 import os
 import shutil
-import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helpers.messages import check_tokenizer
+from helpers.processes import end_with_a_word, is_main, take_signals, world_size  # noqa: F401
 from helpers.recipes import (
     DISK_GIB,
     GPU_GIB,
     LOW_GPU_GIB,
     LOW_MEMORY,
+    ONE_GPU_GIB,
     PARAMETERS,
     RECIPES,
     REVISIONS,
@@ -36,13 +37,6 @@ ARCHITECTURE = "qwen2_vl"  # `model_type` in config.json
 
 class ParameterError(ValueError):
     """One sentence: the parameter, its value, the valid choices."""
-
-
-def run_folder(run: str, holds: str, runs: str | Path = "runs") -> Path | None:
-    """The folder of a run, given by name or folder, that holds this file; None where there is none."""
-    places = [Path(run).expanduser(), Path(runs) / run, Path(runs) / f"{PROJECT}-{run}"]
-    places += [Path(runs) / f"{PROJECT}-r3-stage2"] if run == "r3-two-stage" else []
-    return next((place for place in places if (place / holds).is_file()), None)
 
 
 @dataclass
@@ -68,181 +62,17 @@ class Run:
 
     values: dict[str, Any]
     given: dict[str, Any]
+    model_path: str  # what `from_pretrained` takes: a folder or a Hub id
     stages: list[StageRun]
     folder: Path  # of the last stage: predictions, metrics, figures
+    merged_folder: Path
     share: tuple[int, int]  # batch size and accumulation of one process: all together make the recipe's update
-
-    @property
-    def model_path(self) -> str:
-        """What `from_pretrained` takes: a folder or a Hub id."""
-        return local_model(self.values["model_id"]) or self.values["model_id"]
-
-    @property
-    def merged_folder(self) -> Path:
-        """Where the merged model goes."""
-        return Path(self.values["output_root"]) / f"{PROJECT}-{_short(self.values)}-merged"
 
     def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["values"][name]
         except KeyError:
             raise AttributeError(f"a run has no parameter {name}; it has {', '.join(PARAMETERS)}") from None
-
-
-def is_main() -> bool:
-    """True in the one process that writes (rank 0 under a launcher, or the only one)."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def take_signals(handler: Callable[[int, Any], None]) -> dict[int, Any]:
-    """Make `handler` take SIGTERM and SIGINT (Ctrl-C, a notebook's stop button); returns what took them before.
-
-    One that is ignored (`nohup`, a job in the background) stays ignored. Forked workers keep none of it.
-    """
-    _free_forked_workers()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    return {number: signal.signal(number, handler) for number, old in before.items() if old != signal.SIG_IGN}
-
-
-@functools.cache
-def _free_forked_workers() -> None:
-    """From here on a forked process has the default for SIGTERM, and leaves Ctrl-C to its parent.
-
-    A pool ends its workers by SIGTERM and waits for them: a handler of Python's may never run there (while a library
-    waits for a lock), and a signal in the moment of the fork is lost to it. So SIGTERM waits until the default is back.
-    """
-    def in_child() -> None:
-        if callable(signal.getsignal(signal.SIGTERM)):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if callable(taker := signal.getsignal(signal.SIGINT)) and taker is not signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        wait(signal.SIG_UNBLOCK)
-
-    def wait(how: int) -> None:
-        signal.pthread_sigmask(how, {signal.SIGTERM})
-
-    os.register_at_fork(before=lambda: wait(signal.SIG_BLOCK), after_in_child=in_child,
-                        after_in_parent=lambda: wait(signal.SIG_UNBLOCK))
-
-
-def end_with_a_word() -> None:
-    """Make SIGTERM and Ctrl-C end this process with a sentence and status 1 (`trainer.StopNotice`: in training)."""
-    def stop(number: int, frame: Any) -> None:
-        raise SystemExit(f"{signal.Signals(number).name}: what is done so far is kept, and the same command goes on "
-                         "from there.")
-
-    take_signals(stop)
-
-
-def read_value(written: str) -> Any:
-    """A value as papermill's `-p` reads it: whole number, number, True, False, None, else text."""
-    named = {"True": True, "False": False, "None": None}
-    if written in named:
-        return named[written]
-    for kind in (int, float):
-        try:
-            return kind(written)
-        except ValueError:
-            pass
-    return written
-
-
-def refuse_unknown(names: list[str], known: dict[str, Parameter]) -> None:
-    """Raise ParameterError for the first name that is not a parameter, with the nearest that is."""
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ParameterError(f"{name} is not a parameter; {hint}The parameters are {', '.join(known)}.")
-
-
-def read_given(namespace: dict, known: dict[str, Parameter] = PARAMETERS) -> dict[str, Any]:
-    """The parameters that someone set from outside: papermill's injected cell, or `key=value` of a script.
-
-    papermill only warns about names that the notebook does not have, so its cell is read from IPython's `In`
-    (`globals()` would show a reader's own names too). A script's values are also put into `namespace`. What is text by
-    its rule stays as it was written: of papermill, which has read `-p run_name 2024` as a number before, whole numbers
-    and True and False become text again, and other numbers, whose spelling is lost, are refused.
-    """
-    if "In" in namespace:
-        injected = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
-        names = [ast.unparse(node.targets[0]) for cell in injected for node in ast.parse(cell).body
-                 if isinstance(node, ast.Assign)]
-        refuse_unknown(names, known)
-        values = {name: namespace[name] for name in names}
-        values |= {name: _as_text(name, values[name]) for name in names if known[name].rule.is_text}
-    else:
-        values = {}
-        for argument in sys.argv[1:]:
-            name, equals, written = argument.partition("=")
-            if not equals:
-                raise ParameterError(f"{argument!r} is not of the form name=value, such as recipe=r4-joint.")
-            if not written.encode(errors="ignore").decode() == written:
-                raise ParameterError(f"{argument!r} is not UTF-8 text, so it cannot be written into the run's files.")
-            values[name] = written
-        refuse_unknown(list(values), known)
-        values = {name: written if known[name].rule.is_text and written != "None" else read_value(written)
-                  for name, written in values.items()}
-    namespace.update(values)
-    return values
-
-
-def _as_text(name: str, value: Any) -> Any:
-    if isinstance(value, float):
-        raise ParameterError(f"{name} is text, and papermill has read it as the number {value}; give it with -r in the "
-                             f"place of -p: -r {name} TEXT.")
-    return str(value) if isinstance(value, int) else value
-
-
-def check(values: dict[str, Any], known: dict[str, Parameter] = PARAMETERS) -> None:
-    """Raise ParameterError for the first value that its rule does not accept."""
-    for name, row in known.items():
-        if not row.accepts(values[name]):
-            raise ParameterError(f"{name}={values[name]!r} is not valid: expected {row.expected}.")
-    low, high = values.get("min_pixels"), values.get("max_pixels")
-    if low and high and low > high:
-        raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
-    if values.get("memory") == "low" and values.get("precision") == "bf16":
-        raise ParameterError("memory='low' needs the base in nf4, and precision='bf16' asks for all of its 16 GB.")
-    if values.get("keep") == "best" and not values.get("eval_steps"):
-        raise ParameterError("keep='best' needs eval_steps: the best step is found by measuring every so many steps.")
-
-
-def choose_gpus(wanted: str | None) -> None:
-    """Make only the GPUs of this list visible. Must run before CUDA starts here, or raises ParameterError."""
-    if wanted is None:
-        return
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != wanted:
-        raise ParameterError(f"gpus={wanted} comes too late: CUDA has started in this process; restart the kernel.")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ParameterError(f"gpus={wanted} cannot be combined with a launcher: use its own option (--gpu_ids).")
-    os.environ["CUDA_VISIBLE_DEVICES"] = wanted
-
-
-def _refuse_sharding() -> None:
-    """Raise ParameterError under a launcher that would shard the weights (`accelerate launch --use_fsdp`)."""
-    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
-            raise ParameterError(f"accelerate's {kind} shards weights over processes, and checkpoints, inference in "
-                                 "training and saving need them whole in one process here; start without a launcher "
-                                 "(one process spreads a model over all GPUs of the machine), or with --multi_gpu, "
-                                 "where each GPU has room for all of the recipe.")
-
-
-def choose_cache(hf_home: str | None) -> None:
-    """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
-
-    Must run before the Hub's libraries are imported, or raises ParameterError.
-    """
-    if hf_home is None:
-        return
-    wanted = os.path.abspath(os.path.expanduser(hf_home))
-    hub = sys.modules.get("huggingface_hub.constants")
-    if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
-        raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
-                             "kernel, or set HF_HOME before it starts.")
-    os.environ["HF_HOME"] = wanted
 
 
 def settle(namespace: dict) -> Run:
@@ -262,65 +92,154 @@ def settle(namespace: dict) -> Run:
     choose_gpus(values["gpus"])
     choose_cache(values["hf_home"])
     _check_cache(values["hf_home"])
-    values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
-    low = LOW_MEMORY[values["scale"]] if values["memory"] == "low" else {}
-    for name, default in (SCALES[values["scale"]] | low).items():
-        values[name] = default if values[name] is None else values[name]
+    scale = values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
+    defaults = SCALES[scale] | (LOW_MEMORY[scale] if values["memory"] == "low" else {})
+    values |= {name: default for name, default in defaults.items() if values[name] is None}
     values["model_revision"] = values["model_revision"] or REVISIONS.get(values["model_id"])
     check(values)
+    values["output_root"] = str(Path(values["output_root"]).expanduser())
     _check_output(values)
-    stages: list[StageRun] = []
-    base = local_model(values["model_id"]) or values["model_id"]
-    for stage in RECIPES[values["recipe"]]:
-        before = stages[-1] if stages else None
-        base = str(before.result) if before and before.stage.trains == "full" else base
-        stages.append(_stage_run(stage, values, base, before.result if before and stage.reward else None))
+    path = local_model(values["model_id"]) or values["model_id"]
+    name = values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
+    folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
+    stages = _stages(values, path, folder)
     _check_gpus(stages, values["recipe"])
-    folder = stages[-1].folder if stages else Path(values["output_root"]) / f"{PROJECT}-{_short(values)}"
-    values["report_to"] = _report_target(values["report_to"], folder)
-    run = Run(values, given, stages, folder, _share(values) if stages else (values["batch_size"], 1))
+    last = stages[-1].folder if stages else folder
+    values["report_to"] = _report_target(values["report_to"], last)
+    share = _share(values) if stages else (values["batch_size"], 1)
+    run = Run(values, given, path, stages, last, folder.with_name(f"{folder.name}-merged"), share)
     _check_base(run)
     return run
 
 
-def divide(batch_size: int, accumulation: int, processes: int) -> tuple[int, int] | None:
-    """(batch size, accumulation) of one of several processes that together make the same update; None: impossible.
+def _stages(values: dict, base: str, folder: Path) -> list[StageRun]:
+    """The recipe's stages on top of each other; their folders begin as `folder` does."""
+    stages: list[StageRun] = []
+    for stage in RECIPES[values["recipe"]]:
+        before = stages[-1] if stages else None
+        if before and before.stage.trains == "full":
+            base = str(before.result)
+        if values["precision"] and stage.trains == "lora":
+            stage = replace(stage, precision=values["precision"])
+        rate = values["reward_learning_rate" if stage.reward else "learning_rate"]
+        place = folder.with_name(folder.name + stage.suffix)
+        stages.append(StageRun(stage, place.name.removeprefix(f"{PROJECT}-"), place,
+                               rate or stage.learning_rate[values["scale"]], base,
+                               before.result if before and stage.reward else None))
+    return stages
 
-    The accumulation is divided first, because a larger batch is faster.
+
+# --- what was given -------------------------------------------------------------------------------------------------
+
+
+def read_value(written: str) -> Any:
+    """A value as papermill's `-p` reads it: whole number, number, True, False, None, else text."""
+    named = {"True": True, "False": False, "None": None}
+    if written in named:
+        return named[written]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(written)
+    return written
+
+
+def read_given(namespace: dict, known: dict[str, Parameter] = PARAMETERS) -> dict[str, Any]:
+    """The parameters that someone set from outside: papermill's injected cell, or `key=value` of a script.
+
+    papermill only warns about names that the notebook does not have, so its cell is read from IPython's `In`
+    (`globals()` would show a reader's own names too). The values are also put into `namespace`. What is text by its
+    rule stays as it was written. Raises ParameterError for a name that is not `known`, with the nearest that is.
     """
-    divided = math.gcd(accumulation, processes)
-    left = processes // divided
-    return None if batch_size % left else (batch_size // left, accumulation // divided)
+    if "In" in namespace:
+        cells = [cell for cell in namespace["In"] if cell.startswith("# Parameters\n")]
+        assigned = [node for cell in cells for node in ast.parse(cell).body if isinstance(node, ast.Assign)]
+        given: dict[str, Any] = dict.fromkeys(ast.unparse(node.targets[0]) for node in assigned)
+    else:
+        given = dict(map(_name_and_value, sys.argv[1:]))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ParameterError(f"{name} is not a parameter; {hint}The parameters are {', '.join(known)}.")
+        is_text = known[name].rule.is_text
+        if "In" in namespace:
+            given[name] = _as_text(name, namespace[name]) if is_text else namespace[name]
+        elif not is_text or given[name] == "None":
+            given[name] = read_value(given[name])
+    namespace.update(given)
+    return given
 
 
-def _share(values: dict) -> tuple[int, int]:
-    """`divide` among the processes of this launch, said in a line; ParameterError where it does not go."""
-    batch_size, accumulation, world = values["batch_size"], values["accumulation"], int(os.environ.get("WORLD_SIZE", 1))
-    update = f"batch_size={batch_size} x accumulation={accumulation}"
-    share = divide(batch_size, accumulation, world)
-    if share is None:
-        fitting = [n for n in range(1, min(batch_size * accumulation, 1024) + 1) if divide(batch_size, accumulation, n)]
-        nearest = min(fitting, key=lambda n: (abs(n - world), -n))
-        raise ParameterError(f"{world} processes cannot share the {batch_size * accumulation} pictures of an update "
-                             f"({update}) evenly; start {nearest} instead (of {', '.join(map(str, fitting))}), or set "
-                             f"accumulation={world * max(1, round(accumulation / world))}.")
-    if world > 1:
-        print(f"{world} processes share each update ({update}): {share[0]} x {share[1]} each.")
-    return share
+def _name_and_value(argument: str) -> tuple[str, Any]:
+    """A script's argument, its value as it was written."""
+    name, equals, written = argument.partition("=")
+    if not equals:
+        raise ParameterError(f"{argument!r} is not of the form name=value, such as recipe=r4-joint.")
+    if written.encode(errors="ignore").decode() != written:
+        raise ParameterError(f"{argument!r} is not UTF-8 text, so it cannot be written into the run's files.")
+    return name, written
 
 
-def _short(values: dict) -> str:
-    """The run's name in folders: r3's two stages are r3-stage1 and r3-stage2."""
-    return values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
+def _as_text(name: str, value: Any) -> Any:
+    """Text again where papermill has read `-p run_name 2024` as a number; ParameterError where its spelling is lost."""
+    if isinstance(value, float):
+        raise ParameterError(f"{name} is text, and papermill has read it as the number {value}; give it with -r in the "
+                             f"place of -p: -r {name} TEXT.")
+    return str(value) if isinstance(value, int) else value
 
 
-def _stage_run(stage: Stage, values: dict, base: str, start: Path | None) -> StageRun:
-    if values["precision"] and stage.trains == "lora":
-        stage = replace(stage, precision=values["precision"])
-    name = _short(values) + stage.suffix
-    folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
-    given = values["reward_learning_rate" if stage.reward else "learning_rate"]
-    return StageRun(stage, name, folder, given or stage.learning_rate[values["scale"]], base, start)
+def check(values: dict[str, Any], known: dict[str, Parameter] = PARAMETERS) -> None:
+    """Raise ParameterError for the first value that its rule does not accept, and for two that exclude each other."""
+    for name, row in known.items():
+        if not row.accepts(values[name]):
+            raise ParameterError(f"{name}={values[name]!r} is not valid: expected {row.expected}.")
+    low, high = values.get("min_pixels"), values.get("max_pixels")
+    if low and high and low > high:
+        raise ParameterError(f"min_pixels={low} is larger than max_pixels={high}.")
+    if values.get("memory") == "low" and values.get("precision") == "bf16":
+        raise ParameterError("memory='low' needs the base in nf4, and precision='bf16' asks for all of its 16 GB.")
+    if values.get("keep") == "best" and not values.get("eval_steps"):
+        raise ParameterError("keep='best' needs eval_steps: the best step is found by measuring every so many steps.")
+
+
+# --- the machine and the launcher -----------------------------------------------------------------------------------
+
+
+def choose_gpus(wanted: str | None) -> None:
+    """Make only the GPUs of this list visible. Must run before CUDA starts here, or raises ParameterError."""
+    if wanted is None:
+        return
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized() and os.environ.get("CUDA_VISIBLE_DEVICES") != wanted:
+        raise ParameterError(f"gpus={wanted} comes too late: CUDA has started in this process; restart the kernel.")
+    if world_size() > 1:
+        raise ParameterError(f"gpus={wanted} cannot be combined with a launcher: use its own option (--gpu_ids).")
+    os.environ["CUDA_VISIBLE_DEVICES"] = wanted
+
+
+def choose_cache(hf_home: str | None) -> None:
+    """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
+
+    Must run before the Hub's libraries are imported, or raises ParameterError.
+    """
+    if hf_home is None:
+        return
+    wanted = os.path.abspath(os.path.expanduser(hf_home))
+    hub = sys.modules.get("huggingface_hub.constants")
+    if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
+        raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
+                             "kernel, or set HF_HOME before it starts.")
+    os.environ["HF_HOME"] = wanted
+
+
+def _refuse_sharding() -> None:
+    """Raise ParameterError under a launcher that would shard the weights (`accelerate launch --use_fsdp`)."""
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+            raise ParameterError(f"accelerate's {kind} shards weights over processes, and checkpoints, inference in "
+                                 "training and saving need them whole in one process here; start without a launcher "
+                                 "(one process spreads a model over all GPUs of the machine), or with --multi_gpu, "
+                                 "where each GPU has room for all of the recipe.")
 
 
 def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
@@ -329,6 +248,7 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
 
     need, least = (LOW_GPU_GIB if memory == "low" else GPU_GIB)[recipe], LOW_GPU_GIB[recipe]
     needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
+    alone = ONE_GPU_GIB[memory].get(recipe, 0)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -336,6 +256,8 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if room < need <= sum(sizes):
         seen += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
+    if len(sizes) > 1 and min(sizes) < alone and room >= need:
+        room, seen = 0, f"{seen}, {min(sizes):.0f} each, and the one with the vision tower takes {alone}"
     if scale == "7b" and room < need:
         raise ParameterError(f"scale=7b with recipe={recipe} needs {needs}, and this machine shows "
                              f"{seen}; take a larger GPU, or scale=tiny.")
@@ -353,10 +275,45 @@ def _check_gpus(stages: list[StageRun], recipe: str) -> None:
     """Raise ParameterError where rewards would train one model over several GPUs: TRL's GRPOTrainer cannot."""
     import torch
 
-    shown = torch.cuda.device_count() if int(os.environ.get("WORLD_SIZE", 1)) == 1 else 1
+    shown = torch.cuda.device_count() if world_size() == 1 else 1
     if shown > 1 and any(one.stage.reward for one in stages):
         raise ParameterError(f"recipe={recipe} trains on one GPU a process, and this one shows {shown}; give gpus=0, "
                              "or start a process a GPU (accelerate launch).")
+
+
+def divide(batch_size: int, accumulation: int, processes: int) -> tuple[int, int] | None:
+    """(batch size, accumulation) of one of several processes that together make the same update; None: impossible.
+
+    The accumulation is divided first, because a larger batch is faster.
+    """
+    divided = math.gcd(accumulation, processes)
+    left = processes // divided
+    return None if batch_size % left else (batch_size // left, accumulation // divided)
+
+
+def _share(values: dict) -> tuple[int, int]:
+    """`divide` among the processes of this launch, said in a line; ParameterError where it does not go."""
+    batch_size, accumulation, world = values["batch_size"], values["accumulation"], world_size()
+    update = f"batch_size={batch_size} x accumulation={accumulation}"
+    share = divide(batch_size, accumulation, world)
+    if share is None:
+        fitting = [n for n in range(1, min(batch_size * accumulation, 1024) + 1) if divide(batch_size, accumulation, n)]
+        nearest = min(fitting, key=lambda n: (abs(n - world), -n))
+        raise ParameterError(f"{world} processes cannot share the {batch_size * accumulation} pictures of an update "
+                             f"({update}) evenly; start {nearest} instead (of {', '.join(map(str, fitting))}), or set "
+                             f"accumulation={world * max(1, round(accumulation / world))}.")
+    if world > 1:
+        print(f"{world} processes share each update ({update}): {share[0]} x {share[1]} each.")
+    return share
+
+
+# --- folders and logs -----------------------------------------------------------------------------------------------
+
+
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _check_cache(hf_home: str | None) -> None:
@@ -373,25 +330,44 @@ def _check_cache(hf_home: str | None) -> None:
             from None
 
 
-def _try_to_write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".write-test-{os.getpid()}"
-    probe.touch()
-    probe.unlink(missing_ok=True)  # a process on another machine may have the same number
-
-
 def _check_output(values: dict) -> None:
-    root = Path(values["output_root"]).expanduser()
-    values["output_root"] = str(root)
+    """Raise ParameterError unless `output_root` can be written and has room for what the recipe leaves there."""
+    root, recipe, scale = values["output_root"], values["recipe"], values["scale"]
     try:
-        _try_to_write(root)
+        _try_to_write(Path(root))
     except OSError as error:
-        raise ParameterError(f"output_root={str(root)!r} cannot be written ({error.strerror}).") from None
-    need = DISK_GIB.get(values["scale"], {}).get(values["recipe"], 0.5)
+        raise ParameterError(f"output_root={root!r} cannot be written ({error.strerror}).") from None
+    need = DISK_GIB.get(scale, {}).get(recipe, 0.5)
     free = shutil.disk_usage(root).free / 2**30
     if free < need:
-        raise ParameterError(f"output_root={str(root)!r} has {free:.1f} GiB free, and recipe={values['recipe']} at "
-                             f"scale={values['scale']} needs about {need}; choose another disk.")
+        raise ParameterError(f"output_root={root!r} has {free:.1f} GiB free, and recipe={recipe} at scale={scale} "
+                             f"needs about {need}; choose another disk.")
+
+
+def _report_target(report_to: str, folder: Path) -> str:
+    """`auto` -> `wandb` where there are credentials or WANDB_MODE=offline, else `tensorboard`; never a login prompt.
+
+    WANDB_DISABLED=true, which transformers has given up, keeps `auto` from W&B as WANDB_MODE=disabled does.
+    """
+    off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
+    mode = "disabled" if off else os.environ.get("WANDB_MODE")
+    netrc = Path.home() / ".netrc"
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and b"wandb" in netrc.read_bytes())
+    if report_to == "wandb" and off:
+        raise ParameterError(f"report_to=wandb, and WANDB_DISABLED={os.environ['WANDB_DISABLED']} forbids it: unset "
+                             "it, or choose auto, tensorboard or none.")
+    if report_to == "wandb" and not (logged_in or mode in ("offline", "disabled")):
+        raise ParameterError("report_to=wandb finds no credentials: set WANDB_API_KEY or run `wandb login`, or set "
+                             "WANDB_MODE=offline, or choose tensorboard or none.")
+    if report_to == "auto":
+        report_to = "wandb" if mode == "offline" or (logged_in and mode != "disabled") else "tensorboard"
+    os.environ.setdefault("WANDB_PROJECT", PROJECT)
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    return report_to
+
+
+# --- the base model -------------------------------------------------------------------------------------------------
 
 
 def local_model(model_id: str) -> str | None:
@@ -436,6 +412,20 @@ def _check_base(run: Run) -> None:
     _check_processor(name, path, revision)
 
 
+def _hub_config(model_id: str, revision: str | None) -> Path:
+    """The model's config.json from the Hub, in the cache. ParameterError where it cannot be had: a test of access."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model_id, "config.json", revision=revision))
+    except Exception as error:
+        why = str(error).strip().split("\n")[0]
+        raise ParameterError(
+            f"model_id={model_id!r} at revision {revision or 'main'} cannot be had from the Hub "
+            f"({type(error).__name__}: {why}); check the name, the network and HF_TOKEN (a gated model also needs its "
+            "terms accepted on its page), or give a local folder, or scale=tiny.") from None
+
+
 def _check_files(name: str, folder: Path) -> None:
     """Raise ParameterError where a folder's safetensors are not all there, or one of them was cut."""
     from safetensors import SafetensorError, safe_open
@@ -469,44 +459,3 @@ def _check_processor(name: str, path: str, revision: str | None) -> None:
         raise ParameterError(f"{name} has no processor that can be used: {why}.") from None
     if not processor.chat_template:
         raise ParameterError(f"{name} has no chat template; take an Instruct model, or copy its chat_template.jinja.")
-
-
-def _hub_config(model_id: str, revision: str | None) -> Path:
-    """The model's config.json from the Hub, in the cache. ParameterError where it cannot be had: a test of access."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError
-
-    asked = f"model_id={model_id!r} at revision {revision or 'main'}"
-    try:
-        return Path(hf_hub_download(model_id, "config.json", revision=revision))
-    except GatedRepoError:
-        raise ParameterError(f"{asked} is gated: accept its terms on its page of the Hub, and give a token with access "
-                             "(HF_TOKEN, or `hf auth login`).") from None
-    except Exception as error:
-        why = str(error).strip().split("\n")[0]
-        raise ParameterError(
-            f"{asked} cannot be had from the Hub ({type(error).__name__}: {why}); check the name, the network and "
-            "HF_TOKEN, or give a local folder, or scale=tiny.") from None
-
-
-def _report_target(report_to: str, folder: Path) -> str:
-    """`auto` -> `wandb` where there are credentials or WANDB_MODE=offline, else `tensorboard`; never a login prompt.
-
-    WANDB_DISABLED=true, which transformers has given up, keeps `auto` from W&B as WANDB_MODE=disabled does.
-    """
-    off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
-    mode = "disabled" if off else os.environ.get("WANDB_MODE")
-    netrc = Path.home() / ".netrc"
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and b"wandb" in netrc.read_bytes())
-    if report_to == "wandb" and off:
-        raise ParameterError(f"report_to=wandb, and WANDB_DISABLED={os.environ['WANDB_DISABLED']} forbids it: unset "
-                             "it, or choose auto, tensorboard or none.")
-    if report_to == "wandb" and not (logged_in or mode in ("offline", "disabled")):
-        raise ParameterError("report_to=wandb finds no credentials: set WANDB_API_KEY or run `wandb login`, or set "
-                             "WANDB_MODE=offline, or choose tensorboard or none.")
-    if report_to == "auto":
-        report_to = "wandb" if mode == "offline" or (logged_in and mode != "disabled") else "tensorboard"
-    os.environ.setdefault("WANDB_PROJECT", PROJECT)
-    os.environ.setdefault("WANDB_DIR", str(folder))
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-    return report_to

@@ -12,30 +12,28 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import gather_object
-from datasets import Dataset, Image
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTTrainer
 
-from helpers import data, evaluate, merge, parity, predict, runs
+from helpers import data, evaluate, merge, parity, predict, runs, speed
 from helpers.collate import IGNORED
-from helpers.data.pictures import picture_facts
-from helpers.model import check_one_way, keep_4bit_trainable
+from helpers.model import keep_4bit_trainable
 from helpers.runs import progress_bar, read_json, write_json, write_text
 from helpers.settings import Run, take_signals
 
@@ -47,7 +45,7 @@ WORSE = 1.5  # this many times the mean of the first WINDOW steps: the training 
 COMMON: dict[str, Any] = {
     "remove_unused_columns": False,  # the collator reads rows of the project's schema
     "logging_steps": 1,
-    "logging_nan_inf_filter": False,  # a loss that is no number must be seen
+    "logging_nan_inf_filter": False,  # a loss that is no number must show
     "save_total_limit": 2,
     "dataloader_num_workers": 4 if torch.cuda.is_available() else 0,  # processes that open pictures
     "use_cpu": not torch.cuda.is_available(),
@@ -64,15 +62,13 @@ class ExactTrainer(Trainer):
             checkpoint, and a checkpoint made with others is refused. Without them nothing is stored or checked.
     """
 
-    copies = 1  # of each picture in an update
-
     def __init__(self, model: torch.nn.Module, args: TrainingArguments, *, made_with: dict[str, Any] | None = None,
                  base: dict[str, str] | None = None, **kwargs):
-        args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all GPUs it sees, and would use DataParallel on them
+        args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all visible GPUs, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
-        check_one_way(self.model, self.args.n_gpu)
         keep_4bit_trainable(self.model)  # it may generate between two steps
         self.made_with, self.base, self.notice = made_with, base, StopNotice()
+        self.kept, args.save_total_limit = args.save_total_limit, None  # no old checkpoint goes before a new is whole
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
         for one in self.callback_handler.callbacks:
@@ -101,11 +97,14 @@ class ExactTrainer(Trainer):
         try:
             with self.notice.watching():
                 result = super().train(resume_from_checkpoint, **kwargs)
-        except Exception as error:
-            clearer = explained(error, self)
-            if clearer is None:
+        except torch.OutOfMemoryError as error:
+            numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
+            raise torch.OutOfMemoryError(f"out of GPU memory at step {self.state.global_step + 1} "
+                                         f"({numbers.rstrip('.')}): {advice(self)}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
                 raise
-            raise clearer from error
+            raise predict.dead_worker(error, goes_on(self.folder)) from error
         if self.notice.came:
             raise Stopped(f"{self.notice.came} at step {self.state.global_step} of {self.state.max_steps}: "
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
@@ -116,18 +115,15 @@ class ExactTrainer(Trainer):
         return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:  # every process comes here
-            return
-        folder = Path(output_dir or self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in self._trainable().items()}
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        if self.args.should_save:  # every process comes here
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in self._trainable().items()}
+            save_file(weights, Path(str(output_dir), WEIGHTS), metadata={"format": "pt"})
 
     def _save_checkpoint(self, model, trial) -> None:
         """Trainer's own, then what it must be used with, and last of all `complete`, with every file's size."""
         folder = self.folder / f"checkpoint-{self.state.global_step}"
         (folder / COMPLETE).unlink(missing_ok=True)
-        kept, self.args.save_total_limit = self.args.save_total_limit, None  # no old one goes before the new is whole
         try:
             Trainer._save_checkpoint(self, model, trial)  # TRL's own only adds a model card to each
             if not self.args.should_save:
@@ -140,9 +136,7 @@ class ExactTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)  # half of it: it would never be loaded, and takes room
             raise OSError(f"{folder} cannot be written ({error}; {free:.2f} GiB were free). Make room there; "
                           f"{goes_on(self.folder)}.") from error
-        finally:
-            self.args.save_total_limit = kept
-        rotate_checkpoints(str(self.folder), kept, self.state.best_model_checkpoint)
+        rotate_checkpoints(str(self.folder), self.kept, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Copy a checkpoint's weights into those that train.
@@ -155,27 +149,19 @@ class ExactTrainer(Trainer):
         odd = sorted(name for name in {*own, *saved}
                      if name not in own or name not in saved or own[name].shape != saved[name].shape)
         if odd:
-            raise ValueError(f"{resume_from_checkpoint} holds other weights than the ones that train here, such as "
+            raise ValueError(f"{resume_from_checkpoint} has other weights than the ones that train here, such as "
                              f"{odd[0]}; was it made by another recipe or rank?")
         with torch.no_grad():
             for name, weight in saved.items():
                 own[name].copy_(weight)
 
-    def load_best(self) -> int:
-        """Give the model the weights of the step whose `eval_iou` was best, from its checkpoint; returns the step.
-
-        Raises ValueError where no checkpoint was kept for its score.
-        """
-        step = self.state.best_global_step
-        if not step:
-            raise ValueError("no checkpoint was kept for its score; train with IoUDuringTraining(keep_best=True).")
-        self._load_from_checkpoint(str(self.folder / f"checkpoint-{step}"))
-        return step
-
     def save_result(self, folder: Path, keep: str = "last") -> None:
-        """Write what was trained, adapter or whole model, to `folder`: the last step's weights or the `best`'s."""
+        """Write what was trained, adapter or whole model, to `folder`: the last step's weights, or (`best`) those of
+        the step whose IoU was best (`IoUDuringTraining`)."""
         if keep == "best":
-            print(f"the best IoU during training, {self.state.best_metric:.3f}, was at step {self.load_best()}: kept")
+            step = self.state.best_global_step
+            print(f"the best IoU during training, {self.state.best_metric:.3f}, was at step {step}: kept")
+            self._load_from_checkpoint(str(self.folder / f"checkpoint-{step}"))
         tuned = self.accelerator.unwrap_model(self.model)
         if runs.is_main():
             if isinstance(tuned, PeftModel):
@@ -198,35 +184,40 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
         args, rows, collator = self.args, self.train_dataset, self.data_collator
         share = UpdateShare(SeedableRandomSampler(rows), args.per_device_train_batch_size,
                             args.gradient_accumulation_steps, self.accelerator.process_index, processes)
-        return DataLoader(WithFiller(rows), batch_sampler=share, num_workers=args.dataloader_num_workers,
-                          collate_fn=lambda batch: ignore_filler(batch, collator(batch)),
-                          pin_memory=args.dataloader_pin_memory)
+
+        def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+            made = collator(batch)
+            if "filler" in batch[0]:  # no label: its loss and its gradients are 0
+                made["labels"] = torch.full_like(made["labels"], IGNORED)
+            return made
+
+        with_filler = ConcatDataset([rows, [rows[0] | {"filler": True}]])
+        return DataLoader(with_filler, batch_sampler=share, num_workers=args.dataloader_num_workers,
+                          collate_fn=collate, pin_memory=args.dataloader_pin_memory)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's own; features that a frozen tower has made before (`CachedFeaturesCollator`) take pictures' place.
 
-        SDPA asks each layer of the vision tower for the pictures' lengths: on a GPU each would wait for the device, so
+        SDPA needs the pictures' lengths in each layer of the vision tower: on a GPU each would wait for the device, so
         they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
         a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
-        they do not wait for the head's (losses of -inf were seen). So the head's GPU is the current one, the count goes
+        they do not wait for the head's (with losses of -inf). So the head's GPU is the current one, the count goes
         there, and the loss comes back to where Trainer adds it up.
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
             inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
-        features = inputs.pop("image_features", None)
-        if features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+        inputs = speed.with_features(inputs)
         place = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.device
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(place)
         with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
             computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:  # only an evaluation asks for them, and TRL runs the model a second time for their logits
+        if return_outputs:  # only an evaluation needs them, and TRL runs the model a second time for their logits
             return computed[0].to(self.args.device), computed[1]
         return computed.to(self.args.device)
 
 
-class UpdateShare(torch.utils.data.Sampler):
+class UpdateShare(Sampler):
     """The batches of one of several processes that together make the updates which one process would make.
 
     An update is `batch_size` x `accumulation` x `processes` rows in the order of one process, the epoch's last one
@@ -243,40 +234,20 @@ class UpdateShare(torch.utils.data.Sampler):
         self.batch_size, self.accumulation = batch_size, accumulation
         self.process, self.processes = process, processes
 
-    def _batches(self, rows: int) -> int:
-        return math.ceil(rows / (self.batch_size * self.processes))
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.batch_sampler), self.batch_size * self.accumulation * self.processes)
-        return whole * self.accumulation + self._batches(rest)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order, size = list(self.batch_sampler), self.batch_size * self.accumulation * self.processes
+    def _batches(self, order: Sequence[int]) -> list[list[int]]:
+        batches, size = [], self.batch_size * self.accumulation * self.processes
         for start in range(0, len(order), size):
             update = order[start : start + size]
-            mine = update[self.process :: self.processes]
-            for number in range(self._batches(len(update))):
-                yield mine[number * self.batch_size : (number + 1) * self.batch_size] or [len(order)]
-
-
-class WithFiller(torch.utils.data.Dataset):
-    """`rows`, and behind the last of them a filler: the first row again, marked, for `ignore_filler`."""
-
-    def __init__(self, rows: Dataset):
-        self.rows = rows
+            mine, longest = update[self.process :: self.processes], update[:: self.processes]
+            batches += [list(mine[first : first + self.batch_size]) or [len(order)]
+                        for first in range(0, len(longest), self.batch_size)]
+        return batches
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._batches(range(len(self.batch_sampler))))
 
-    def __getitem__(self, number: int) -> dict:
-        return self.rows[number] if number < len(self.rows) else self.rows[0] | {"filler": True}
-
-
-def ignore_filler(rows: list[dict], batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`batch`, without a label where it was made of a filler: its loss and its gradients are 0."""
-    if "filler" in rows[0]:
-        batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    return batch
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches(list(self.batch_sampler)))
 
 
 def is_complete(checkpoint: str | Path) -> bool:
@@ -296,35 +267,16 @@ def goes_on(folder: Path) -> str:
     return f"the same command goes on from {Path(last).name if last else 'the start'}"
 
 
-def explained(error: Exception, sft: ExactTrainer) -> Exception | None:
-    """The error that says in one sentence what to do, with this run's numbers; None where there is nothing to add."""
-    step = sft.state.global_step + 1
-    if isinstance(error, torch.OutOfMemoryError):
-        numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
-        return torch.OutOfMemoryError(f"out of GPU memory at step {step} ({numbers.rstrip('.')}): {_smaller(sft)}")
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return RuntimeError(f"a process that reads the data died at step {step} ({str(error).splitlines()[0]}), most "
-                            f"often for want of memory or of room in /dev/shm; {goes_on(sft.folder)}.")
-    for row in sft.train_dataset.cast_column("image", Image(decode=False)) if isinstance(error, OSError) else ():
-        fault = picture_facts(row["image"])["error"]  # pictures were read to their end before the training started
-        if fault:
-            return ValueError(f"the picture of image_id={row['image_id']!r} can no longer be read ({fault}), and could "
-                              "be when the run started; mend or remove it, and start again.")
-    return None
-
-
-def _smaller(sft: ExactTrainer) -> str:
-    """What to change so that a step takes less memory: the effective batch stays the same."""
-    args, pixels = sft.args, dict(sft.processing_class.image_processor.size)["longest_edge"]
-    batch, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps // sft.copies
-    advice = []
+def advice(sft: ExactTrainer) -> str:
+    """What to change so that a step takes less memory."""
+    changes = []
     if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
-        advice.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
-    if batch > 1:
-        advice.append(f"batch_size={batch // 2} and accumulation={-(-steps * batch // (batch // 2))} (now {batch} and "
-                      f"{steps}) give the same effective batch")
-    advice.append(f"a max_pixels below {pixels} makes shorter sequences")
-    return "; ".join(advice) + "; a smaller batch needs a run_name of its own."
+        changes.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
+    if sft.args.per_device_train_batch_size > 1:
+        changes.append("half of batch_size with twice the accumulation makes the same updates")
+    pixels = dict(sft.processing_class.image_processor.size)["longest_edge"]
+    changes.append(f"a max_pixels below {pixels} makes shorter sequences")
+    return "; ".join(changes) + "; a smaller batch or max_pixels needs a run_name of its own."
 
 
 class Stopped(SystemExit):
@@ -372,11 +324,8 @@ class StopNotice(TrainerCallback):
         """A whole step is done: the one point at which weights, optimizer and data order agree."""
         if self.kernel_of and os.getppid() != self.kernel_of:
             self.came = self.came or "the program that ran this notebook has ended"
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            anyone = torch.tensor(float(bool(self.came)), device=args.device)
-            torch.distributed.all_reduce(anyone, torch.distributed.ReduceOp.MAX)
-            self.came = self.came or ("another process was told to stop" if anyone.item() else "")
-        if self.came:
+        if any(gather_object([self.came])):
+            self.came = self.came or "another process was told to stop"
             control.should_save = control.should_training_stop = True
 
 
@@ -444,11 +393,7 @@ def loss_fault(history: list[dict]) -> str:
 
 def read_log(path: Path) -> list[dict]:
     """The logged steps, `[{"step", "loss", "grad_norm", "learning_rate", ...}]`; a cut last line is dropped."""
-    lines = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
 
 
 class ProgressBar(ProgressCallback):
@@ -469,10 +414,10 @@ class IoUDuringTraining(TrainerCallback):
 
     Args:
         selection: rows of which the first `run.eval_pictures` are used; never `val`: what is chosen by this number must
-            not be reported on. Processes share them out. Raises ValueError where none has a box.
+            not be reported on. Processes share them out.
         run: its `eval_steps`, `prompt`, `predict_batch_size`, `max_new_tokens`, and `keep`: with `best` a checkpoint is
             saved whenever the number is the best so far (the earlier of equal ones), protected from rotation;
-            `BoxTrainer.load_best` takes it back at the end.
+            `ExactTrainer.save_result` takes it back at the end.
 
     The training goes on as if nothing had been generated: greedy decoding draws no random number.
     """
@@ -480,10 +425,7 @@ class IoUDuringTraining(TrainerCallback):
     def __init__(self, sft: ExactTrainer, selection: Dataset, run: Run):
         self.sft, self.run = sft, run
         self.rows = selection.select(range(min(run.eval_pictures, len(selection))))
-        self.generation = {"do_sample": False, "use_cache": True, "max_new_tokens": run.max_new_tokens}
         self.truth = data.truth_rows(self.rows)
-        if not any(row["objects"]["bbox"] for row in self.truth):
-            raise ValueError(f"none of the {len(self.rows)} pictures for the IoU during training has a box; take more.")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Measure where it is time, log, and call for a checkpoint where this is the best so far."""
@@ -497,15 +439,14 @@ class IoUDuringTraining(TrainerCallback):
     def _measure(self) -> float:
         """Mean IoU (0-1) of the model as it is now; the same number in every process."""
         accelerator, model = self.sft.accelerator, self.sft.accelerator.unwrap_model(self.sft.model)
-        mine = range(len(self.rows))[accelerator.process_index :: accelerator.num_processes]
-        was_training, lines = model.training, []
+        mine = list(self.rows.shard(accelerator.num_processes, accelerator.process_index, contiguous=False))
+        generation = {"do_sample": False, "use_cache": True, "max_new_tokens": self.run.max_new_tokens}
+        was_training = model.training
         model.eval()
-        for start in range(0, len(mine), self.run.predict_batch_size):
-            batch = [self.rows[i] for i in mine[start : start + self.run.predict_batch_size]]
-            with accelerator.autocast():
-                lines += predict.generate_lines(model, self.sft.processing_class, batch, self.run.prompt,
-                                                self.generation)
-        lines = gather_object(lines)
+        with accelerator.autocast(), torch.random.fork_rng(devices=[]):  # a DataLoader draws a seed
+            batches = list(predict.generate_batches(model, self.sft.processing_class, mine, range(len(mine)),
+                                                    self.run.prompt, generation, None, self.run.predict_batch_size))
+        lines = gather_object([line for batch in batches for line in batch])
         iou = evaluate.score(self.truth, lines, resamples=0)["summary"]["mean_iou"]["value"]
         self.sft.log({"eval_iou": iou})  # in eval mode, in which TRL leaves its training metrics alone
         model.train(was_training)

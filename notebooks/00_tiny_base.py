@@ -41,7 +41,7 @@ from helpers.boxes import area
 from helpers.messages import parse_text
 from helpers.tiny import TINY_DIR, check, train
 from helpers.tiny.pictures import load_pool
-from helpers.tiny.questions import by_name, made_up_name, question
+from helpers.tiny.prompts import by_name, made_up_name, prompt_for
 
 # %% [markdown]
 # ## What it is
@@ -107,7 +107,7 @@ plots.panels(pictures, columns=6)
 
 # %%
 rng = random.Random(1)
-prompts = [question(by_name(things), rng) for things in base.things[size][:5]]
+prompts = [prompt_for(by_name(things), rng) for things in base.things[size][:5]]
 display(pd.DataFrame(prompts, columns=["prompt", "completion"]))
 print("made-up names:", ", ".join(made_up_name(rng) for _ in range(6)))
 
@@ -167,13 +167,13 @@ pd.DataFrame(json.loads((TINY_DIR / "trials.json").read_text())).set_index("tria
 
 # %%
 pool = load_pool("val", 40)
-asked = {"things": check.thing_prompts(pool, checked), "nutrition table": check.table_prompts(pool)[:checked]}
-completions = {name: check.generate(model, processor, pool, prompts) for name, prompts in asked.items()}
-pd.DataFrame({name: check.score(asked[name], completions[name]) for name in asked}).T
+prompts = {"things": check.thing_prompts(pool, checked), "nutrition table": check.table_prompts(pool)[:checked]}
+completions = {name: check.generate(model, processor, pool, some) for name, some in prompts.items()}
+pd.DataFrame({name: check.score(prompts[name], completions[name]) for name in prompts}).T
 
 # %%
 pictures = []
-for name, some in asked.items():
+for name, some in prompts.items():
     for (size, i, prompt, truth), text in zip(some[:6], completions[name], strict=False):
         thing, found = prompt.split(" of the ")[-1], parse_text(text).boxes_xyxy_unit
         pictures.append((thing, as_photo(pool.images[size][i]), truth, found))

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # How does Qwen2-VL turn pixels into boxes?
 #
-# A language model that answers with coordinates is an odd thing: it has no box head, no anchors, no pyramid. It reads a
+# A language model that writes coordinates is an odd thing: it has no box head, no anchors, no pyramid. It reads a
 # picture as a strip of tokens and *writes* `(278,495)`. This notebook follows one picture through the model:
 #
 # 1. What is in an image token?

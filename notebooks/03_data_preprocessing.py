@@ -49,7 +49,7 @@ from helpers.settings import TINY_BASE
 # %% [markdown]
 # ## Row → messages
 #
-# A vision-language model answers in text, so the box becomes text: Qwen2-VL's own grounding format, in whole
+# A vision-language model writes text, so the box becomes text: Qwen2-VL's own grounding format, in whole
 # thousandths of the picture's width and height, x first. Prompt and completion stand apart, so that the loss can be
 # computed on the completion alone.
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # How good is a model, and how sure are we?
 #
-# A fine-tuned vision-language model answers in text. Whether its boxes are good, and whether one recipe is better than
+# A fine-tuned vision-language model writes text. Whether its boxes are good, and whether one recipe is better than
 # another, has to be measured, with a number that says how sure it is. This notebook takes the runs on disk apart:
 # what the scores count, intervals, paired comparisons, errors by kind, confidence, prompts, the best and the worst
 # pictures.
@@ -66,7 +66,7 @@ pd.DataFrame({one["run"]: {"recipe": one["recipe"], "mean IoU (95 %)": evaluate.
 #
 # A picture's IoU is the mean over its true boxes. Boxes and truth are matched one to one for the greatest sum of IoU,
 # whatever their order; a miss is 0, and a box that is left over costs precision. The constant box, the one box that
-# suits the training pictures best, is what a model must beat to show that it looks at all.
+# suits the training pictures best, is what a model must beat to show that it uses the picture.
 
 # %%
 folder = Path(runs_dir) / f"{reports.PREFIX}{chosen['run']}"

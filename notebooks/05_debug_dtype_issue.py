@@ -62,7 +62,7 @@ pd.DataFrame({name: {"dtype": tensor.dtype, "shape": list(tensor.shape)} for nam
 # %% [markdown]
 # ## 1 · One tower in two dtypes
 #
-# **Symptom.** `mat1 and mat2 must have the same dtype`; or, worse, no error at all and a model that sees badly.
+# **Symptom.** `mat1 and mat2 must have the same dtype`; or, worse, no error at all and a model whose boxes are bad.
 #
 # The processor returns fp32 pixels, and Qwen2-VL casts them to the dtype of its vision tower. So the first row below
 # works. The other rows show where it does not: when *part* of the tower has another dtype, and when the tower was
@@ -116,7 +116,7 @@ print(bugs.outcome(load(dtype=bf16), **half))
 counted
 
 # %% [markdown]
-# **Fix.** Let one process drive one model. Where it sees several GPUs, spread the layers over them
+# **Fix.** Let one process drive one model. Where it has several GPUs, spread the layers over them
 # (`device_map="balanced"`): Trainer then counts one. Or start one process for each GPU (`accelerate launch`,
 # `torchrun`). `model.device_map()` chooses between the two.
 #
@@ -267,7 +267,7 @@ pd.DataFrame(table).T
 # completions that stop (`stopped` in `predictions.jsonl`).
 #
 # **Cause B: the wrong tokens were stripped.** `skip_special_tokens=True` removes the box tokens too, and a pattern that
-# asks for them finds nothing.
+# needs them finds nothing.
 
 # %%
 lines = predict.generate_lines(load(), processor, list(rows), PROMPT, greedy)

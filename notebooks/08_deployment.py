@@ -110,9 +110,9 @@ def boxes_of(address, photo):
     content = [{"type": "image_url", "image_url": {"url": data_url(photo)}},
                {"type": "text", "text": made_with["prompt"]}]
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    answer = client.chat.completions.create(model=folder.name, messages=[{"role": "user", "content": content}],
-                                            temperature=0, max_tokens=128)
-    text = answer.choices[0].message.content
+    completion = client.chat.completions.create(model=folder.name, messages=[{"role": "user", "content": content}],
+                                                temperature=0, max_tokens=128)
+    text = completion.choices[0].message.content
     found, size = messages.parse_text(text), open_upright(photo).size
     boxes = [to_pixels(box, size) for box in found.boxes_xyxy_unit.tolist()]
     return text, list(zip(found.labels, boxes, strict=True))

@@ -40,7 +40,7 @@ for secret in ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left with one of them at the end (by minutes on two cores)."""
     longest = ("test_pipeline", "test_pipeline_commands", "test_notebooks", "test_pipeline_proofs", "test_committed",
-               "test_speed", "test_faults", "test_kill")
+               "test_speed", "test_trainer", "test_kill")
     items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
@@ -125,6 +125,14 @@ def processor():
     from small_training import small_processor
 
     return small_processor()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A finished model's folder, to read from; `finished_model.make` makes one to change."""
+    import finished_model
+
+    return finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged")
 
 
 @pytest.fixture(scope="module")

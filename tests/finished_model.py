@@ -1,4 +1,4 @@
-"""A finished model for tests: the tiny base as a run leaves its merged model, asked for something that it knows."""
+"""A finished model for tests: the tiny base as a run leaves its merged model, with a prompt that it knows."""
 
 import io
 import shutil

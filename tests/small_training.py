@@ -5,12 +5,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
-from transformers import (
-    BitsAndBytesConfig,
-    Qwen2VLProcessor,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import BitsAndBytesConfig, Qwen2VLProcessor, TrainerCallback, set_seed
 from trl import SFTConfig
 
 from helpers import collate, model, parity, trainer
@@ -41,11 +36,11 @@ def load_tiny(**options):
     return model.load(TINY_BASE, **options).requires_grad_(False).eval()
 
 
-def nf4_config(dtype=None):
+def nf4_config(dtype=None, skip=("model.visual", "lm_head")):
     """The pipeline's quantization, computing in `dtype` (None: what this machine computes in)."""
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype or model.compute_dtype(),
-                              llm_int8_skip_modules=["model.visual", "lm_head"])
+                              llm_int8_skip_modules=list(skip))
 
 
 def build(recipe, folder, processor, rows, nf4=False, dtype=None, **options):
@@ -62,10 +57,9 @@ def build(recipe, folder, processor, rows, nf4=False, dtype=None, **options):
     arguments = SFTConfig(output_dir=str(folder), per_device_train_batch_size=4, bf16=dtype == torch.bfloat16,
                           max_length=None, remove_unused_columns=False, logging_steps=1,
                           logging_nan_inf_filter=False, use_cpu=True, seed=0, **options)
-    sft = trainer.BoxTrainer(vlm, args=arguments, train_dataset=rows, processing_class=processor,
-                             data_collator=collate.Collator(processor, "Where?"), callbacks=[trainer.LossLog(folder)],
-                             made_with=made_with, base=parity.base_of(TINY_BASE))
-    return sft
+    return trainer.BoxTrainer(vlm, args=arguments, train_dataset=rows, processing_class=processor,
+                              data_collator=collate.Collator(processor, "Where?"),
+                              callbacks=[trainer.LossLog(folder)], made_with=made_with, base=parity.base_of(TINY_BASE))
 
 
 class StopAt(TrainerCallback):

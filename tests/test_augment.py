@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_training import StopAt, build, small_processor, squares
-from torch.utils.data import DataLoader
+from small_training import StopAt, build
 from torchvision import tv_tensors
 
 from helpers import augment, collate, trainer
@@ -37,28 +36,12 @@ def test_a_box_is_the_tight_hull_of_what_it_framed(size):
         assert boxes.min() >= 0 and (boxes[0, 2:] <= np.array(warped.shape[:0:-1])).all()
 
 
-def test_every_kind_of_change_happens_and_its_chance_is_mild():
-    picture, box = drawn(3, (200, 150))
-    sizes, same = set(), 0
-    for number in range(300):
-        torch.manual_seed(number)
-        warped, boxes = augment.warp(tv_tensors.Image(picture), [box])
-        sizes.add(tuple(warped.shape))
-        same += warped.shape[1:] == (150, 200) and np.allclose(boxes[0, [1, 0, 3, 2]] / (150, 200, 150, 200), box)
-    assert len(sizes) > 50 and 20 < same < 120
-    assert any(height > width for _, height, width in sizes), "no quarter turn"
-
-
 def row(number: int, boxes=None) -> dict:
     picture, box = drawn(number, (120, 100))
     boxes = [box] if boxes is None else boxes
     names = ["nutrition-table", "nutrition-table-text", "nutrition-table-small"][: len(boxes)]
     return {"image_id": str(number), "image": picture, "width": 120, "height": 100, "meta": {"barcode": "1"},
             "objects": {"bbox": boxes, "category_id": list(range(len(boxes))), "category_name": names}}
-
-
-def same(one: dict, other: dict) -> bool:
-    return one["image"].tobytes() == other["image"].tobytes() and one["objects"] == other["objects"]
 
 
 def test_a_draw_depends_on_seed_epoch_and_image_id_and_on_nothing_else():
@@ -71,10 +54,10 @@ def test_a_draw_depends_on_seed_epoch_and_image_id_and_on_nothing_else():
     for start in (torch.manual_seed, random.seed, np.random.seed):
         start(5)
     before = torch.get_rng_state()
-    assert same(view(), first)
+    views = [view(), view(seed=1), view(epoch=1), view(number=2)]
     assert torch.equal(torch.get_rng_state(), before), "the training's own random numbers went on"
-    others = [view(seed=1), view(epoch=1), view(number=2)]
-    assert not any(same(other, first) for other in others)
+    same = [one["image"].tobytes() == first["image"].tobytes() and one["objects"] == first["objects"] for one in views]
+    assert same == [True, False, False, False]
 
 
 def test_no_box_is_lost_and_names_stay_with_their_boxes():
@@ -108,26 +91,12 @@ def test_a_picture_never_gets_too_thin_for_the_model():
         assert long <= 200 * short
 
 
-def test_worker_processes_make_the_same_batches():
-    processor = small_processor()
-    change = Augment(0)
-    collator = collate.Collator(processor, "Where?", augment=change)
-    rows = [row(number) for number in range(6)]
-    for epoch in (0, 1):
-        change.epoch = epoch
-        batches = [list(DataLoader(rows, batch_size=3, collate_fn=collator, num_workers=workers)) for workers in (0, 2)]
-        for alone, shared in zip(*batches, strict=True):
-            assert all(torch.equal(alone[name], shared[name]) for name in alone)
-    plain = collate.Collator(processor, "Where?")(rows[:3])
-    assert not torch.equal(plain["pixel_values"][0], alone["pixel_values"][0])
-
-
-def augmented(folder, processor, rows, seen, **options):
+def augmented(folder, processor, rows, shown, **options):
     """A small training whose augmentation writes down (epoch, image_id) of every row."""
 
     class Noted(Augment):
         def __call__(self, row):
-            seen.append((self.epoch, row["image_id"]))
+            shown.append((self.epoch, row["image_id"]))
             return super().__call__(row)
 
     change = Noted(0)
@@ -137,12 +106,10 @@ def augmented(folder, processor, rows, seen, **options):
     return sft
 
 
-def test_each_epoch_sees_other_views_and_a_killed_or_shared_run_sees_the_same_ones(tmp_path):
-    processor, rows, seen = small_processor(), squares(), []
-    whole = augmented(tmp_path / "whole", processor, rows, seen)
+def test_each_epoch_shows_other_views_and_a_killed_or_shared_run_shows_the_same_ones(tmp_path, processor, rows):
+    whole = augmented(tmp_path / "whole", processor, rows, shown := [])
     whole.train()
-    ids = set(rows["image_id"])
-    assert [{name for epoch, name in seen if epoch == number} for number in (0, 1)] == [ids, ids] and len(seen) == 32
+    assert sorted(shown) == sorted((epoch, name) for epoch in (0, 1) for name in rows["image_id"])
     with pytest.raises(KeyboardInterrupt):
         killed = augmented(tmp_path / "killed", processor, rows, [])
         killed.add_callback(StopAt(7))

@@ -51,11 +51,12 @@ def test_an_nf4_tower_turns_pixels_into_bytes_without_an_error_and_is_refused(ba
 
 def test_trainer_multiplies_the_batch_where_it_sees_two_gpus_and_the_projects_does_not(material, tmp_path):
     one, spread = {"": "cpu"}, {"model.visual": 0, "model.language_model": 1}
-    seen = bugs.on_two_gpus(load(), one, *material, tmp_path, Trainer)
-    assert seen == {"GPUs counted": 2, "batch": 8, "model": "DataParallel"}, f"Trainer's larger batch {GONE}"
+    found = bugs.on_two_gpus(load(), one, *material, tmp_path, Trainer)
+    assert found == {"GPUs counted": 2, "batch": 8, "model": "DataParallel"}, f"Trainer's larger batch {GONE}"
     assert bugs.on_two_gpus(load(), spread, *material, tmp_path, Trainer)["batch"] == 4
     lora = trainer_for(load(), *material, tmp_path).model
-    assert bugs.on_two_gpus(lora, spread, *material, tmp_path, trainer.BoxTrainer)["batch"] == 4
+    found = bugs.on_two_gpus(lora, one, *material, tmp_path, trainer.BoxTrainer)
+    assert found == {"GPUs counted": 1, "batch": 4, "model": "Qwen2VLForConditionalGeneration"}
 
 
 def test_a_small_step_is_lost_in_bf16_and_kept_in_fp32():

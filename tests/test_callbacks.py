@@ -2,15 +2,14 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from peft import load_peft_weights
 from safetensors.torch import load_file
 from small_training import StopAt, build
 
@@ -20,26 +19,25 @@ from helpers.trainer import IoUDuringTraining
 RUN = {"eval_steps": 2, "eval_pictures": 3, "prompt": "Where?", "predict_batch_size": 2, "max_new_tokens": 12}
 
 
-def watched(folder, processor, rows, recipe="r4-joint", **options):
-    keep_best, training = options.pop("keep_best", False), options
-    sft = build(recipe, folder, processor, rows, **training)
-    run = SimpleNamespace(**RUN, keep="best" if keep_best else "last")
-    sft.add_callback(IoUDuringTraining(sft, rows, run))
+def watched(folder, processor, rows, recipe="r4-joint", keep="last", **options):
+    sft = build(recipe, folder, processor, rows, **options)
+    sft.add_callback(IoUDuringTraining(sft, rows, SimpleNamespace(**RUN, keep=keep)))
     return sft
 
 
 def scored_as(monkeypatch, numbers):
-    """The scorer says these numbers, one at each measurement (a random model's answers all score 0)."""
+    """The scorer says these numbers, one at each measurement (a random model's completions all score 0)."""
     rest = iter(numbers)
     monkeypatch.setattr("helpers.trainer.evaluate.score",
                         lambda *args, **options: {"summary": {"mean_iou": {"value": next(rest)}}})
 
 
-@pytest.mark.parametrize("recipe, nf4", [("r2-vision-only", False), ("r4-joint", False), ("r4-joint", True)])
-def test_the_training_is_as_if_nothing_had_been_generated(recipe, nf4, tmp_path, processor, rows):
-    plain = build(recipe, tmp_path / "plain", processor, rows, nf4=nf4)
+@pytest.mark.parametrize("recipe, nf4, recomputed", [("r2-vision-only", False, False), ("r4-joint", True, True)])
+def test_the_training_is_as_if_nothing_had_been_generated(recipe, nf4, recomputed, tmp_path, processor, rows):
+    options = {"nf4": nf4, "gradient_checkpointing": recomputed}
+    plain = build(recipe, tmp_path / "plain", processor, rows, **options)
     plain.train()
-    tuned = watched(tmp_path / "watched", processor, rows, recipe, nf4=nf4)
+    tuned = watched(tmp_path / "watched", processor, rows, recipe, **options)
     tuned.train()
     for name, weight in tuned._trainable().items():
         assert torch.equal(weight, plain._trainable()[name]), name
@@ -50,84 +48,65 @@ def test_the_training_is_as_if_nothing_had_been_generated(recipe, nf4, tmp_path,
     assert all("loss" not in line and 0 <= line["eval_iou"] <= 1 for line in logs[1] if "eval_iou" in line)
 
 
-def test_one_measurement_leaves_mode_random_state_and_weights(tmp_path, processor, rows):
-    sft = watched(tmp_path, processor, rows, gradient_checkpointing=True, max_steps=3)
-    callback = sft.callback_handler.callbacks[-1]
-    sft.model.train()
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    weights = {name: weight.clone() for name, weight in sft.model.named_parameters()}
-    assert callback._measure() == callback._measure()
-    assert sft.model.training and torch.equal(torch.get_rng_state(), before[0])
-    assert random.getstate() == before[1] and (np.random.get_state()[1] == before[2]).all()
-    assert all(torch.equal(weight, weights[name]) for name, weight in sft.model.named_parameters())
-    sft.train()
-
-
 def test_the_number_is_the_evaluators_own(tmp_path, processor, rows, monkeypatch):
     sft = watched(tmp_path, processor, rows)
     callback = sft.callback_handler.callbacks[-1]
 
-    def says_the_truth(model, processor, batch, prompt, generation):
-        assert not model.training and len(batch) <= 2 and prompt == "Where?" and generation["max_new_tokens"] == 12
+    def writes_the_truth(model, processor, encoded, generation, names):
+        assert not model.training and len(encoded) <= 2 and generation["max_new_tokens"] == 12
         boxes = {row["image_id"]: row["objects"]["bbox"][0] for row in callback.truth}
-        found = [(row["image_id"], boxes[row["image_id"]]) for row in batch]
+        found = [(one["image_id"], boxes[one["image_id"]]) for one in encoded]
         return [{"image_id": i, "boxes": [[x0, y0, x1, y1]], "labels": ["nutrition-table"], "confidences": [1.0],
                  "rejected": [], "stopped": True} for i, (y0, x0, y1, x1) in found]
 
-    monkeypatch.setattr("helpers.trainer.predict.generate_lines", says_the_truth)
+    monkeypatch.setattr("helpers.predict.complete", writes_the_truth)
     assert callback._measure() == pytest.approx(1)
 
 
 def test_the_best_checkpoint_comes_back_also_after_a_kill(tmp_path, processor, rows, monkeypatch):
-    options = {"keep_best": True, "save_steps": 3, "save_total_limit": 2}
-    scored_as(monkeypatch, [0.5, 0.9, 0.9, 0.2])
-    whole = watched(tmp_path / "whole", processor, rows, **options)
-    whole.train()
-    last = {name: weight.detach().clone() for name, weight in whole._trainable().items()}
-    assert whole.load_best() == 4
-    best = load_file(tmp_path / "whole" / "checkpoint-4" / trainer.WEIGHTS)
-    assert all(torch.equal(weight, best[name]) for name, weight in whole._trainable().items())
-    assert any(not torch.equal(weight, last[name]) for name, weight in whole._trainable().items())
-
-    killed = watched(tmp_path / "killed", processor, rows, **options)
-    killed.add_callback(StopAt(7))
+    options = {"keep": "best", "save_steps": 3, "save_total_limit": 2}
     scored_as(monkeypatch, [0.5, 0.9, 0.9])
+    killed = watched(tmp_path / "run", processor, rows, **options)
+    killed.add_callback(StopAt(7))
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     scored_as(monkeypatch, [0.2])
-    resumed = watched(tmp_path / "killed", processor, rows, **options)
-    resumed.train(resume_from_checkpoint=trainer.last_checkpoint(tmp_path / "killed"))
-    assert resumed.load_best() == 4
-    assert all(torch.equal(weight, best[name]) for name, weight in resumed._trainable().items())
-
-
-def test_what_cannot_work_is_refused(tmp_path, processor, rows):
-    sft = build("r4-joint", tmp_path, processor, rows)
-    with pytest.raises(ValueError, match="no checkpoint was kept for its score"):
-        sft.load_best()
-    empty = rows.select([0]).map(lambda row: {"objects": {"bbox": [], "category_id": [], "category_name": []}})
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
-        IoUDuringTraining(sft, empty, SimpleNamespace(**RUN, keep="last"))
+    resumed = watched(tmp_path / "run", processor, rows, **options)
+    resumed.train(resume_from_checkpoint=trainer.last_checkpoint(tmp_path / "run"))
+    last = {name: weight.detach().clone() for name, weight in resumed._trainable().items()}
+    best = load_file(tmp_path / "run" / "checkpoint-4" / trainer.WEIGHTS)  # the earlier of equal ones, not rotated away
+    assert any(not torch.equal(weight, best[name]) for name, weight in last.items())
+    for keep, expected in (("last", last), ("best", best)):
+        resumed.save_result(tmp_path / keep, keep)
+        saved = load_peft_weights(tmp_path / keep)
+        assert len(saved) == len(expected)
+        assert all(torch.equal(weight, saved[name.replace(".default", "")]) for name, weight in expected.items())
 
 
 TWO_PROCESSES = """
-import json, sys
+import json, os, signal
 from pathlib import Path
 from helpers import predict
 from test_callbacks import watched
-from small_training import small_processor, squares
+from small_training import build, small_processor, squares
+from test_trainer import At
 
-asked, real = [], predict.generate_lines
-predict.generate_lines = lambda *given: asked.extend(row["image_id"] for row in given[2]) or real(*given)
-sft = watched(Path("run"), small_processor(), squares(), keep_best=True, max_steps=3)
+mine, real = [], predict.complete
+predict.complete = lambda *given: mine.extend(one["image_id"] for one in given[2]) or real(*given)
+sft = watched(Path("run"), small_processor(), squares(), keep="best", max_steps=3)
 sft.train()
 ious = [line["eval_iou"] for line in sft.state.log_history if "eval_iou" in line]
 rank, world = sft.accelerator.process_index, sft.accelerator.num_processes
-Path(f"rank{rank}.json").write_text(json.dumps([world, asked, ious, sft.state.best_global_step, sft.load_best()]))
+stopped = build("r1-llm-only", Path("stopped"), small_processor(), squares())
+stopped.add_callback(At(1, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank else None))
+try:
+    stopped.train()
+except SystemExit as end:
+    Path(f"rank{rank}.json").write_text(json.dumps([world, mine, ious, sft.state.best_global_step, str(end)]))
 """
 
 
-def test_two_processes_share_the_pictures_and_agree(repo):
+def test_two_processes_share_the_pictures_agree_and_stop_together(repo):
     Path("two.py").write_text(TWO_PROCESSES)
     ended = subprocess.run([Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", "29547",
                             "two.py"], env=os.environ | {"PYTHONPATH": f"{repo}:{repo / 'tests'}"},
@@ -135,4 +114,6 @@ def test_two_processes_share_the_pictures_and_agree(repo):
     assert ended.returncode == 0, ended.stderr[-3000:]
     first, second = (json.loads(Path(f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first[:2] == [2, ["0", "2"] * 2] and second[:2] == [2, ["1"] * 2]
-    assert first[2:] == second[2:] and len(first[2]) == 2 and first[3:] == [2, 2]
+    assert first[2:4] == second[2:4] and len(first[2]) == 2 and first[3] == 2
+    assert first[4].startswith("another process was told to stop at step 2 of 4: checkpoint-2 is saved")
+    assert second[4].startswith("SIGTERM at step 2 of 4: checkpoint-2 is saved")

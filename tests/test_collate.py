@@ -1,6 +1,7 @@
 """Batches and label masks: what the loss is computed on, as literals. Lengths against the processor's own."""
 
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -17,7 +18,7 @@ from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE, ParameterError
 
 PROMPT = "Detect the bounding box of the nutrition table."
-ANSWER = "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(100,200),(500,600)<|box_end|>"
+COMPLETION = "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(100,200),(500,600)<|box_end|>"
 
 
 def row(bbox=((0.2, 0.1, 0.6, 0.5),), size=(224, 224)):
@@ -41,10 +42,10 @@ def test_golden_row_to_text_to_labels(processor):
     assert collator.texts([row()]) == [
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>" + PROMPT + "<|im_end|>\n"
-        "<|im_start|>assistant\n" + ANSWER + "<|im_end|>\n"
+        "<|im_start|>assistant\n" + COMPLETION + "<|im_end|>\n"
     ]
     batch = collator([row()])
-    assert kept(processor, batch) == ANSWER + "<|im_end|>"
+    assert kept(processor, batch) == COMPLETION + "<|im_end|>"
     assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")).sum() == 64
     assert batch["pixel_values"].shape == (256, 1176) and batch["image_grid_thw"].tolist() == [[1, 16, 16]]
 
@@ -54,7 +55,7 @@ def test_all_text_masks_padding_and_vision_tokens_alone(processor):
     batch = collate.Collator(processor, PROMPT, "all-text")(rows)
     assert kept(processor, batch) == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\n" + PROMPT + "<|im_end|>\n<|im_start|>assistant\n" + ANSWER + "<|im_end|>\n"
+        "<|im_start|>user\n" + PROMPT + "<|im_end|>\n<|im_start|>assistant\n" + COMPLETION + "<|im_end|>\n"
     )
     assert kept(processor, batch, 1).count("<|box_start|>") == 2
 
@@ -72,7 +73,7 @@ def test_a_batch_is_its_rows_with_padding(processor):
     assert kept(processor, together, 1) == "no nutrition table<|im_end|>"
 
 
-def test_labels_without_the_end_token_stop_the_run(repo):
+def test_labels_without_the_end_token_stop_the_run():
     processor = Qwen2VLProcessor.from_pretrained(TINY_BASE)
     processor.chat_template = processor.chat_template.replace("<|im_end|>", "")
     with pytest.raises(ValueError, match=r"no <\|im_end\|> in its labels"):
@@ -112,9 +113,9 @@ def grid(count):
     return [(0.07 * i, 0.1, 0.07 * i + 0.05, 0.9) for i in range(count)]
 
 
-def test_a_true_answer_that_does_not_fit_is_refused_with_the_number_that_it_needs(processor):
-    answer = target_text(row(grid(12))["objects"]) + "<|im_end|>"
-    need = len(processor.tokenizer(answer)["input_ids"])
+def test_a_true_completion_that_does_not_fit_is_refused_with_the_number_that_it_needs(processor):
+    completion = target_text(row(grid(12))["objects"]) + "<|im_end|>"
+    need = len(processor.tokenizer(completion)["input_ids"])
     train = table([(BOX,), grid(12), ()])
     said = f"max_new_tokens=128 would cut completions: the true one of image_id='p1' in train needs {need}; set max"
     with pytest.raises(ParameterError, match=said):
@@ -158,27 +159,27 @@ def test_augmented_pictures_count_as_the_largest(processor, monkeypatch):
         limits(processor, small, augment=True)
 
 
-def test_iou_during_training_needs_a_box_to_measure(processor):
+@pytest.mark.parametrize("boxes, pictures, said", [([(), (), (BOX,)], 2, "2 pictures"), ([], 2, "0 pictures"),
+                                                   ([(), (), (BOX,)], 3, None)])
+def test_iou_during_training_needs_a_box_to_measure(boxes, pictures, said, processor):
     train = table([(BOX,)])
-    limits(processor, train, eval_steps=None)
-    with pytest.raises(ParameterError, match="eval_steps=5 finds no box on 2 pictures of selection"):
-        limits(processor, train, selection=table([(), (), (BOX,)]), eval_steps=5)
-    limits(processor, train, selection=table([(), (), (BOX,)]), eval_steps=5, eval_pictures=3)
-    with pytest.raises(ParameterError, match="no box on 0 pictures"):
-        limits(processor, train, selection=train.select([]), eval_steps=5)
-    limits(processor, train, selection=train.select([]), eval_steps=5, stages=[])  # nothing trains
+    options = {"selection": table(boxes) if boxes else train.select([]), "eval_pictures": pictures}
+    limits(processor, train, **options)
+    limits(processor, train, eval_steps=5, stages=[], **options)  # nothing trains
+    with pytest.raises(ParameterError, match=f"eval_steps=5 finds no box on {said}") if said else nullcontext():
+        limits(processor, train, eval_steps=5, **options)
 
 
 def test_a_transparent_picture_is_trained_on_white(processor):
-    seen = {}
+    pixels = {}
     for name in ("clear", "white"):
         picture = Image.open(io.BytesIO(finished_model.clear("RGBA", (224, 224))))
         if name == "white":
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
         rows = [row() | {"image": picture}]
-        seen[name] = collate.Collator(processor, PROMPT)(rows)["pixel_values"]
-        assert torch.equal(seen[name], predict.model_inputs(rows, processor, PROMPT)["pixel_values"])
-    assert torch.equal(seen["clear"], seen["white"])
+        pixels[name] = collate.Collator(processor, PROMPT)(rows)["pixel_values"]
+        assert torch.equal(pixels[name], predict.model_inputs(rows, processor, PROMPT)["pixel_values"])
+    assert torch.equal(pixels["clear"], pixels["white"])
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tomllib
 from pathlib import Path
 
 import nbformat
@@ -41,10 +40,6 @@ def pair(repo: Path, tmp_path: Path) -> Path:
     return found
 
 
-def notebook_of(pair: Path) -> Path:
-    return pair.with_suffix(".ipynb")
-
-
 def edit(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -57,11 +52,12 @@ def age(path: Path) -> None:
 
 
 def printed(pair: Path) -> list[str]:
-    return ["".join(o.text for o in c.outputs) for c in read_notebook(notebook_of(pair)).cells if c.cell_type == "code"]
+    cells = read_notebook(pair.with_suffix(".ipynb")).cells
+    return ["".join(output.text for output in cell.outputs) for cell in cells if cell.cell_type == "code"]
 
 
 def test_a_script_alone_gets_a_notebook_that_holds_the_same_cells(pair):
-    notebook = read_notebook(notebook_of(pair))
+    notebook = read_notebook(pair.with_suffix(".ipynb"))
     assert cells_of(notebook) == [
         ("markdown", "# Title\n\nText.", ()),
         ("code", "a = 1", ("parameters",)),
@@ -76,14 +72,14 @@ def test_the_changed_script_wins_although_it_is_older_and_outputs_of_unchanged_c
     age(pair)
     assert "cell 3" in check(pair)
     assert "pipeline.ipynb written from pipeline.py (cell 3 (print(a + 1)) in pipeline.py)" in sync(pair)
-    assert cells_of(read_notebook(notebook_of(pair)))[2][1] == "print(a + 1)"
+    assert cells_of(read_notebook(pair.with_suffix(".ipynb")))[2][1] == "print(a + 1)"
     assert printed(pair) == ["output 1\n", ""]
     assert check(pair) == "" and sync(pair) == ""
 
 
 def test_the_changed_notebook_wins_although_it_is_older(pair):
-    edit(notebook_of(pair), "print(a)", "print(a + 2)")
-    age(notebook_of(pair))
+    edit(pair.with_suffix(".ipynb"), "print(a)", "print(a + 2)")
+    age(pair.with_suffix(".ipynb"))
     sync(pair)
     assert "print(a + 2)" in pair.read_text()
     assert printed(pair) == ["output 1\n", "output 2\n"]
@@ -91,16 +87,16 @@ def test_the_changed_notebook_wins_although_it_is_older(pair):
 
 def test_both_changed_is_refused_and_the_cells_are_named(pair):
     edit(pair, "a = 1", "a = 7")
-    edit(notebook_of(pair), "print(a)", "print(a, a)")
-    before = pair.read_text(), notebook_of(pair).read_text()
+    edit(pair.with_suffix(".ipynb"), "print(a)", "print(a, a)")
+    before = pair.read_text(), pair.with_suffix(".ipynb").read_text()
     with pytest.raises(PairError) as refused:
         sync(pair)
     assert "cell 2 (a = 7) in pipeline.py" in str(refused.value)
     assert "cell 3 (print(a, a)) in pipeline.ipynb" in str(refused.value)
-    assert (pair.read_text(), notebook_of(pair).read_text()) == before
+    assert (pair.read_text(), pair.with_suffix(".ipynb").read_text()) == before
     sync(pair, take="py")
     assert check(pair) == ""
-    assert [cell[1] for cell in cells_of(read_notebook(notebook_of(pair)))[1:]] == ["a = 7", "print(a)"]
+    assert [cell[1] for cell in cells_of(read_notebook(pair.with_suffix(".ipynb")))[1:]] == ["a = 7", "print(a)"]
 
 
 def test_magics_raw_and_empty_cells_survive_and_a_marker_inside_a_cell_is_refused(repo, tmp_path):
@@ -129,17 +125,14 @@ def test_stray_twins_of_run_outputs_are_ignored(pair, tmp_path, capsys):
     assert "topic.ipynb written from topic.py" in capsys.readouterr().out
     assert [check(p) for p in find_pairs(tmp_path)] == ["", ""]
     edit(pair, "a = 1", "a = 7")
-    edit(notebook_of(pair), "a = 1", "a = 8")
+    edit(pair.with_suffix(".ipynb"), "a = 1", "a = 8")
     assert main([]) == 1 and "make sync TAKE=py" in capsys.readouterr().out
     assert main(["--take", "ipynb"]) == 0 and "a = 8" in pair.read_text()
     assert (tmp_path / "runs/demo/pipeline.ipynb").read_text() == SCRIPT
 
 
-def test_jupyterlab_pairs_the_sources_and_leaves_run_outputs_alone(repo):
+def test_jupytext_pairs_the_sources_and_leaves_run_outputs_alone(repo):
     formats = {name: load_jupytext_config(str(repo / name)).default_formats(str(repo / name)) for name in
                ("pipeline.ipynb", "notebooks/topic.ipynb", "runs/r4-joint.ipynb", "runs/demo/demo.ipynb", "out.ipynb")}
     assert formats["pipeline.ipynb"] and formats["notebooks/topic.ipynb"]
     assert not any(formats[name] for name in ("runs/r4-joint.ipynb", "runs/demo/demo.ipynb", "out.ipynb"))
-    for settings in (tomllib.loads((repo / "pyproject.toml").read_text())["tool"]["jupytext"],
-                     tomllib.loads((repo / "notebooks/jupytext.toml").read_text())):
-        assert (settings["notebook_metadata_filter"], settings["cell_metadata_filter"]) == ("-all", "tags,-all")

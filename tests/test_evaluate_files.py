@@ -1,15 +1,20 @@
-"""Scores on disk: metrics.json, comparisons, the command line, and another project's numbers."""
+"""Scores on disk: metrics.json, comparisons, seeds, the ledger, the command line, and another project's numbers."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.boxes import pairwise_iou, yxyx_unit_to_xyxy_unit
-from helpers.evaluate import constant_predictions, score
+from helpers.evaluate import constant_predictions, ledger, score
 from helpers.evaluate.__main__ import main
+from helpers.evaluate.intervals import over_seeds
 from helpers.evaluate.ledger import results_table
-from helpers.evaluate.reports import compare, metrics_table, rescore, write_metrics
+from helpers.evaluate.reports import compare, find_runs, metrics_table, write_metrics
+from helpers.evaluate.seeds import group_seeds
 
 # Lines of two published files: id, that project's IoU, raw text, true boxes (y first). Rows with one true box, with
 # two and three, and one whose completion has five boxes and was cut by the token limit.
@@ -58,24 +63,25 @@ def test_the_published_iou_column_from_the_raw_text(lines):
         assert best.mean() == pytest.approx(line[1], abs=1e-9)
 
 
-def make_run(root, name, shift, recipe=None, scale="tiny", pictures=30, **manifest):
-    """A run's folder with predictions that are `shift` off the truth."""
+def make_run(root, name, shift, seed=0, **parameters):
+    """A scored run of 30 pictures with predictions that are `shift` off the truth: (its folder, its metrics)."""
     rng = np.random.default_rng(0)
-    low = rng.uniform(0.1, 0.4, (pictures, 2))
+    low = rng.uniform(0.1, 0.4, (30, 2))
     boxes = np.concatenate([low, low + 0.3], axis=1)
     truth = [{"image_id": f"p{i}", "image": object(),
               "objects": {"bbox": [box[[1, 0, 3, 2]].tolist()], "category_name": ["nutrition-table"]}}
              for i, box in enumerate(boxes)]  # fmt: skip
-    moved = np.clip(boxes + shift + rng.normal(0, 0.01, (pictures, 1)), 0, 1)
-    tuned = [{"image_id": f"p{i}", "text": "", "boxes": [box.tolist()], "labels": ["nutrition-table"], "stopped": True}
+    moved = np.clip(boxes + shift + rng.normal(0, 0.01, (30, 1)), 0, 1)
+    tuned = [{"image_id": f"p{i}", "text": "", "boxes": [box.tolist()], "labels": ["nutrition-table"], "stopped": i > 7}
              for i, box in enumerate(moved)]  # fmt: skip
     named = {which: constant_predictions(np.array(box), truth) for which, box in
              (("base", [0.6, 0.6, 0.9, 0.9]), ("constant box", [0.25, 0.25, 0.6, 0.6]))}  # fmt: skip
     folder = root / f"qwen2vl-nutrition-detection-{name}"
-    metrics = write_metrics(folder, named if name == "base" else {"fine-tuned": tuned} | named, truth, resamples=200)
-    recipe = recipe or name
-    manifest |= {"run": name, "recipe": recipe, "scale": scale, "command": f"papermill -p recipe {recipe}"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    metrics = write_metrics(folder, {"fine-tuned": tuned} | named, truth, resamples=200)
+    recipe = next(known for known in ledger.ROWS[2:] if name[:2] == known[:2])
+    (folder / "manifest.json").write_text(json.dumps({
+        "run": name, "recipe": recipe, "scale": "tiny", "command": f"papermill -p recipe {recipe}", "git": "abc123",
+        "machine": "2 cores", "parameters": {"seed": seed, "epochs": 3} | parameters}))
     return folder, metrics
 
 
@@ -92,23 +98,103 @@ def test_metrics_are_written_and_scored_again(tmp_path, capsys):
     again = json.loads((folder / "metrics.json").read_text())["scores"]["fine-tuned"]
     assert again["summary"]["detection_rate"]["value"] == pytest.approx(29 / 30)
     assert again["summary"]["mean_iou"]["n"] == 30
-    with pytest.raises(ValueError, match="named 'tuned'; the names are fine-tuned, merged, base, constant box"):
-        write_metrics(tmp_path, {"tuned": []}, [])
 
 
-def test_answers_that_never_stopped_are_counted_in_every_summary(tmp_path):
-    folder, metrics = make_run(tmp_path, "r4-joint", 0.02)
-    assert list(metrics_table(metrics)["never stopped"]) == ["0 of 30"] * 3
-    assert "never stopped" not in results_table(tmp_path) + compare("r4-joint", "r4-joint:base", tmp_path)
-    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    for line in lines[:8]:
-        line["stopped"] = False
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    metrics = rescore(folder)
+def test_completions_that_never_stopped_are_counted_in_every_summary(tmp_path):
+    _, metrics = make_run(tmp_path, "r4-joint", 0.02)
     assert list(metrics_table(metrics)["never stopped"]) == ["8 of 30", "0 of 30", "0 of 30"]
     assert "r4-joint; 8 of 30 completions never stopped." in results_table(tmp_path).splitlines()
-    compared = compare("r4-joint", "r4-joint:base", tmp_path)
-    assert "; 8 of 30 completions never stopped\n- r4-joint:base: mean" in compared
+    first, second, *_ = compare("r4-joint", "r4-joint:base", tmp_path).splitlines()
+    assert first.endswith("; 8 of 30 completions never stopped") and "never stopped" not in second
     unknown = score([{"image_id": "a", "objects": {"bbox": [], "category_name": []}}],
                     [{"image_id": "a", "text": "no nutrition table"}], resamples=0)
     assert metrics_table({"scores": {"base": unknown}})["never stopped"]["base"] == "–"
+
+
+def test_one_seed_is_a_bootstrap_over_pictures_and_more_seeds_add_their_spread():
+    draw = np.random.default_rng(0)
+    pictures = draw.normal(0.6, 0.2, 200)
+    alone = over_seeds(pictures[None])
+    assert alone["high"] - alone["low"] == pytest.approx(2 * 1.96 * 0.2 / np.sqrt(200), rel=0.12)
+    seeds = draw.normal(0, 0.05, (5, 1))
+    together = over_seeds(pictures + seeds)
+    spread = np.sqrt(pictures.var() / 200 + seeds.var(ddof=1) / 5)
+    assert together["value"] == pytest.approx((pictures + seeds).mean())
+    assert together["high"] - together["low"] == pytest.approx(2 * 1.96 * spread, rel=0.15)
+    assert together["n"] == 200 and together["seeds"] == 5
+    same = over_seeds(np.tile(pictures, (3, 1)))
+    assert same["high"] - same["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.1)
+
+
+def test_seeds_of_a_recipe_form_a_group_and_other_parameters_do_not(tmp_path):
+    for name, seed in (("r4-joint", 0), ("r4-joint-s1", 1), ("r4-joint-s2", 2), ("r3-s1-stage2", 1)):
+        make_run(tmp_path, name, 0.02 + 0.01 * seed, seed)
+    make_run(tmp_path, "r4-joint-s3", 0.02, 3, epochs=9)
+    make_run(tmp_path, "r4-joint-s4", 0.02, 1)  # a seed that is there already
+    make_run(tmp_path, "r3-stage2", 0.05)
+    groups = {name: [run["run"] for run in group] for name, group in group_seeds(find_runs(tmp_path)).items()}
+    assert groups == {"r4-joint": ["r4-joint", "r4-joint-s1", "r4-joint-s2"], "r4-joint-s3": ["r4-joint-s3"],
+                      "r4-joint-s4": ["r4-joint-s4"], "r3-stage2": ["r3-stage2", "r3-s1-stage2"]}
+    table = results_table(tmp_path)
+    assert "| r4-joint, 3 seeds | 30 |" in table and "| r4-joint, r4-joint-s1, r4-joint-s2 | abc123 |" in table
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two recipes, one with two seeds, in a ledger and a README."""
+    root = tmp_path_factory.mktemp("written")
+    for name, shift, seed in (("r4-joint", 0.01, 0), ("r4-joint-s1", 0.02, 1), ("r1-llm-only", 0.06, 0)):
+        make_run(root, name, shift, seed)
+    (root / "README.md").write_text("Words.\n\n<!-- results: make table ARGS=--write -->\nold\n<!-- end of results -->"
+                                    "\n\nMore words.\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        main(["table", str(root), "--write"])
+    return root
+
+
+@pytest.fixture
+def results(written, tmp_path):
+    """Of a copy: the command's arguments."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    return ["table", str(tmp_path)]
+
+
+def test_readme_and_ledger_hold_what_the_runs_gave(results, tmp_path, capsys):
+    main([*results, "--check"])
+    assert "every number" in capsys.readouterr().out
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("Words.\n\n") and text.endswith("\n\nMore words.\n") and "\nold\n" not in text
+    entry = json.loads((tmp_path / "results.json").read_text())["rows"]["tiny/r4-joint"]
+    assert entry["run"] == ["r4-joint", "r4-joint-s1"] and entry["commit"] == ["abc123"] * 2
+    assert entry["command"] == ["papermill -p recipe r4-joint"] * 2 and entry["mean_iou"]["seeds"] == 2
+    assert f"| r4-joint, 2 seeds | 30 | {ledger.with_interval(entry['mean_iou'])} |" in text
+    assert "- r4-joint minus r1-llm-only: " in text and "significant at 95 %, n = 30" in text
+
+
+@pytest.mark.parametrize(("file", "old", "new", "said"), [
+    ("README.md", "| r4-joint, 2 seeds | 30 | .", "| r4-joint, 2 seeds | 30 | 1.", "README.md says '| r4-joint, 2"),
+    ("README.md", "- r4-joint minus r1-llm-only: .", "- r4-joint minus r1-llm-only: 1.", "README.md says '- r4-joint"),
+    ("results.json", '"abc123"', '"def456"', "tiny/.*: commit is"),
+])
+def test_a_number_that_is_stale_is_named(results, tmp_path, file, old, new, said):
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
+    with pytest.raises(SystemExit, match=said):
+        main([*results, "--check"])
+
+
+def test_a_run_that_was_made_again_makes_the_ledger_stale(results, tmp_path):
+    make_run(tmp_path, "r1-llm-only", 0.2)
+    with pytest.raises(SystemExit, match="tiny/r1-llm-only: mean_iou is .* the run on disk says"):
+        main([*results, "--check"])
+    main([*results, "--write"])
+    main([*results, "--check"])
+
+
+def test_the_committed_readme_shows_the_committed_ledger_of_real_runs(repo: Path):
+    assert ledger.stale("nowhere", repo / "results.json", repo / "README.md") == []
+    for name, entry in json.loads((repo / "results.json").read_text())["rows"].items():
+        assert entry["mean_iou"]["n"] == 121, f"{name} is not of all of the embedded val"
+        assert all(re.fullmatch(r"[0-9a-f]{10}", commit) for commit in entry["commit"]), name

@@ -18,11 +18,11 @@ from helpers.recipes import PARAMETERS
 JOB = """
 import os, time
 import torch
-from helpers import runs
-processes = runs._processes()
+from helpers import processes
+processes.together()
 count = torch.ones(1)
 torch.distributed.all_reduce(count)
-with runs.main_first():
+with processes.main_first():
     started = time.time()
     time.sleep(0.5)
 print("sum", int(count), "of", os.environ["WORLD_SIZE"], "local", os.environ["LOCAL_RANK"], "at", started)
@@ -82,7 +82,7 @@ def test_a_machine_that_is_lost_ends_the_other_with_a_sentence_and_the_same_comm
 
 
 def test_an_output_folder_that_another_machine_does_not_see_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "_processes", MagicMock())
+    monkeypatch.setattr(runs, "together", MagicMock())
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     values = dict.fromkeys(PARAMETERS)

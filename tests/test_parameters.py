@@ -26,8 +26,8 @@ def defaults(repo) -> dict:
     return names
 
 
-def test_the_cell_and_the_rules_name_the_same_parameters(defaults):
-    assert list(defaults) and set(defaults) == set(PARAMETERS)
+def test_the_cell_the_rules_and_papermill_name_the_same_parameters(defaults, repo):
+    assert set(defaults) == set(PARAMETERS) == set(papermill.inspect_notebook(str(repo / "pipeline.ipynb")))
     settings.check(defaults)
 
 
@@ -43,10 +43,6 @@ def refusal(defaults, monkeypatch, *arguments):
     return str(refused.value)
 
 
-def test_papermill_reads_every_line_of_the_cell(repo):
-    assert set(papermill.inspect_notebook(str(repo / "pipeline.ipynb"))) == set(PARAMETERS)
-
-
 def test_what_was_not_given_comes_from_the_scale_and_the_recipe(defaults, monkeypatch):
     run = settle(defaults, monkeypatch)
     assert run.scale == "tiny" and run.recipe == "r4-joint" and run.model_id == "embedded"
@@ -57,6 +53,9 @@ def test_what_was_not_given_comes_from_the_scale_and_the_recipe(defaults, monkey
     assert names == ["qwen2vl-nutrition-detection-r3-stage1", "qwen2vl-nutrition-detection-r3-stage2"]
     assert run.folder == run.stages[-1].folder and run.merged_folder.name.endswith("-r3-merged")
     assert run.stages[1].base == str(run.stages[0].result) and not run.stages[1].start
+    run = settle(defaults, monkeypatch, "memory=low", "batch_size=3")
+    assert (run.batch_size, run.accumulation, run.gradient_checkpointing, run.predict_batch_size) == (3, 4, True, 8)
+    assert "needs the base in nf4" in refusal(defaults, monkeypatch, "memory=low", "precision=bf16")
 
 
 def test_r5_goes_on_with_the_adapter_of_a_stage_that_is_r1s_own(defaults, monkeypatch):
@@ -80,22 +79,16 @@ def test_r5_goes_on_with_the_adapter_of_a_stage_that_is_r1s_own(defaults, monkey
         ("recipe=r5", ["recipe='r5'", "r1-llm-only", "r4-joint"]),
         ("recpie=r4-joint", ["recpie", "did you mean recipe"]),
         ("reward_completions=1", ["reward_completions=1", "from 2"]),
-        ("reward_beta=-1", ["reward_beta=-1", "from 0 to below 1"]),
         ("epochs=three", ["epochs='three'", "number above 0"]),
-        ("epochs=0", ["epochs=0"]),
         ("lora_rank=0", ["lora_rank=0", "whole number from 1"]),
-        ("lora_rank=8.5", ["lora_rank=8.5"]),
         ("batch_size=True", ["batch_size=True"]),
         ("seed=None", ["seed=None"]),
-        ("learning_rate=nan", ["learning_rate=nan"]),
         ("epochs=inf", ["epochs=inf", "number above 0"]),
         ("lora_dropout=-nan", ["lora_dropout=nan", "from 0 to below 1"]),
         ("prompt=None", ["prompt=None", "text for every picture"]),
         ("prompt=Where is <|image_pad|>?", ["prompt='Where is <|image_pad|>?'", "without special tokens"]),
-        ("prompt=Boxes.<|im_end|>", ["prompt='Boxes.<|im_end|>'", "without special tokens"]),
         ("run_name=\udce9", [r"'run_name=\udce9'", "not UTF-8"]),
         ("gpus=a", ["gpus='a'", "0,1"]),
-        ("report_to=mlflow", ["report_to='mlflow'", "tensorboard"]),
         ("max_pixels=784", ["min_pixels", "max_pixels=784"]),
         ("model_id=./nowhere", ["./nowhere", "config.json"]),
         ("model_id=nobody/nothing", ["nobody/nothing", "Hub"]),
@@ -103,7 +96,6 @@ def test_r5_goes_on_with_the_adapter_of_a_stage_that_is_r1s_own(defaults, monkey
         ("scale=7b", ["scale=7b", "needs 22 GiB", "no GPU", "scale=tiny"]),
         ("run_name=../x", ["run_name='../x'"]),
         ("keep=best", ["keep='best'", "eval_steps"]),
-        ("keep=first", ["keep='first'", "last, best"]),
         ("constrained=1", ["constrained=1", "True or False"]),
         ("r4-joint", ["'r4-joint'", "name=value"]),
     ],
@@ -252,32 +244,19 @@ def test_the_model_is_pinned_and_another_one_is_not(defaults, monkeypatch, hub, 
 def test_a_folder_that_is_not_a_whole_model_is_refused_at_the_start(defaults, monkeypatch, tmp_path):
     whole = (settings.TINY_BASE / "model.safetensors").read_bytes()
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    faults = {  # file -> (what stands in it, None where it is missing; what is said)
-        "model.safetensors": [(content, "is not whole: model.safetensors cannot be read")
-                              for content in (None, whole[:-1], pointer)],
-        "model.safetensors.index.json": [(b'{"weight_map": {"a": "b"}}', "b cannot be read")],
-        "adapter_config.json": [(b"{}", "holds an adapter")],
-        "config.json": [(b"{", "config.json that cannot be read")],
-        "chat_template.jinja": [(None, "has no chat template")],
-        "tokenizer.json": [(None, "its tokenizer writes 00,01,02 as []")],  # transformers makes one of nothing
-    }
-    for file, cases in faults.items():
-        for content, said in cases:
-            folder = base(tmp_path / "model")
-            (folder / file).unlink(missing_ok=True)
-            if content is not None:
-                (folder / file).write_bytes(content)
-            if "index" in file:
-                (folder / "model.safetensors").unlink()
-            assert said in refusal(defaults, monkeypatch, f"model_id={folder}")
-            shutil.rmtree(folder)
-
-
-def test_low_memory_fills_in_what_was_not_given(defaults, monkeypatch):
-    run = settle(defaults, monkeypatch, "memory=low", "batch_size=3")
-    assert (run.batch_size, run.accumulation, run.gradient_checkpointing, run.predict_batch_size) == (3, 4, True, 8)
-    with pytest.raises(ParameterError, match="needs the base in nf4"):
-        settle(defaults, monkeypatch, "memory=low", "precision=bf16")
+    for number, (file, content, said) in enumerate([  # None: the file is missing
+        ("model.safetensors", None, "is not whole: model.safetensors cannot be read"),
+        ("model.safetensors", whole[:-1], "is not whole: model.safetensors cannot be read"),
+        ("model.safetensors", pointer, "is not whole: model.safetensors cannot be read"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "b"}}', "b cannot be read"),
+        ("adapter_config.json", b"{}", "holds an adapter"),
+        ("config.json", b"{", "config.json that cannot be read"),
+        ("chat_template.jinja", None, "has no chat template"),
+        ("tokenizer.json", None, "its tokenizer writes 00,01,02 as []"),  # transformers makes one of nothing
+    ]):
+        folder = base(tmp_path / str(number))
+        (folder / file).write_bytes(content) if content else (folder / file).unlink()
+        assert said in refusal(defaults, monkeypatch, f"model_id={folder}")
 
 
 def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
@@ -286,12 +265,17 @@ def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
     card = type("card", (), {"total_memory": 24 * 2**30, "major": 8, "name": "A10"})()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     for cards, processes, recipe, scale in ((1, 1, "r4-joint", "7b"), (1, 1, "r2-vision-only", "tiny"),
-                                            (2, 1, "r2-vision-only", "7b"), (2, 2, "r2-vision-only", "tiny")):
+                                            (2, 1, "r4-joint", "7b"), (2, 2, "r2-vision-only", "tiny")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda cards=cards: cards)
         monkeypatch.setenv("WORLD_SIZE", str(processes))  # one card a process: their memory does not add up
         assert settings._choose_scale("auto", recipe, None) == scale
     with pytest.raises(ParameterError, match=r"2 GPU\(s\) with 24 GiB for each process \(one .* uses all 48\)"):
         settings._choose_scale("7b", "r2-vision-only", None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ParameterError, match="24 each, and the one with the vision tower takes 26"):
+        settings._choose_scale("7b", "r2-vision-only", None)
+    assert settings._choose_scale("7b", "r2-vision-only", "low") == "7b"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     card.total_memory = 15.7 * 2**30  # what a card of 16 GiB shows
     assert [settings._choose_scale("auto", "r4-joint", memory) for memory in (None, "low")] == ["tiny", "7b"]
     with pytest.raises(ParameterError, match=r"needs 22 GiB of GPU memory \(14 with memory=low\), and this machine sh"):

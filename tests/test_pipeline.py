@@ -10,7 +10,7 @@ from pipeline_runner import run
 from safetensors.torch import load_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
-from helpers import evaluate, merge, model, predict, runs, trainer
+from helpers import evaluate, merge, predict, runs, trainer
 from helpers.parity import ParityError
 from helpers.settings import TINY_BASE
 
@@ -20,6 +20,21 @@ RAN: dict[str, tuple[Path, dict]] = {}  # recipe -> where it ran, the pipeline's
 
 def read(path: str) -> dict:
     return json.loads(Path(path).read_text())
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """A model's weights by the names they have in memory, in bf16."""
+    return Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+
+
+def changed(folder: str) -> set[str]:
+    """Names of the weights in which the model differs from the tiny base."""
+    base = weights(TINY_BASE)
+    return {name for name, weight in weights(folder).items() if not torch.equal(weight, base[name])}
+
+
+def same(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(weight, others[name]) for name, weight in some.items())
 
 
 def check_scores(folder: str, pictures: int = 8) -> None:
@@ -61,11 +76,9 @@ def test_lora_recipes_end_in_a_merged_model(recipe, trained):
     assert any("visual" in name for name in adapter) == (recipe == "r4-joint")
     for figure in ("loss", "before_after", "iou"):
         assert Path(f"{folder}/figures/{figure}.png").stat().st_size > 1000
-    merged = Qwen2VLForConditionalGeneration.from_pretrained(f"{folder}-merged", dtype=torch.bfloat16)
-    base = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.bfloat16)
-    changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
-    assert any(n.startswith("model.language_model.layers") for n in changed)
-    assert any(n.startswith("model.visual") for n in changed) == (recipe == "r4-joint")
+    merged = weights(f"{folder}-merged")
+    assert any(name.startswith("model.language_model.layers") for name in changed(f"{folder}-merged"))
+    assert any(name.startswith("model.visual") for name in changed(f"{folder}-merged")) == (recipe == "r4-joint")
     processor = Qwen2VLProcessor.from_pretrained(f"{folder}-merged")
     size = dict(processor.image_processor.size)
     assert (size["shortest_edge"], size["longest_edge"]) == (names["run"].min_pixels, names["run"].max_pixels)
@@ -73,8 +86,7 @@ def test_lora_recipes_end_in_a_merged_model(recipe, trained):
     lines = Path(f"{folder}/merged.jsonl").read_bytes()
     Path(f"{folder}/merged.jsonl").unlink()
     assert not run(f"recipe={recipe}")["trained"], "what is lost is made again, and nothing else"
-    again = model.load(f"{folder}-merged", dtype=torch.bfloat16).state_dict()
-    assert all(torch.equal(weight, again[name]) for name, weight in merged.state_dict().items())
+    assert same(merged, weights(f"{folder}-merged"))
     assert Path(f"{folder}/merged.jsonl").read_bytes() == lines
 
 
@@ -126,10 +138,7 @@ def test_r2_changes_the_vision_tower_alone_and_its_longest_answer_belongs_to_the
     trained("r2-vision-only")
     folder = f"{PREFIX}r2-vision-only"
     check_scores(folder)
-    tuned = Qwen2VLForConditionalGeneration.from_pretrained(f"{folder}/model", dtype=torch.bfloat16)
-    base = Qwen2VLForConditionalGeneration.from_pretrained(TINY_BASE, dtype=torch.bfloat16)
-    changed = {n for n, w in tuned.state_dict().items() if not torch.equal(w, base.state_dict()[n])}
-    assert changed and all(name.startswith("model.visual") for name in changed)
+    assert {name.split(".")[1] for name in changed(f"{folder}/model")} == {"visual"}
     assert read(f"{folder}/model/parity.json")["max_new_tokens"] == 64
     assert run("recipe=r2-vision-only", "max_new_tokens=80")["trained"] == {}
     assert read(f"{folder}/model/parity.json")["max_new_tokens"] == 80
@@ -142,10 +151,9 @@ def test_r3_runs_both_stages_on_top_of_each_other():
     run("recipe=r3-two-stage")
     check_scores(f"{PREFIX}r3-stage2")
     assert Path(f"{PREFIX}r3-stage1/model/model.safetensors").exists()
-    merged = Qwen2VLForConditionalGeneration.from_pretrained(f"{PREFIX}r3-merged", dtype=torch.bfloat16).state_dict()
-    stage1 = Qwen2VLForConditionalGeneration.from_pretrained(f"{PREFIX}r3-stage1/model", dtype=torch.bfloat16)
-    vision = [name for name in merged if name.startswith("model.visual")]
-    assert all(torch.equal(merged[name], stage1.state_dict()[name]) for name in vision)
+    towers = [{name: weight for name, weight in weights(PREFIX + model).items() if name.startswith("model.visual")}
+              for model in ("r3-stage1/model", "r3-merged")]
+    assert same(*towers)
 
 
 @pytest.mark.slow
@@ -161,9 +169,8 @@ def test_r5_takes_over_what_r1_has_trained_and_goes_on_by_rewards(trained, capsy
     assert [line["step"] for line in log if "reward" in line] == [1, 2, 3]
     assert [line["step"] for line in log if "eval_iou" in line] == [2, 3]
     taken = load_file(f"{folder}-r1/adapter/adapter_model.safetensors")
-    assert all(torch.equal(weight, taken[name]) for name, weight in labels.items())
     rewarded = load_file(f"{folder}/adapter/adapter_model.safetensors")
-    assert rewarded.keys() == taken.keys() and any(not torch.equal(weight, taken[n]) for n, weight in rewarded.items())
+    assert same(labels, taken) and rewarded.keys() == taken.keys() and not same(rewarded, taken)
     assert Path(f"{folder}-merged/model.safetensors").exists()
     assert run("recipe=r5-reward", "reward_completions=2", "eval_steps=2", "eval_pictures=4")["trained"] == {}
     with pytest.raises(runs.ParameterError, match="reward_beta was 0.04, now 0.1.*run_name"):

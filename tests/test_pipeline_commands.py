@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jupyter_client
 import numpy as np
-import papermill
 import psutil
 import pytest
 from pipeline_runner import SMALL
@@ -23,8 +22,15 @@ PREFIX = "runs/qwen2vl-nutrition-detection-"
 BIN = Path(sys.executable).parent
 
 
-def command(*words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+def ended_well(*words: str, **environment: str) -> subprocess.CompletedProcess:
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | environment)
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-3000:]
+    return ended
+
+
+def words_of(*pairs: str) -> list[str]:
+    """`name=value` as papermill takes them."""
+    return [word for pair in pairs for word in ("-p", *pair.split("="))]
 
 
 def waits(for_what) -> None:
@@ -39,10 +45,7 @@ def losses(folder: str) -> list[tuple[int, float]]:
 
 
 def test_papermill_runs_the_notebook_with_a_recipe(repo):
-    small = dict(word.split("=") for word in SMALL)
-    values = {name: int(value) if value.isdigit() else value for name, value in small.items()}
-    papermill.execute_notebook(repo / "pipeline.ipynb", "out.ipynb", parameters=values | {"recipe": "base"},
-                               progress_bar=False)
+    ended_well(BIN / "papermill", repo / "pipeline.ipynb", "out.ipynb", *words_of(*SMALL, "recipe=base"))
     cells = json.loads(Path("out.ipynb").read_text())["cells"]
     pictures = [output for cell in cells for output in cell.get("outputs", []) if "image/" in str(output.get("data"))]
     assert len(pictures) >= 2
@@ -52,7 +55,8 @@ def test_papermill_runs_the_notebook_with_a_recipe(repo):
 
 
 def test_papermill_refuses_bad_input_with_one_last_sentence(repo):
-    ended = command(BIN / "papermill", repo / "pipeline.ipynb", "out.ipynb", "-p", "recpie", "x")
+    ended = subprocess.run([BIN / "papermill", repo / "pipeline.ipynb", "out.ipynb", "-p", "recpie", "x"],
+                           capture_output=True, text=True)
     assert ended.returncode != 0
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("ParameterError: recpie is not a parameter; did you mean recipe")
@@ -67,11 +71,9 @@ def test_two_processes_make_the_updates_of_one(repo):
     the checkpoint of two.
     """
     words = [repo / "pipeline.py", "recipe=r4-joint", *SMALL, "train_limit=33", "batch_size=4", "save_steps=4"]
-    ended = command(sys.executable, *words, "output_root=alone")
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = ended_well(sys.executable, *words, "output_root=alone")
     alone = losses("alone/" + Path(f"{PREFIX}r4-joint").name)
-    ended = command(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29531", *words)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    ended = ended_well(BIN / "torchrun", "--nproc-per-node", "2", "--master-port", "29531", *words)
     assert "2 processes share each update (batch_size=4 x accumulation=1): 2 x 1 each." in ended.stdout
     assert "destroy_process_group" not in ended.stderr
     folder = Path(f"{PREFIX}r4-joint")
@@ -86,16 +88,15 @@ def test_two_processes_make_the_updates_of_one(repo):
 
     for later in ("steps.json", "adapter", "checkpoint-9"):
         shutil.rmtree(folder / later) if (folder / later).is_dir() else (folder / later).unlink()
-    ended = command(sys.executable, *words)
-    assert ended.returncode == 0 and "goes on from checkpoint-8" in ended.stdout, ended.stderr[-3000:]
+    ended = ended_well(sys.executable, *words)
+    assert "goes on from checkpoint-8" in ended.stdout
     np.testing.assert_allclose(losses(str(folder)), alone, rtol=0.02)
 
 
 @pytest.mark.slow
 def test_sigterm_to_papermill_saves_before_the_kernel_ends(repo):
     """papermill itself dies at once; its kernel finishes the step, saves and leaves."""
-    values = [word for pair in (*SMALL, "batch_size=4", "recipe=r1-llm-only", "epochs=2", "save_steps=50")
-              for word in ("-p", *pair.split("="))]
+    values = words_of(*SMALL, "batch_size=4", "recipe=r1-llm-only", "epochs=2", "save_steps=50")
     log = Path(f"{PREFIX}r1-llm-only/log.jsonl")
     with subprocess.Popen([BIN / "papermill", repo / "pipeline.ipynb", "out.ipynb", *values],
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -158,14 +159,13 @@ def test_sigterm_to_a_script_ends_with_a_word_and_the_same_command_goes_on(repo)
     assert process.returncode == 1
     assert said.strip().splitlines()[-1] == (
         f"SIGTERM at step {step} of 8: checkpoint-{step} is saved, and the same command goes on from there.")
-    again = command(*words)
-    assert again.returncode == 0 and f"goes on from checkpoint-{step}" in again.stdout
+    again = ended_well(*words)
+    assert f"goes on from checkpoint-{step}" in again.stdout
     assert [line["step"] for line in trainer.read_log(log)] == list(range(1, 9))
 
     python, script, *given = shlex.split(json.loads((log.parent / "manifest.json").read_text())["command"])
     assert (python, script) == ("python", "pipeline.py")
-    ended = command(sys.executable, str(repo / script), *given, "output_root=repeated")
-    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-2000:]
+    ended_well(sys.executable, str(repo / script), *given, "output_root=repeated")
     assert losses("repeated/" + log.parent.name) == losses(str(log.parent))
 
 
@@ -174,11 +174,9 @@ def test_no_token_reaches_a_file_or_the_output(repo):
     """Planted in the environment, as people have it there; W&B writes offline, papermill keeps the notebook."""
     tokens = {"HF_TOKEN": "hf_PlantedSecret0123456789", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
               "HUGGING_FACE_HUB_TOKEN": "hf_OtherSecret9876543210"}
-    values = [word for pair in (*SMALL, "recipe=r1-llm-only", "report_to=wandb") if not pair.endswith("=none")
-              for word in ("-p", *pair.split("="))]
-    ended = command(BIN / "papermill", "--log-output", repo / "pipeline.ipynb", "out.ipynb", *values,
+    values = words_of(*SMALL, "recipe=r1-llm-only", "report_to=wandb")
+    ended = ended_well(BIN / "papermill", "--log-output", repo / "pipeline.ipynb", "out.ipynb", *values,
                     WANDB_MODE="offline", **tokens)
-    assert ended.returncode == 0, ended.stderr[-3000:]
     written = [path for path in Path(".").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written) and Path("out.ipynb") in written
     for token in tokens.values():

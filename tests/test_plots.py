@@ -10,7 +10,6 @@ from PIL import Image
 from test_data import jpeg, row, splits
 
 from helpers import data, plots
-from helpers.evaluate import score
 from helpers.plots import sheet
 
 A = [0.1, 0.2, 0.5, 0.6]
@@ -18,7 +17,7 @@ A = [0.1, 0.2, 0.5, 0.6]
 
 @pytest.fixture(scope="module")
 def scored():
-    """Rows, truth, predictions and score of fourteen noisy pictures of 400 x 300.
+    """Rows, truth and predictions of fourteen noisy pictures of 400 x 300.
 
     The true box is A in all but the last, which has no table; the IoU falls with each, p12 has no prediction.
     """
@@ -27,13 +26,11 @@ def scored():
     truth, predictions = [], []
     for i, name in enumerate(images):
         boxes = [[A[1], A[0], A[3], A[2]]] if i < 13 else []
-        objects = {"bbox": boxes, "category_name": ["nutrition-table"] * len(boxes)}
-        truth.append({"image_id": name, "objects": objects, "rotation": 90 * (i % 2)})
+        truth.append({"image_id": name, "objects": {"bbox": boxes, "category_name": ["nutrition-table"] * len(boxes)}})
         found = [] if i == 12 else [[0.1, 0.2, 0.5, 0.6 - 0.02 * i]]
-        confidences = [1 - i / 20] * len(found)
-        predictions.append({"image_id": name, "labels": ["x"] * len(found), "boxes": found, "confidences": confidences})
-    rows = Dataset.from_dict({"image_id": list(images), "image": list(images.values())})
-    return rows, truth, predictions, score(truth, predictions, resamples=50)
+        predictions.append({"image_id": name, "labels": ["x"] * len(found), "boxes": found,
+                            "confidences": [0.5] * len(found)})
+    return Dataset.from_dict({"image_id": list(images), "image": list(images.values())}), truth, predictions
 
 
 def titles(figure):
@@ -52,8 +49,13 @@ def test_boxes_are_drawn_where_they_are_and_differ():
     plt.close("all")
 
 
-def test_gallery_names_the_boxes_of_several_classes_of_ones_own(scored, as_figures):
-    rows, truth, predictions, _ = scored
+def test_a_gallery_shows_each_row_in_order_with_its_iou_and_names_several_classes(scored, as_figures):
+    rows, truth, predictions = scored
+    figure = plots.gallery(rows, truth, predictions, title="all")
+    assert len(figure.axes) == 18 and titles(figure)[14:] == [""] * 4
+    assert titles(figure)[0] == "IoU 1.00" and titles(figure)[12:14] == ["no box", "no table, false alarm"]
+    assert len(figure.axes[0].patches) == 2 and len(figure.axes[13].patches) == 1
+    assert titles(plots.gallery(rows.select([13, 2]), truth)) == ["no table", ""]
     truth = [line | {"objects": line["objects"] | {"category_name": [f"kind {i % 2}"] * len(line["objects"]["bbox"])}}
              for i, line in enumerate(truth)]
     predictions = [line | {"labels": ["kind 1"] * len(line["boxes"])} for line in predictions]
@@ -83,17 +85,8 @@ def test_the_page_of_make_data_shows_pictures_boxes_guesses_and_findings(tmp_pat
         sheet.main()
 
 
-def test_gallery_shows_each_row_in_order(scored, as_figures):
-    rows, truth, predictions, _ = scored
-    figure = plots.gallery(rows, truth, predictions, title="all")
-    assert len(figure.axes) == 18 and titles(figure)[14:] == [""] * 4
-    assert titles(figure)[0] == "IoU 1.00" and titles(figure)[12:14] == ["no box", "no table, false alarm"]
-    assert len(figure.axes[0].patches) == 2 and len(figure.axes[13].patches) == 1
-    assert titles(plots.gallery(rows.select([13, 2]), truth)) == ["no table", ""]
-
-
 def test_figures_are_written_closed_and_small(scored, tmp_path, monkeypatch):
-    rows, truth, predictions, _ = scored
+    rows, truth, predictions = scored
     shown = plots.gallery(rows, truth, predictions)
     assert shown.data.startswith(b"\xff\xd8") and len(shown.data) < 300_000  # even for pure noise
     chart = plots.iou_curves({"a": predictions}, truth, path=tmp_path / "figures" / "iou.png")
@@ -115,26 +108,26 @@ def test_loss_curves(as_figures):
         plots.loss_curves({"r4-joint": [{"train_loss": 0.3}]})
 
 
-class Words:
-    """A tokenizer whose token i is the i-th of a few words."""
-
-    words = ("<|im_start|>", "<|image_pad|>", "user", "\n", "7", "<|im_end|>")
-
-    def decode(self, ids):
-        return self.words[ids[0]]
-
-
 def test_the_audits_sheet_draws_raw_boxes_where_they_can_be(as_figures):
     nan = float("nan")
     boxes = [[0.1, 0.2, 0.5, 0.6], [0.5, 0.6, 0.1, 0.2], [0.2, 0.2, 0.2, 0.9], [nan] * 4, [0.1, 0.2]]
-    raw = splits(val=[row(1, boxes)])
-    axes = plots.audit_sheet(raw, data.audit(raw), each=1).axes[0]
-    assert len(axes.patches) == 3
-    (crosses,) = axes.collections
-    assert crosses.get_offsets().tolist() == [[0.55, 0.8]]  # the one without area, from the lower left
+    raw = splits(val=[row(1, boxes), row(2, [[0.1, 0.2, 0.5, 0.2]]) | {"image": {"bytes": b"none", "path": None}}])
+    figure = plots.audit_sheet(raw, data.audit(raw), each=1)
+    axes, unreadable = (next(one for one in figure.axes if one.get_title().startswith(fault))
+                        for fault in ("empty-box", "unreadable-picture"))
+    height, width = axes.images[0].get_array().shape[:2]
+    assert len(axes.patches) == 3 and not unreadable.patches
+    (cross,) = axes.collections  # the one without area
+    assert cross.get_offsets().tolist()[0] == pytest.approx([0.55 * width - 0.5, 0.2 * height - 0.5])
 
 
 def test_label_mask_marks_what_is_trained_and_escapes_the_tokens():
+    class Words:
+        """A tokenizer whose token i is the i-th of a few words."""
+
+        def decode(self, ids):
+            return ("<|im_start|>", "<|image_pad|>", "user", "\n", "7", "<|im_end|>")[ids[0]]
+
     ids = [0, *[1] * 64, 2, 3, 4, 4, 5]
     labels = [-100] * 67 + [4, 4, 5]
     page = plots.label_mask(Words(), np.array(ids), np.array(labels)).data

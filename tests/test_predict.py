@@ -1,18 +1,26 @@
 """Generation: batches equal to one by one, lines that survive a kill, a confidence a box, constrained decoding."""
 
+import io
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import PrefixConstrainedLogitsProcessor, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+from transformers import (
+    PrefixConstrainedLogitsProcessor,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLProcessor,
+)
 
 from helpers import predict
 from helpers.boxes import CATEGORIES
+from helpers.dev.random_7b import PUBLISHED
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, target_text, to_messages
 from helpers.scenes import render_scene
 from helpers.settings import TINY_BASE
@@ -32,8 +40,6 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def rows():
-    import io
-
     pictures = [Image.open(io.BytesIO(render_scene(0, i, "val").jpeg)).convert("RGB") for i in range(6)]
     empty = {"bbox": [], "category_id": [], "category_name": []}
     return Dataset.from_list([{"image_id": str(i), "image": p, "width": p.width, "height": p.height, "objects": empty}
@@ -45,7 +51,7 @@ def run(vlm, processor, rows, path, **options):
     return predict.predict(vlm, processor, rows, PROMPT, path, **options)
 
 
-def test_batches_give_the_answers_of_one_by_one(vlm, processor, rows, tmp_path):
+def test_batches_give_the_completions_of_one_by_one(vlm, processor, rows, tmp_path):
     together = run(vlm, processor, rows, tmp_path / "together.jsonl", batch_size=4)
     alone = run(vlm, processor, rows, tmp_path / "alone.jsonl", batch_size=1)
     assert [line["image_id"] for line in together] == rows["image_id"]
@@ -73,8 +79,8 @@ def test_a_killed_call_goes_on(vlm, processor, rows, tmp_path, monkeypatch):
     part = next((tmp_path / "p.parts").glob("*.jsonl"))
     part.write_text(part.read_text() + '{"image_id": "cut off')
     lines = run(vlm, processor, rows, path, batch_size=2)
-    asked = [image_id for call in calls[:1] + calls[2:] for image_id in call]
-    assert sorted(asked) == rows["image_id"] == [line["image_id"] for line in lines]
+    generated = [image_id for call in calls[:1] + calls[2:] for image_id in call]
+    assert sorted(generated) == rows["image_id"] == [line["image_id"] for line in lines]
 
 
 def test_lines_of_other_inputs_are_not_taken_over(vlm, processor, rows, tmp_path):
@@ -169,7 +175,7 @@ def test_predictions_are_the_same_with_other_processes(vlm, processor, rows, tmp
     assert run(vlm, processor, rows, tmp_path / "helped.jsonl") == alone
 
 
-def test_one_answer_as_a_line(processor):
+def test_one_completion_as_a_line(processor):
     text = "<|object_ref_start|>barcode<|object_ref_end|><|box_start|>(100,200),(500,600)<|box_end|>(1,2"
     tokens = processor.tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
     half = [math.log(0.5)] * len(tokens)
@@ -178,31 +184,24 @@ def test_one_answer_as_a_line(processor):
     assert line["boxes"] == [[0.1, 0.2, 0.5, 0.6]] and line["labels"] == ["barcode"]
     assert line["confidences"] == [0.5] and len(line["rejected"]) == 1
     assert not predict.line("a", tokens[:-1], half[:-1], processor.tokenizer)["stopped"]
+    unsure = [math.log(0.25)] * len(tokens)  # of each box its own digits count alone
+    two = predict.line("a", tokens[:-5] * 2, half[:-5] + unsure[:-5], processor.tokenizer)
+    assert two["confidences"] == [0.5, 0.25]
 
 
-def test_confidence_counts_the_digits_of_its_own_box_alone(processor):
-    pieces = processor.tokenizer.encode("<|box_start|>(100,200),(500,600)<|box_end|>", add_special_tokens=False)
-    sure, unsure = [0.0] * len(pieces), [math.log(0.25)] * len(pieces)
-    assert predict.line("a", pieces * 2, sure + unsure, processor.tokenizer)["confidences"] == [1.0, 0.25]
-
-
-def test_constrained_answers_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):
+def test_constrained_completions_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):
     together = run(vlm, processor, rows, tmp_path / "together.jsonl", names=CATEGORIES, max_new_tokens=80)
     alone = run(vlm, processor, rows, tmp_path / "alone.jsonl", names=CATEGORIES, max_new_tokens=80, batch_size=1)
     assert all(line["stopped"] and not line["rejected"] for line in together)
     assert [line["text"] for line in together] == [line["text"] for line in alone]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_answers_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows, monkeypatch, attention):
-    seen, real = [], vlm.generate
-    monkeypatch.setattr(vlm, "generate", lambda **given: seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+def test_completions_are_generated_without_the_kernel_of_cudnn(vlm, processor, rows, monkeypatch):
+    enabled, real, before = [], vlm.generate, torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(vlm, "generate", lambda **given: enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
                         or real(**given))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    vlm.set_attn_implementation(attention)
-    (line,) = predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 4, "do_sample": False})
-    vlm.set_attn_implementation("sdpa")
-    assert line["new_tokens"] and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
+    predict.generate_lines(vlm, processor, [rows[0]], PROMPT, {"max_new_tokens": 1, "do_sample": False})
+    assert enabled == [False] and torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +231,10 @@ def test_any_model_completes_in_the_format(tokenizer):
     end, limit = tokenizer.convert_tokens_to_ids(END_OF_TURN), 128
     wishes = torch.randn(limit, 64, len(tokenizer), generator=torch.Generator().manual_seed(0))
     wishes[:, :32, end] -= 10  # half of the rows never want to stop
-    answers = decode_greedily(wishes, predict.allowed_tokens(tokenizer, CATEGORIES, limit, 5), prompt_length=5)
+    completions = decode_greedily(wishes, predict.allowed_tokens(tokenizer, CATEGORIES, limit, 5), prompt_length=5)
     counts = []
-    for answer in answers:
-        text = tokenizer.decode(answer[: answer.index(end)])
+    for completion in completions:
+        text = tokenizer.decode(completion[: completion.index(end)])
         parsed = parse_text(text)
         assert not parsed.rejected and set(parsed.labels) <= set(CATEGORIES), text
         assert parsed.empty_answer == (text == NO_TABLE)
@@ -248,8 +247,8 @@ def test_every_pair_of_edges_can_be_written(tokenizer):
     head = ids(tokenizer, "<|object_ref_start|>nutrition-table<|object_ref_end|><|box_start|>(")
     edges = (0, 1, 9, 10, 99, 100, 101, 499, 998, 999, 1000)
     for x0, x1 in itertools.product(edges, edges):
-        answer = head + ids(tokenizer, f"{x0},7),({x1},8)<|box_end|><|im_end|>")
-        assert walk(allowed, answer) == (x0 < x1), (x0, x1)
+        completion = head + ids(tokenizer, f"{x0},7),({x1},8)<|box_end|><|im_end|>")
+        assert walk(allowed, completion) == (x0 < x1), (x0, x1)
     for number in ("00", "01", "007", "1001", "", "-1", " 1"):
         assert not walk(allowed, head + ids(tokenizer, f"{number},7),(")), number
 
@@ -260,10 +259,10 @@ def test_every_pair_of_edges_can_be_written(tokenizer):
     {"bbox": [[0, 0, 1, 1], [0.5, 0.25, 1, 0.999]], "category_name": ["nutrition-table", "nutrition-table-text"]},
 ])
 def test_a_well_formed_completion_is_not_changed(tokenizer, objects):
-    answer = ids(tokenizer, target_text(objects) + "<|im_end|>")
-    wishes = torch.nn.functional.one_hot(torch.tensor(answer), len(tokenizer)).float()[:, None]
+    completion = ids(tokenizer, target_text(objects) + "<|im_end|>")
+    wishes = torch.nn.functional.one_hot(torch.tensor(completion), len(tokenizer)).float()[:, None]
     allowed = predict.allowed_tokens(tokenizer, CATEGORIES, 128, prompt_length=3)
-    assert decode_greedily(wishes, allowed, prompt_length=3) == [answer]
+    assert decode_greedily(wishes, allowed, prompt_length=3) == [completion]
 
 
 def test_names_are_a_choice_and_may_begin_alike(tokenizer):
@@ -278,3 +277,14 @@ def test_what_cannot_work_is_refused(tokenizer):
         predict.allowed_tokens(tokenizer, CATEGORIES, 20, 1)
     with pytest.raises(ValueError, match="at least one"):
         predict.allowed_tokens(tokenizer, (), 64, 1)
+
+
+@pytest.mark.parametrize(("free_gib", "most"), [(80, 244), (15, 45), (0.1, 1)])
+def test_a_batch_is_as_large_as_the_gpu_has_room_for(monkeypatch, free_gib, most):
+    """By the published 7B: 57 KB of keys and values a token, and 142 KB for the widest layer."""
+    config = Qwen2VLConfig.from_dict(json.loads(json.dumps(PUBLISHED)))
+    for name, value in {"mem_get_info": (free_gib * 2**30, 0), "memory_reserved": 5, "memory_allocated": 5}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
+    assert predict.room_for(on_gpu, 1408) == most
+    assert predict.room_for(SimpleNamespace(device=torch.device("cpu")), 1408) > 10**6

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import settings
-from helpers.collate import IGNORED
-from helpers.trainer import UpdateShare, WithFiller, ignore_filler
+from helpers.trainer import UpdateShare
 
 
 @given(rows=st.integers(1, 60), batch_size=st.integers(1, 6), accumulation=st.integers(1, 4), world=st.integers(1, 5))
@@ -31,16 +30,6 @@ def test_all_shares_together_are_the_updates_of_one_process(rows, batch_size, ac
             mine = slice(number * accumulation, (number + 1) * accumulation)
             together = [row for each in batches for batch in each[mine] for row in batch if row < rows]
             assert sorted(together) == sorted(order[number * size : (number + 1) * size])
-
-
-def test_a_filler_is_a_row_without_a_label(rows):
-    filled = WithFiller(rows)
-    assert len(filled) == len(rows) and "filler" not in filled[len(rows) - 1]
-    labels = torch.tensor([[IGNORED, 5, 6]])
-    kept = ignore_filler([filled[0]], {"labels": labels.clone()})
-    assert torch.equal(kept["labels"], labels)
-    empty = ignore_filler([filled[len(rows)]], {"labels": labels.clone()})
-    assert (empty["labels"] == IGNORED).all() and filled[len(rows)]["image_id"] == rows[0]["image_id"]
 
 
 @pytest.mark.parametrize(("world", "share"), [(1, (8, 2)), (2, (8, 1)), (4, (4, 1)), (8, (2, 1)), (16, (1, 1)),

@@ -1,6 +1,5 @@
 """What is faster is equal: losses and gradients of each short cut against the long way."""
 
-import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ from peft.tuners.lora import LoraLayer
 from small_training import build, nf4_config
 from transformers import Trainer, set_seed
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from transformers.vision_utils import get_vision_cu_seqlens
 
 from helpers import collate, model, speed, trainer
 from helpers.recipes import RECIPES
@@ -25,10 +23,10 @@ def load(**options):
     return model.load(TINY_BASE, **options).requires_grad_(False)
 
 
-def adapted(vlm, stage=R4):
+def adapted(vlm, stage=R4, dropout=0.0):
     """Adapters that already do something: a fresh one's B is zero, and so would be the gradients of A."""
     set_seed(0)
-    tuned = get_peft_model(vlm, LoraConfig(r=4, target_modules=stage.lora_targets))
+    tuned = get_peft_model(vlm, LoraConfig(r=4, lora_dropout=dropout, target_modules=stage.lora_targets))
     model.trainable_to_fp32(tuned)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
@@ -98,19 +96,35 @@ def test_lora_added_in_place_is_pefts_own(nf4, processor, rows):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
-def test_lora_in_place_with_dropout_against_autograds_own_way(p):
-    base, scale = torch.nn.Linear(12, 20).double().requires_grad_(False), 2.0
-    x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 12), (4, 12), (20, 4)))
+@pytest.mark.parametrize("count", [1, 3])
+def test_lora_in_place_with_dropout_against_autograds_own_way(p, count):
+    """`count` layers that share x, and its dropout; the mask is read off a layer whose W is 0 and A the identity."""
+    layers = [torch.nn.Linear(12, 20 + i).double().requires_grad_(False) for i in range(count)]
+    x = torch.randn(3, 5, 12, dtype=torch.float64, requires_grad=True)
+    a, b = ([torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+            for shapes in ([(4, 12)] * count, [(20 + i, 4) for i in range(count)]))
     torch.manual_seed(0)
-    out = speed.LoraProduct.apply(x, a, b, base, scale, p)
+    outs = speed.lora_products(x, layers, 2.0, p, a, b)
     torch.manual_seed(0)
-    mask = torch.native_dropout(torch.ones(15, 12, dtype=torch.float64), p, True)[0].view(3, 5, 12)
-    expected = base(x) + scale * (x * mask) @ a.T @ b.T
-    assert torch.allclose(out, expected) and (mask == 0).any() == (p > 0)
-    weights = torch.randn_like(out)
-    for ours, plain in zip(torch.autograd.grad(out, (x, a, b), weights),
-                           torch.autograd.grad(expected, (x, a, b), weights), strict=True):
-        assert torch.allclose(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    seed = int(torch.randint(2**31, ()))
+    ones = torch.ones(15, 12, dtype=torch.float64)
+    mask = speed.PlainPasses.down(ones, torch.eye(12).double(), seed, p, 1.0).view(3, 5, 12)
+    expected = [layer(x) + 2 * (x * mask) @ one.T @ other.T for layer, one, other in zip(layers, a, b, strict=True)]
+    assert (mask == 0).any() == (p > 0)
+    weights = [torch.randn_like(out) for out in outs]
+    ours = torch.autograd.grad(outs, (x, *a, *b), weights)
+    for found, plain in zip((*outs, *ours), (*expected, *torch.autograd.grad(expected, (x, *a, *b), weights)),
+                            strict=True):
+        assert torch.allclose(found.double(), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pass_by_pytorch_alone_is_dropout_and_a_product_too():
+    x, a, gradient = (torch.randn(*shape, dtype=torch.float64) for shape in ((30, 20), (4, 20), (30, 4)))
+    mask = speed.PlainPasses.down(torch.ones(30, 20).double(), torch.eye(20).double(), 5, 0.4, 1.0)
+    assert torch.allclose(speed.PlainPasses.down(x, a, 5, 0.4, 3.0), 3 * (x * mask) @ a.T)
+    of_x, of_a = speed.PlainPasses.up(x, a, gradient, 5, 0.4, 3.0, True)
+    assert torch.allclose(of_x, 3 * gradient @ a * mask) and torch.allclose(of_a, 3 * gradient.T @ (x * mask))
+    assert (mask == 0).any() and speed.PlainPasses.up(x, a, gradient, 5, 0.4, 3.0, False)[0] is None
 
 
 def test_an_adapter_that_is_off_or_merged_takes_pefts_way(processor, rows):
@@ -218,73 +232,102 @@ def test_larger_pieces_make_the_same_update(tmp_path, processor, rows):
         assert found[1][name] == pytest.approx(found[0][name], rel=5e-3), name
 
 
-@pytest.mark.parametrize(("taken", "fits"), [(10, True), (23, False), (None, False)])
-def test_checkpointing_is_chosen_by_a_step_that_is_tried(taken, fits, processor, rows, monkeypatch, capsys):
-    """A stand-in for a GPU of 24 GiB, where a step takes `taken` GiB; None: it runs out of memory."""
-    tuned = adapted(load(dtype=torch.float32))
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for a GPU of 24 GiB; a function that says what a training step takes, of (batch, model)."""
     gib = 2**30
     for name, value in {"is_available": True, "is_bf16_supported": True, "device_count": 1, "empty_cache": None,
-                        "reset_peak_memory_stats": None, "max_memory_allocated": (taken or 0) * gib,
+                        "reset_peak_memory_stats": None, "max_memory_allocated": 10 * gib,
                         "get_per_process_memory_fraction": 1.0,
                         "mem_get_info": (24 * gib, 24 * gib), "memory_reserved": 0,
                         "get_device_properties": SimpleNamespace(total_memory=24 * gib)}.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    if taken is None:
-        def out_of_memory(*args, **kwargs):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    return lambda takes: monkeypatch.setattr(speed, "_peak", lambda vlm, batch: gib * takes(batch, vlm))
 
-        monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
-    batch = collate.Collator(processor, "Where?")([rows[0], rows[1]])
-    assert speed.checkpointing(tuned.eval(), batch) == (not fits, [])
+
+def test_without_a_gpu_the_batch_is_taken_as_it_is(processor, rows):
+    assert speed.fit(None, collate.Collator(processor, "Where?")([rows[0], rows[1]])) == speed.Fit()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_is_tried_for_real(cached, tmp_path, processor, rows, request, monkeypatch):
+    tuned, collator = adapted(load(dtype=torch.float32), R1), collate.Collator(processor, "Where?")
+    if cached:
+        collator = speed.CachedFeaturesCollator(collator, tuned, rows, tmp_path / "features.bin", 4)
+        tuned.get_base_model().model.visual.forward = None  # it does not run again
+    batch = collator([rows[0], rows[1]])
+    request.getfixturevalue("gpu")
+    assert speed.fit(tuned.eval(), batch) == speed.Fit()  # 10 GiB, as the stand-in says
     assert not gradients(tuned) and not tuned.training
-    said = capsys.readouterr().out
-    assert said.startswith("a step of 2 pictures ") and f"checkpointing is {'off' if fits else 'on'}" in said
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuned.get_base_model().model, "forward", out_of_memory)
+    assert speed.fit(tuned.eval(), batch) == speed.Fit(True)
 
 
-def test_as_many_layers_keep_their_activations_as_memory_allows(processor, rows, tmp_path, monkeypatch, capsys):
-    """A stand-in for a GPU: a step takes 10 GiB, 1 more for a layer of language that keeps its own, 2 for vision."""
-    assert speed.checkpointing(None, {}) == (False, [])  # without a GPU
-    tuned, gib = adapted(load(dtype=torch.float32)), 2**30
+def test_layers_that_recompute_keep_what_memory_allows(gpu, processor, rows, capsys):
+    """Attention of all vision layers first, then whole layers, the language model's and the tower's."""
+    tuned = adapted(load(dtype=torch.float32))
     base = tuned.get_base_model()
-    language, vision = base.model.language_model.layers, base.model.visual.blocks
-    one = {"labels": [0]}
+    language, vision = list(base.model.language_model.layers), list(base.model.visual.blocks)
+    batch = collate.Collator(processor, "Where?")([rows[i] for i in range(4)])
 
-    def peak(*_):
-        return gib * (10 + sum(not layer.gradient_checkpointing for layer in language)
-                      + 2 * sum(not layer.gradient_checkpointing for layer in vision))
+    def takes(batch, vlm, least=0.0, hidden=0):
+        if not base.is_activation_checkpointing:
+            return 12 * len(batch["labels"])
+        attention = sum(isinstance(getattr(layer._gradient_checkpointing_func, "keywords", {}).get("context_fn"),
+                                   partial) for layer in vision)
+        whole = [layer for layer in (*language, *vision) if not layer.gradient_checkpointing]
+        return least + 0.1 * attention + len(whole) + hidden * (len(whole) > 2)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(speed, "_peak", peak)
-    whole = len(language) + 2 * len(vision)
-    for more, expected in ((0.5, []), (1.5, language[:1]), (len(language) + 3, [*language, vision[0]]),
-                           (whole - 0.5, [*language, *vision[:-1]])):
-        monkeypatch.setattr(speed, "_room", lambda more=more: (10 + more) * gib / 0.92)
-        assert speed.checkpointing(tuned, one) == (True, list(expected))
-        assert f"{len(expected)} of {len(language) + len(vision)} layers" in capsys.readouterr().out
+    def plan(whole, attention=True):
+        return (dict.fromkeys(vision, "attention") if attention else {}) | dict.fromkeys(whole, "everything")
+
+    for least, expected in ((21.9, plan([], False)), (21.2, plan([])), (19.0, plan(language[:2])),
+                            (14.0, plan([*language, *vision[:3]]))):
+        gpu(partial(takes, least=least))
+        assert speed.fit(tuned, batch) == speed.Fit(True, expected)
         assert not base.is_activation_checkpointing
-    monkeypatch.setattr(speed, "_room", lambda: (10.5 + whole) * gib / 0.92)
-    assert speed.checkpointing(tuned, one) == (False, [])
-    # where the vision tower's part of a step is the larger one by 1.5 GiB, it hides most of what two layers take
-    monkeypatch.setattr(speed, "_peak", lambda *_: max(peak(), 11.5 * gib))
-    monkeypatch.setattr(speed, "_room", lambda: 13 * gib / 0.92)
-    assert speed.checkpointing(tuned, one) == (True, list(language[:2]))  # four seem to fit, and take 14
-    for more in (0.5, 3.5):  # a trial that runs out of memory
-        room = (10 + more) * gib
-        monkeypatch.setattr(speed, "_peak", lambda *_, room=room: peak() if peak() <= room else math.inf)
-        monkeypatch.setattr(speed, "_room", lambda room=room: room / 0.92)
-        assert len(speed.checkpointing(tuned, one)[1]) == int(more)
-    monkeypatch.undo()
-    sft = build("r4-joint", tmp_path, processor, rows, max_steps=1, gradient_checkpointing=True)
-    layers = sft.model.get_base_model().model.language_model.layers
-    sft.add_callback(speed.KeepActivations([layers[0]]))
-    sft.train()
-    assert [layer.gradient_checkpointing for layer in layers[:2]] == [False, True]
+    assert "7 layers keep everything, 3 layers keep attention" in capsys.readouterr().out
+    gpu(partial(takes, least=14.0, hidden=9))  # the last step shows that more is taken than counted
+    assert speed.fit(tuned, batch).kept == plan(language[:1])
 
 
-def test_lengths_of_pictures_may_be_given_and_change_nothing(processor, rows):
-    batch, vlm = collate.Collator(processor, "Where?")([rows[0], rows[1]]), load(attn_implementation="sdpa")
-    given = batch | {"image_cu_seqlens": get_vision_cu_seqlens(batch["image_grid_thw"])}
-    assert torch.equal(vlm(**batch).logits, vlm(**given).logits)
-    with pytest.raises(RuntimeError):  # they are looked at
-        vlm(**given | {"image_cu_seqlens": given["image_cu_seqlens"] * 2})
+def test_what_layers_keep_changes_no_gradient(processor, rows):
+    """Loss and gradients of a step with dropout in fp32; attention that is kept is not computed again."""
+    batch, found = collate.Collator(processor, "Where?")([rows[0], rows[1]]), {}
+    tuned = adapted(load(dtype=torch.float32, attn_implementation="sdpa"), dropout=0.3).train()
+    speed.fuse_lora(tuned)
+    base = tuned.get_base_model()
+    vision, computed = base.model.visual.blocks, []
+    real = speed._flash_on_a_cpu
+
+    def counted(*tensors):
+        computed[-1] += 1
+        return real(*tensors)
+
+    for kept in ("plain", "all", "nothing", "attention", "everything"):
+        if kept == "all":
+            speed.fuse_attention(tuned)
+        elif kept != "plain":
+            base.activation_checkpointing_enable()
+            speed.KeepActivations({} if kept == "nothing" else dict.fromkeys(vision, kept)).on_train_begin()
+        computed.append(0)
+        torch.manual_seed(0)
+        tuned.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(speed, "_flash_on_a_cpu", counted)
+            loss = tuned(**batch).loss
+            loss.backward()
+        found[kept] = loss.item(), {name: grad.clone() for name, grad in gradients(tuned).items()}
+    loss, plain = found["plain"]
+    assert len(plain) > 50
+    for other, grads in found.values():
+        assert other == pytest.approx(loss, rel=1e-6) and grads.keys() == plain.keys()
+        for name, gradient in plain.items():
+            assert (grads[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    pictures = 2 * len(vision)
+    assert computed == [0, pictures, 2 * pictures, pictures, pictures]
+    assert not any(hasattr(layer.attn, "aside") for layer in vision)

@@ -13,11 +13,11 @@ from helpers.scenes import THINGS
 from helpers.tiny import TINY_DIR, check, train
 from helpers.tiny.build import SPECIAL_TOKENS, VOCAB_SIZE, make_model, make_processor, save
 from helpers.tiny.pictures import load_pool
-from helpers.tiny.questions import (
+from helpers.tiny.prompts import (
     by_name,
     corpus,
     made_up_name,
-    question,
+    prompt_for,
 )
 
 HASHES = json.loads((Path(__file__).parent / "scene_hashes.json").read_text())["tiny"]
@@ -72,7 +72,7 @@ def test_nothing_it_was_trained_on_names_a_nutrition_table(pool):
     rng = random.Random(0)
     texts = corpus() + [*THINGS] + [made_up_name(rng) for _ in range(20_000)]
     for scenes in pool.things.values():
-        texts += [text for scene in scenes if scene for _ in range(50) for text in question(by_name(scene), rng)]
+        texts += [text for scene in scenes if scene for _ in range(50) for text in prompt_for(by_name(scene), rng)]
     assert not [text for text in texts if "nutri" in text.lower()]
 
 

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import sizes
 from helpers.topics.opening import model_path, opening
+from helpers.topics.serving import served
 
 RULES = {"scale": ("tiny", "7b"), "pictures": range(8, 124), "rate": (0.0, 1e-4), "only": bool,
          "run": "a run's name, or None", "ranks": [range(1, 1000)]}  # fmt: skip
@@ -91,6 +93,13 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
     width, rows = tiny.config.vision_config.embed_dim, len(batch["pixel_values"])
     assert kept["r1-llm-only"] == 0
     assert kept["r4-joint"] > 2 * rows * width * tiny.config.vision_config.depth  # a state in bf16 a block, at least
+
+
+@pytest.mark.parametrize(("program", "patience", "said"), [
+    ("import sys; sys.exit('nonsense')", 60, "no server: .*nonsense"), ("import time; time.sleep(60)", 1, "no server")])
+def test_a_command_that_serves_nothing_is_an_error_with_its_own_words(program, patience, said):
+    with pytest.raises(RuntimeError, match=said), served(sys.executable, "-c", program, patience=patience):
+        pass
 
 
 @pytest.mark.parametrize("number", range(10))

@@ -1,60 +1,50 @@
 """A merged model exported: both copies load as they are, the card says what the run says, bad input is one sentence."""
 
 import ast
-import json
 import re
 import shutil
 from pathlib import Path
 
+import finished_model
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
 from helpers import data, evaluate, model, parity, predict
 from helpers.evaluate import reports
-from helpers.recipes import SCALES
-from helpers.settings import TINY_BASE, ParameterError
+from helpers.runs import read_json, write_json
+from helpers.settings import ParameterError
 from helpers.use import export
 from helpers.use.export import model_card
 
-PROMPT = "Detect the bounding box of the nutrition table."
-FILES = ("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "processor_config.json",
-         "tokenizer.json", "tokenizer_config.json")
-BUDGET = {name: SCALES["tiny"][name] for name in ("min_pixels", "max_pixels")}
+PROMPT = finished_model.PROMPT
 VALUES = {"model_id": "Qwen/Qwen2-VL-7B-Instruct", "model_revision": "abc123", "dataset_id": "someone/tables",
           "dataset_revision": None, "max_new_tokens": 48, "learning_rate": None, "lora_rank": 16, "lora_alpha": 32,
           "precision": None, "epochs": 3, "batch_size": 8, "accumulation": 1, "loss_scope": "assistant", "seed": 0,
-          "augment": False, "merge_base": "dequantized", **BUDGET}  # fmt: skip
+          "augment": False, "merge_base": "dequantized", **finished_model.BUDGET}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def rows():
     raw = data.load_raw("embedded", limit={"train": 1, "selection": 1, "val": 5})
-    return data.prepare(raw, **BUDGET)["val"]
+    return data.prepare(raw, **finished_model.BUDGET)["val"]
 
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory, rows) -> Path:
-    """The tiny base as if a run had merged it, and the run's folder beside it."""
-    folder = tmp_path_factory.mktemp("runs") / "tables-r4-joint-merged"
-    folder.mkdir()
-    for name in FILES:
-        shutil.copy(TINY_BASE / name, folder)
-    processor = Qwen2VLProcessor.from_pretrained(folder, **BUDGET)
-    processor.save_pretrained(folder)
-    parity.write(folder, parity.record(processor, PROMPT), {"name": "helpers/tiny", "hash": "0"})
+    """A finished model with the run that made it beside it."""
+    folder = finished_model.make(tmp_path_factory.mktemp("runs") / "tables-r4-joint-merged")
     run = folder.with_name("tables-r4-joint")
     truth = data.truth_rows(rows)
-    answers = evaluate.constant_predictions(evaluate.best_constant_box(truth), truth)
-    reports.write_metrics(run, {"fine-tuned": answers, "base": answers, "merged": answers}, truth)
-    manifest = {"run": run.name, "recipe": "r4-joint", "scale": "7b", "command": "papermill x", "git": "12345",
-                "parameters": VALUES, "timings": {"train": 61.2}, "machine": "one GPU",
-                "versions": dict.fromkeys(("torch", "transformers", "trl", "peft"), "1.0")}
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    lines = evaluate.constant_predictions(evaluate.best_constant_box(truth), truth)
+    reports.write_metrics(run, dict.fromkeys(("fine-tuned", "base", "merged"), lines), truth)
+    write_json(run / "manifest.json", {
+        "run": run.name, "recipe": "r4-joint", "scale": "7b", "command": "papermill x", "git": "12345",
+        "parameters": VALUES, "timings": {"train": 61.2}, "machine": "one GPU",
+        "versions": dict.fromkeys(("torch", "transformers", "trl", "peft"), "1.0")})
     return folder
 
 
@@ -63,25 +53,35 @@ def exported(merged) -> Path:
     return export.export(merged, merged.with_name("copies"))
 
 
+@pytest.fixture
+def card(merged, exported, tmp_path):
+    """The card of a copy of the run whose manifest has these parameters and other values."""
+    def write(copy="bf16", prompt=PROMPT, size=10, parameters=None, **changed) -> str:
+        run = tmp_path / changed.get("run", "tables-r4-joint")
+        shutil.copytree(merged.with_name("tables-r4-joint"), run, dirs_exist_ok=True)
+        manifest = read_json(run / "manifest.json") | changed
+        write_json(run / "manifest.json", manifest | {"parameters": VALUES | (parameters or {})})
+        return model_card(copy, run, read_json(exported / copy / "parity.json") | {"prompt": prompt}, size, {})
+
+    return write
+
+
 def load(folder: Path):
     return Qwen2VLForConditionalGeneration.from_pretrained(folder).eval(), Qwen2VLProcessor.from_pretrained(folder)
 
 
 def test_both_copies_load_without_a_word_and_say_what_they_are_used_with(exported, merged):
-    sizes = []
     for copy in export.COPIES:
         vlm, processor = load(exported / copy)
         assert len(model.check_precision(vlm, copy)) == (copy == "nf4") * 28
         assert vlm.dtype == torch.bfloat16
         parity.check(exported / copy, parity.record(processor, PROMPT))
-        sizes.append((exported / copy / "model.safetensors").stat().st_size)
-    assert (exported / "bf16/model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
-    assert sizes[1] < 0.8 * sizes[0]
+    before, bf16, nf4 = (folder / "model.safetensors" for folder in (merged, exported / "bf16", exported / "nf4"))
+    assert bf16.read_bytes() == before.read_bytes() and nf4.stat().st_size < 0.8 * before.stat().st_size
 
 
-def test_the_card_says_how_to_ask_and_what_the_run_has_measured(exported, merged, rows, monkeypatch, tmp_path):
-    metrics = json.loads((merged.with_name("tables-r4-joint") / "metrics.json").read_text())
-    summary = metrics["scores"]["merged"]["summary"]
+def test_the_card_says_how_to_use_it_and_what_the_run_has_measured(exported, merged, rows, tmp_path):
+    summary = read_json(merged.with_name("tables-r4-joint") / "metrics.json")["scores"]["merged"]["summary"]
     for copy in export.COPIES:
         card = ModelCard.load(exported / copy / "README.md")
         assert card.data.base_model == VALUES["model_id"] and card.data.datasets == [VALUES["dataset_id"]]
@@ -98,34 +98,34 @@ def test_the_card_says_how_to_ask_and_what_the_run_has_measured(exported, merged
     said = []
     exec(code, {"print": said.append})
     shown = rows[0] | {"image": Image.open("photo.jpg")}
-    asked = predict.generate_lines(*load(exported / "bf16"), [shown], PROMPT, {"max_new_tokens": 48,
-                                                                              "do_sample": False})
-    assert said == [asked[0]["text"] + "<|im_end|>"]
+    (line,) = predict.generate_lines(*load(exported / "bf16"), [shown], PROMPT, {"max_new_tokens": 48,
+                                                                                "do_sample": False})
+    assert said == [line["text"] + "<|im_end|>"]
 
 
-def test_the_card_of_a_full_model_speaks_of_no_adapter_and_of_no_folder(exported, merged, tmp_path):
-    run = tmp_path / "tables-r3-stage2"
-    shutil.copytree(merged.with_name("tables-r4-joint"), run)
-    manifest = json.loads((run / "manifest.json").read_text())
-    values = VALUES | {"dataset_id": "/home/me/secret/photos", "model_id": "embedded", "model_revision": None}
-    changed = manifest | {"recipe": "r2-vision-only", "run": run.name, "parameters": values}
-    (run / "manifest.json").write_text(json.dumps(changed))
-    text = model_card("bf16", run, json.loads((exported / "bf16/parity.json").read_text()), 15 * 10**9, {})
+def test_the_card_of_a_full_model_speaks_of_no_adapter_and_of_no_folder(card):
+    values = {"dataset_id": "/home/me/secret/photos", "model_id": "embedded", "model_revision": None}
+    text = card(parameters=values, recipe="r2-vision-only", run="tables-r3-stage2", size=15 * 10**9)
     assert "all weights of vision, the base stored in bf16" in text and "adapter" not in text
     assert "local photos (photos)" in text and "secret" not in text and "base_model" not in text
     assert "\n# tables-r3\n" in text and "The weights take 15 GB." in text
 
 
-def test_the_cards_of_a_run_in_low_memory_say_that_its_scores_are_of_nf4(exported, merged, tmp_path):
-    run = tmp_path / "tables-r4-joint"
-    shutil.copytree(merged.with_name("tables-r4-joint"), run)
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["parameters"]["memory"] = "low"
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    for copy in export.COPIES:
-        text = model_card(copy, run, json.loads((exported / copy / "parity.json").read_text()), 10**9, {})
-        assert "merged, in nf4" in text and ("this copy was not scored" in text) == (copy == "bf16")
-        assert ("model-index" in text) == (copy == "nf4")
+@pytest.mark.parametrize("copy", export.COPIES)
+def test_the_cards_of_a_run_in_low_memory_say_that_its_scores_are_of_nf4(card, copy):
+    text = card(copy, parameters={"memory": "low"})
+    assert "merged, in nf4" in text and ("this copy was not scored" in text) == (copy == "bf16")
+    assert ("model-index" in text) == (copy == "nf4")
+
+
+@pytest.mark.parametrize("prompt", ['Say "where", or \'none\'.', "One line\nand {{ another }} *here*", "C:\\table?"])
+def test_the_card_writes_any_prompt_so_that_it_can_be_copied(prompt, card):
+    text = card(prompt=prompt)
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    (chat,) = (node.value for node in ast.walk(ast.parse(code))
+               if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "chat")
+    assert ast.literal_eval(chat)[0]["content"][1]["text"] == prompt
+    assert f"```text\n{prompt}\n```" in text
 
 
 def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(exported, merged, rows):
@@ -138,34 +138,18 @@ def test_copies_are_compared_on_the_same_pictures_and_the_cards_take_it_up(expor
     assert "bf16 and NF4 on the same 5 pictures" in (exported / "nf4/README.md").read_text()
 
 
-def test_what_is_no_merged_model_is_refused_in_one_sentence(merged, tmp_path):
+def test_what_is_no_merged_model_in_bf16_or_has_no_run_is_refused_in_one_sentence(merged, tmp_path):
     def refused(words: str, source: Path, **more) -> None:
         with pytest.raises(ParameterError, match=words) as said:
             export.export(source, tmp_path / "out", **more)
         assert "\n" not in str(said.value) and not (tmp_path / "out").exists()
 
     refused("nowhere is no folder", tmp_path / "nowhere")
-    adapter = tmp_path / "a-run" / "adapter"
-    adapter.mkdir(parents=True)
-    refused("adapter has no config.json: it is no whole model", adapter)
-    (adapter / "adapter_config.json").write_text("{}")
-    refused("holds an adapter, which needs its base; .*runs/…-merged", adapter)
-    (tmp_path / "a-run-merged").mkdir()
-    refused("name the merged model of that run, .*a-run-merged", adapter)
-    refused("tables-r4-joint holds a run, and no model; name the merged model of that run, .*tables-r4-joint-merged",
-            merged.with_name("tables-r4-joint"))
-    other = tmp_path / "other-merged"
-    shutil.copytree(merged, other)
+    other = shutil.copytree(merged, tmp_path / "other-merged")
     refused("other has no manifest.json and metrics.json.*RUN=", other)
     refused("a-run has no manifest.json", other, run=tmp_path / "a-run")
-    config = (other / "config.json").read_text()
-    (other / "config.json").write_text(json.dumps(json.loads(config) | {"quantization_config": {}}))
+    write_json(other / "config.json", read_json(other / "config.json") | {"quantization_config": {}})
     refused("is quantized or no bf16", other)
-    (other / "config.json").write_text(config)
-    save_file({"weight": torch.zeros(1)}, other / "model.safetensors")
-    refused("are not those that were saved there", other)
-    (other / "parity.json").unlink()
-    refused("has no parity.json", other)
 
 
 def test_a_folder_with_something_else_in_it_stays_as_it_is(merged, exported, tmp_path):
@@ -179,7 +163,7 @@ def test_a_folder_with_something_else_in_it_stays_as_it_is(merged, exported, tmp
         export.export(merged, merged)
     (tmp_path / "empty").mkdir()
     assert export.export(merged, tmp_path / "empty") == tmp_path / "empty"
-    assert load_file(tmp_path / "empty/nf4/model.safetensors").keys()
+    assert (tmp_path / "empty/nf4/model.safetensors").is_file()
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(merged, tmp_path, monkeypatch):
@@ -192,7 +176,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(merged, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, exported, monkeypatch, capsys):
+def test_the_hub_is_written_only_on_demand_and_only_with_a_token(merged, exported, monkeypatch, capsys):
     calls = []
 
     class Hub:
@@ -227,14 +211,3 @@ def test_the_hub_is_written_only_when_asked_and_only_with_a_token(merged, export
     Hub.upload_folder = refuse
     with pytest.raises(SystemExit, match="^me/tables cannot be written on the Hub: 403 Forbidden$"):
         export.main([*words, "--push", "me/tables"])
-
-
-@pytest.mark.parametrize("prompt", ['Say "where", or \'none\'.', "One line\nand {{ another }} *here*", "C:\\table?"])
-def test_the_card_writes_any_prompt_so_that_it_can_be_copied(prompt, merged):
-    run = merged.with_name("tables-r4-joint")
-    text = model_card("bf16", run, json.loads((merged / "parity.json").read_text()) | {"prompt": prompt}, 10, {})
-    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
-    (chat,) = (node.value for node in ast.walk(ast.parse(code))
-               if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "chat")
-    assert ast.literal_eval(chat)[0]["content"][1]["text"] == prompt
-    assert f"```text\n{prompt}\n```" in text

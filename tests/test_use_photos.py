@@ -1,28 +1,24 @@
 """Many photos: kills, bad pictures, several processes, COCO, crops; and what is refused."""
 
-import contextlib
 import errno
 import functools
 import http.server
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
 import finished_model
+import fsspec
 import pyarrow.parquet
 import pytest
+import requests
 from filelock import FileLock
 from PIL import Image
 
-from helpers import predict
+from helpers import data, predict
 from helpers.data import pictures
 from helpers.runs import read_json, write_json
 from helpers.settings import ParameterError
@@ -31,10 +27,7 @@ from helpers.use import photos as many
 from helpers.use.inputs import find_pictures
 from helpers.use.photos import main, predict_photos, summary
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged")
+GOOD, BAD = ["1.jpg", "2.jpg", "4.JPG", "5.jpg", "b/1.jpg"], ["cut.jpg", "empty.jpg", "strip.png", "text.jpg"]
 
 
 @pytest.fixture(scope="module")
@@ -67,38 +60,44 @@ def generated(monkeypatch) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def answers(model, photos):
+def alone(model, photos):
     """What predict says of each good picture, alone in its batch."""
     loaded, processor, prompt = load.load_model(model)
-    greedy = {"max_new_tokens": load.MAX_NEW_TOKENS, "do_sample": False}
-    good = ["1.jpg", "2.jpg", "4.JPG", "5.jpg", "b/1.jpg"]
-    rows = [load.as_row(name, load.open_upright(photos / name)) for name in good]
-    return {row["image_id"]: predict.generate_lines(loaded, processor, [row], prompt, greedy)[0] for row in rows}
+    rows = [load.as_row(name, load.open_upright(photos / name)) for name in GOOD]
+    return {row["image_id"]: predict.generate_lines(loaded, processor, [row], prompt, {"do_sample": False})[0]
+            for row in rows}
 
 
 def run(photos, output, model, **options):
     return predict_photos(str(photos), output, model, **{"batch_size": 1} | options)
 
 
-def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, answers, tmp_path, capsys):
-    counts = run(photos, tmp_path / "out", model, coco=True, crops=True)
+def lines_of(output: Path) -> dict[str, dict]:
+    return {line["image_id"]: line for line in predict.read_jsonl(output / "predictions.jsonl")}
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(SystemExit) as refused:
+        main([str(argument) for argument in arguments])
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, alone, tmp_path, capsys):
+    out = tmp_path / "out"
+    counts = run(photos, out, model, coco=True, crops=True)
     assert "1 files are no pictures by name or content, such as notes.txt" in capsys.readouterr().out
-    lines = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
-    assert [line["image_id"] for line in lines] == ["1.jpg", "2.jpg", "4.JPG", "5.jpg", "b/1.jpg", "cut.jpg",
-                                                    "empty.jpg", "strip.png", "text.jpg"]
-    assert counts["pictures"] == 9 and counts["unreadable"] == 4
-    assert counts["never stopped"] == sum(not answer["stopped"] for answer in answers.values())
-    for line in lines[:5]:
-        assert {name: line[name] for name in answers[line["image_id"]]} == answers[line["image_id"]]
-        assert (line["width"], line["height"]) == load.open_upright(photos / line["image_id"]).size
-    for line in lines[5:]:
-        assert set(answers["1.jpg"]) < set(line) and line["boxes"] == [] and line["error"]
-    boxes = sum(len(line["boxes"]) for line in lines)
-    crops = sorted((tmp_path / "out").rglob("crops/**/*.jpg"))
-    assert len(crops) == boxes >= 1
-    line = next(line for line in lines if line["boxes"])
+    lines = lines_of(out)
+    assert [*lines] == [*GOOD, *BAD] and (counts["pictures"], counts["unreadable"]) == (9, 4)
+    assert counts["never stopped"] == sum(not line["stopped"] for line in alone.values())
+    for name, line in alone.items():
+        assert line == {key: lines[name][key] for key in line}
+        assert (lines[name]["width"], lines[name]["height"]) == load.open_upright(photos / name).size
+    assert all(set(alone["1.jpg"]) < set(lines[name]) and lines[name]["error"] for name in BAD)
+    assert len([*out.rglob("crops/**/*.jpg")]) == sum(len(line["boxes"]) for line in lines.values())
+    line = next(line for line in lines.values() if line["boxes"])
     x0, y0, x1, y1 = load.to_pixels(line["boxes"][0], (line["width"], line["height"]))
-    assert Image.open(tmp_path / "out" / line["crops"][0]).size == (x1 - x0, y1 - y0)
+    assert Image.open(out / line["crops"][0]).size == (x1 - x0, y1 - y0)
 
 
 def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
@@ -118,40 +117,29 @@ def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):
     assert names == ["nutrition-table", "barcode"]
 
 
-def test_the_same_command_does_nothing_twice_and_goes_on_after_the_last_whole_line(
+def test_the_same_command_goes_on_after_the_last_whole_line_and_does_nothing_twice(
         model, photos, tmp_path, monkeypatch, generated):
     run(photos, tmp_path / "out", model)
-    path = tmp_path / "out" / "predictions.jsonl"
-    whole, parts = path.read_text(), tmp_path / "out" / "predictions.parts"
+    path, parts = tmp_path / "out" / "predictions.jsonl", tmp_path / "out" / "predictions.parts"
+    whole = path.read_text()
     lines = whole.splitlines(keepends=True)
     path.unlink()
     parts.mkdir()
     (parts / "lines.0.jsonl").write_text("".join(lines[:2]) + lines[2][:50])  # as a kill leaves it
     generated.clear()
     run(photos, tmp_path / "out", model)
-    assert generated == ["4.JPG", "5.jpg", "b/1.jpg"]
-    assert path.read_text() == whole and not parts.exists()
+    assert generated == ["4.JPG", "5.jpg", "b/1.jpg"] and path.read_text() == whole and not parts.exists()
     monkeypatch.setattr(load, "load_model", None)  # all is there: no model is loaded
     assert run(photos, tmp_path / "out", model)["pictures"] == 9
-
-
-def test_two_commands_never_write_into_one_folder(model, photos, tmp_path):
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"):
-        command = [sys.executable, "-m", "helpers.use.photos", str(photos), str(tmp_path / "out"), "--model", model]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and "another command is writing to OUTPUT=" in done.stderr
 
 
 def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
     """Every file that is a picture by name or content, in linked folders too; hidden ones and leftovers never."""
     folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
-    for name in ("IMG_1", "2.jpeg.bak", "3.dat", "sub/4.GIF", ".hidden.jpg", "._5.jpg", ".ipynb_checkpoints/6.jpg",
-                 "__MACOSX/7.jpg", "sub/.thumbnails/8.jpg", "@eaDir/9.jpg"):
+    for name in ("IMG_1", "2.jpeg.bak", "sub/4.GIF", ".hidden.jpg", "._5.jpg", ".ipynb_checkpoints/6.jpg",
+                 "__MACOSX/7.jpg", "sub/.thumbnails/8.jpg", "@eaDir/9.jpg", "../elsewhere/10.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(finished_model.scene(0))
-    elsewhere.mkdir()
-    (elsewhere / "10.jpg").write_bytes(finished_model.scene(0))
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "back").symlink_to(folder)  # round and round
     (folder / "gone.jpg").symlink_to(tmp_path / "nothing")
@@ -160,18 +148,14 @@ def test_a_picture_is_known_by_its_content_and_none_is_left_out(tmp_path):
     os.mkfifo(folder / "pipe.jpg")  # whoever opened it would wait for ever
     (folder / "11").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (folder / "12.svg").write_text("<svg/>")
-    keys, read = find_pictures(str(folder), "val", tmp_path / "out")
-    ids = [key.image_id for key in keys]
-    assert ids == ["11", "12.svg", "2.jpeg.bak", "3.dat", "IMG_1", "gone.jpg", "linked/10.jpg", "loop.jpg", "sub/4.GIF"]
-
-    def opened(name):
-        return load.open_upright(read(keys[ids.index(name)].place))
-
-    assert opened("3.dat").size == opened("linked/10.jpg").size
+    found, read = find_pictures(str(folder), "val", tmp_path / "out")
+    places = {one.image_id: read(one.place) for one in found}
+    assert [*places] == ["11", "12.svg", "2.jpeg.bak", "IMG_1", "gone.jpg", "linked/10.jpg", "loop.jpg", "sub/4.GIF"]
+    assert load.open_upright(places["IMG_1"]) == load.open_upright(places["linked/10.jpg"])
     for name, said in {"gone.jpg": "FileNotFoundError", "loop.jpg": "OSError", "12.svg": "is no picture"}.items():
         with pytest.raises(ValueError, match=said):
-            opened(name)
-    assert find_pictures(str(folder / "3.dat"), "val", tmp_path / "out")[0][0].image_id == "3.dat"
+            load.open_upright(places[name])
+    assert [one.image_id for one in find_pictures(str(folder / "IMG_1"), "val", tmp_path)[0]] == ["IMG_1"]
 
 
 @pytest.mark.parametrize("place", ["photos/out", "photos", "."])
@@ -205,17 +189,15 @@ def test_a_replaced_or_new_photo_is_predicted_and_the_others_are_not(model, tmp_
     assert generated[2:] == ["0.jpg"] and len(predict.read_jsonl(path)) == 3
 
 
-def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
+def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path, capsys):
     names = [b"caf\xe9.jpg", "a\u0085b\u2028.jpg".encode(), b"it's \"best\"\n.jpg", "é".encode() * 120]
     folder, output = tmp_path / "my photos", tmp_path / os.fsdecode(b"\xe9 out")
     folder.mkdir()
     for number, name in enumerate(names):
         (folder / os.fsdecode(name)).write_bytes(finished_model.scene(number))
     (folder / os.fsdecode(b"n\xf6tes.txt")).touch()
-    command = [sys.executable, "-m", "helpers.use.photos", str(folder), str(output), "--crops", "--coco", "--model",
-               model]
-    done = subprocess.run(command, capture_output=True, timeout=200)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr[-2000:]
+    main([str(folder), str(output), "--crops", "--coco", "--model", str(model)])
+    assert "such as n\\udcf6tes.txt" in (said := capsys.readouterr().out) and "\\udce9 out/predictions.jsonl" in said
     text = (output / "predictions.jsonl").read_bytes()
     assert text.isascii() and len(text.splitlines()) == len(names)
     lines = [json.loads(line) for line in text.decode().splitlines()]
@@ -226,23 +208,24 @@ def test_every_file_name_is_written_escaped_and_read_back(model, tmp_path):
     assert {os.fsencode(image["file_name"]) for image in shown} == set(names)
 
 
-def test_the_runs_own_longest_answer_is_used_and_cut_answers_are_counted(tmp_path, photos, capsys):
+def test_the_runs_own_token_limit_is_used_and_completions_that_are_cut_are_counted(tmp_path, photos, capsys):
     model = finished_model.make(tmp_path / "x-merged")
     write_json(model / "parity.json", read_json(model / "parity.json") | {"max_new_tokens": 5})
     main([str(photos / "b"), str(tmp_path / "out"), "--model", str(model)])
     assert "1 never stopped" in capsys.readouterr().out
-    (line,) = predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")
-    assert line["new_tokens"] == 5 and not line["stopped"]
+    assert lines_of(tmp_path / "out")["1.jpg"]["new_tokens"] == 5
     write_json(model / "parity.json", read_json(model / "parity.json") | {"max_new_tokens": 64})
     assert "max_new_tokens was 5, now 64" in refusal(photos / "b", tmp_path / "out", "--model", model)
 
 
-def test_a_data_set_is_asked_too_and_its_split_is_named(model, tmp_path):
+def test_a_data_set_without_picture_files_is_read_and_its_split_is_named(tmp_path):
+    for split, rows in data.load_raw("embedded", limit={"train": 2, "selection": 2, "val": 2}).items():
+        rows.to_parquet(tmp_path / f"{split}-0.parquet")
     with pytest.raises(ParameterError, match="no pictures in the split 'test'; there is train, selection, val"):
-        find_pictures(str(embedded(tmp_path)), "test", tmp_path)
-    keys, read = find_pictures(str(embedded(tmp_path)), "val", tmp_path)
-    assert len({key.image_id for key in keys}) == 2 and load.open_upright(read(keys[1].place)).mode == "RGB"
-    assert find_pictures(str(embedded(tmp_path)), "val", tmp_path)[0] == keys
+        find_pictures(str(tmp_path), "test", tmp_path / "out")
+    found, read = find_pictures(str(tmp_path), "val", tmp_path / "out")
+    assert len({one.image_id for one in found}) == 2 and load.open_upright(read(found[1].place)).mode == "RGB"
+    assert find_pictures(str(tmp_path), "val", tmp_path / "out")[0] == found
 
 
 @pytest.fixture
@@ -267,23 +250,21 @@ def site(photos):
         server.shutdown()
 
 
-def test_a_zip_and_a_list_of_paths_and_urls_give_the_lines_of_the_folder(model, photos, answers, site, tmp_path):
+def test_a_zip_and_a_list_of_paths_and_urls_give_the_lines_of_the_folder(model, photos, alone, site, tmp_path):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for file in sorted(photos.rglob("*.*")):
             archive.write(file, file.relative_to(photos))
         archive.writestr("__MACOSX/._1.jpg", b"")
     run(tmp_path / "photos.zip", tmp_path / "zip", model)
+    zipped = lines_of(tmp_path / "zip")
+    assert set(zipped) == {*GOOD, *BAD} and all(zipped[name]["text"] == line["text"] for name, line in alone.items())
     names = {"1.jpg": "1.jpg", f"{photos}/2.jpg": "2.jpg", f"{site}/moved/4.JPG": "4.JPG", f"{site}/b/1.jpg": "b/1.jpg"}
     shutil.copy(photos / "1.jpg", tmp_path)
     (tmp_path / "list.txt").write_text("\n".join([*names, "", "1.jpg", f"{site}/none.jpg"]))
     run(tmp_path / "list.txt", tmp_path / "list", model, private=True, parquet=True)
-    zipped = {line["image_id"]: line for line in predict.read_jsonl(tmp_path / "zip" / "predictions.jsonl")}
-    listed = {line["image_id"]: line for line in predict.read_jsonl(tmp_path / "list" / "predictions.jsonl")}
-    assert set(zipped) == {*answers, "cut.jpg", "empty.jpg", "strip.png", "text.jpg"}
+    listed = lines_of(tmp_path / "list")
     assert set(listed) == {*names, f"{site}/none.jpg"} and "404" in listed[f"{site}/none.jpg"]["error"]
-    for name, line in answers.items():
-        assert zipped[name]["text"] == line["text"]
-    assert all(listed[one]["text"] == answers[name]["text"] for one, name in names.items())
+    assert all(listed[one]["text"] == alone[name]["text"] for one, name in names.items())
     table = pyarrow.parquet.read_table(tmp_path / "list" / "predictions.parquet").to_pylist()
     assert [{name: value for name, value in row.items() if value is not None} for row in table] == [*listed.values()]
 
@@ -299,132 +280,109 @@ def test_addresses_of_ones_own_network_are_refused_unless_allowed(photos, site, 
     assert inputs.read_place(f"{site}/1.jpg", private=True) and len(checked) == 2
 
 
-@pytest.fixture
-def bucket(photos, tmp_path, monkeypatch):
-    """The photos in a bucket of a local S3 server."""
-    s3fs = pytest.importorskip("s3fs")
-    if not (program := shutil.which("moto_server")):
-        pytest.skip("moto_server is not there: pip install 'moto[server]'")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    for name, value in {"ENDPOINT_URL": f"http://127.0.0.1:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
+def test_a_bucket_whose_rights_end_says_so_and_the_same_command_goes_on(model, photos, tmp_path, monkeypatch):
+    source, out, files, allowed = "memory://photos", tmp_path / "out", fsspec.filesystem("memory"), 0
+    for name in GOOD:
+        files.pipe(f"/photos/{name}", (photos / name).read_bytes())
+
+    def guarded(real):
+        def call(*given, **named):
+            nonlocal allowed
+            allowed -= 1
+            if allowed < 0:
+                raise PermissionError("Access Denied")
+            return real(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(files, "cat_file", guarded(files.cat_file))  # no file may be read
+    said = refusal(source, out, "--model", model)
+    assert "INPUT=memory://photos holds no picture that can be opened: 5 files, such as b/1.jpg: Access Denied" in said
+    monkeypatch.setattr(files, "info", guarded(files.info))  # nor the bucket, after four files
+    allowed = 4
+    said = refusal(source, out, "--model", model, "--batch-size", "1")
+    assert "INPUT=memory://photos cannot be read any more (Access Denied); check your rights" in said
+    kept = (out / "predictions.parts" / "lines.0.jsonl").read_text().split("\n")[1:]
+    assert len(kept) == 3  # two pictures, and the end of their lines
+    monkeypatch.setattr(files, "find", guarded(files.find))
+    assert "INPUT=memory://photos cannot be listed (Access Denied)" in refusal(source, out, "--model", model)
+    allowed = 99
+    run(source, out, model)
+    written = (out / "predictions.jsonl").read_text().split("\n")
+    assert len(written) == 6 and set(kept) < set(written) and set(lines_of(out)) == set(GOOD)
+
+
+def test_a_bucket_is_read_and_what_cannot_be_is_said(model, photos, alone, tmp_path, monkeypatch):
+    s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
                         "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    server = subprocess.Popen([program, "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    files = s3fs.S3FileSystem()
-    for _ in range(100):
-        with contextlib.suppress(Exception):
-            files.mkdir("photos")
-            break
-        time.sleep(0.2)
+    files, out = s3fs.S3FileSystem(), tmp_path / "out"
+    files.mkdir("photos")
     files.put(f"{photos}/", "photos/some", recursive=True)
-    yield "s3://photos/some"
-    server.kill()
-
-
-def test_a_bucket_is_read_and_what_cannot_be_is_said(model, photos, answers, bucket, tmp_path, capsys):
-    run(bucket, tmp_path / "out", model)
-    lines = {line["image_id"]: line for line in predict.read_jsonl(tmp_path / "out" / "predictions.jsonl")}
-    assert len(lines) == 9 and all(lines[name]["text"] == line["text"] for name, line in answers.items())
-    said = refusal("s3://elsewhere", tmp_path / "out", "--model", model)
+    run("s3://photos/some", out, model)
+    lines = lines_of(out)
+    assert set(lines) == {*GOOD, *BAD} and all(lines[name]["text"] == line["text"] for name, line in alone.items())
+    said = refusal("s3://elsewhere", out, "--model", model)
     assert "INPUT=s3://elsewhere cannot be listed (The specified bucket does not exist)" in said
-    assert "names no pictures" in refusal("s3://photos/none", tmp_path / "out", "--model", model)
+    assert "names no pictures" in refusal("s3://photos/none", out, "--model", model)
+    found, read = find_pictures("s3://photos/some", "val", out)
+    requests.post(f"http://{host}:{port}/moto-api/reset-auth", data="0").raise_for_status()  # now no key is good
+    with pytest.raises(ParameterError, match="^INPUT=s3://photos/some cannot be read any more .*; check your rights"):
+        read(found[0].place)
+    assert "INPUT=s3://photos/some cannot be listed" in refusal("s3://photos/some", out, "--model", model)
+    server.stop()
 
 
-def embedded(folder: Path) -> Path:
-    """A data set without picture files of its own: the embedded scenes as Parquet."""
-    from helpers import data
-
-    place = folder / "set"
-    if not place.exists():
-        place.mkdir()
-        for split, rows in data.load_raw("embedded", limit={"train": 2, "selection": 2, "val": 2}).items():
-            rows.to_parquet(place / f"{split}-0.parquet")
-    return place
-
-
-def test_a_batch_that_is_too_large_is_made_smaller(model, photos, tmp_path, monkeypatch):
-    sizes = []
-
+def test_a_batch_that_is_too_large_is_made_smaller_for_good(model, photos, tmp_path, monkeypatch):
     def small_memory(*arguments, real=predict.complete):
         sizes.append(len(arguments[2]))
-        if len(arguments[2]) > 2:
+        if sizes[-1] > 2:
             raise RuntimeError("CUDA out of memory.")
         return real(*arguments)
 
+    sizes = []
     monkeypatch.setattr(predict, "complete", small_memory)
     assert run(photos, tmp_path / "out", model, batch_size=4)["pictures"] == 9
     assert sizes[0] == 4 and max(sizes[1:]) == 2
 
 
-def refusal(*arguments) -> str:
-    with pytest.raises(SystemExit) as refused:
-        main([str(argument) for argument in arguments])
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
-
-
-def test_what_cannot_be_done_is_said_in_one_sentence(model, photos, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    assert "is not there" in refusal("./nowhere", out, "--model", model)
-    assert "is no file or folder" in refusal("nowhere", out, "--model", model)
-    assert "cannot be listed (Please install gcsfs" in refusal("gs://bucket/photos", out, "--model", model)
-    (tmp_path / "none.zip").write_bytes(b"PK")
-    assert "cannot be listed (File is not a zip file)" in refusal(tmp_path / "none.zip", out, "--model", model)
-    (tmp_path / "none").mkdir()
-    assert "is a folder without files" in refusal(tmp_path / "none", out, "--model", model)
-    (tmp_path / "none" / ".hidden.jpg").write_bytes(finished_model.scene(0))
-    assert "is a folder without files" in refusal(tmp_path / "none", out, "--model", model)
-    (tmp_path / "none" / "notes.txt").touch()
-    assert "holds no picture files, and as a data set" in refusal(tmp_path / "none", out, "--model", model)
-    for name, content in {"a.jpg": b"hello", "b.heic": b"\0\0\0\x18ftypheic" + bytes(99)}.items():
-        (tmp_path / "none" / name).write_bytes(content)
+@pytest.mark.parametrize(("files", "source", "said"), [
+    ({}, "./nowhere", "is not there"), ({}, "nowhere", "is no file or folder"),
+    ({}, "gs://bucket/photos", "cannot be listed (Please install gcsfs"),
+    ({"none.zip": b"PK"}, "none.zip", "cannot be listed (File is not a zip file)"),
+    ({"none/.hidden.jpg": b"hello"}, "none", "is a folder without files"),
+    ({"none/notes.txt": b""}, "none", "holds no picture files, and as a data set"),
+    ({"a.jpg": b"hello"}, "a.jpg", "opened: 1 files, such as a.jpg: its content is no picture"),
+    ({"none/a.jpg": b"hello", "none/b.heic": b"\0\0\0\x18ftypheic" + bytes(99)}, "none",
+     "opened: 2 files, such as b.heic: a HEIC, which Python reads with pillow-heif alone: pip install pillow-heif")])
+def test_where_no_pictures_are_is_said_in_one_sentence(model, tmp_path, monkeypatch, files, source, said):
     monkeypatch.setattr(pictures, "KINDS", [kind for kind in pictures.KINDS if kind != "HEIF"])
-    said = refusal(tmp_path / "none", out, "--model", model)
-    assert "no picture that can be opened: 2 files, such as b.heic" in said and "pip install pillow-heif" in said
-    said = refusal(tmp_path / "none" / "a.jpg", out, "--model", model)
-    assert "no picture that can be opened: 1 files, such as a.jpg: its content is no picture" in said
+    for name, content in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content)
+    sentence = refusal(source, "out", "--model", model)
+    assert said in sentence and not Path("out").exists()
+
+
+def test_what_cannot_be_read_or_written_is_said_in_one_sentence(model, photos, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     assert "cannot be written" in refusal(photos, tmp_path / "file", "--model", model)
-    write_json(out / "job.json", {"model": "1"})
-    assert "holds the predictions of another job (model was '1', now" in refusal(photos, out, "--model", model)
+    with FileLock(tmp_path / ".lock"):
+        assert f"another command is writing to OUTPUT={tmp_path};" in refusal(photos, tmp_path, "--model", model)
+    write_json(tmp_path / "job.json", {"model": "1"})
+    assert "holds the predictions of another job (model was '1', now" in refusal(photos, tmp_path, "--model", model)
 
-    def denied(path, real=Path.iterdir):
-        if path.name == "b":
-            raise PermissionError(13, "Permission denied")
-        return real(path)
+    def fails(number):
+        def call(path, *_):
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "iterdir", denied)
-    said = refusal(photos, out, "--model", model)
-    assert f"{photos / 'b'} cannot be read (Permission denied); check its rights" in said
+        return call
 
-
-def test_a_full_disk_is_said(model, photos, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("helpers.use.photos.write_json", full)
+    monkeypatch.setattr("helpers.use.photos.write_json", fails(errno.ENOSPC))
     assert "is on a disk that is full: what is done is kept" in refusal(photos, tmp_path / "o", "--model", model)
-
-
-def test_a_killed_command_goes_on(model, photos, tmp_path):
-    """Copies of one picture: killed when the first lines are there, then run to its end."""
-    copies, output = tmp_path / "many", tmp_path / "out"
-    copies.mkdir()
-    for number in range(40):
-        shutil.copy(photos / "1.jpg", copies / f"{number}.jpg")
-    command = [sys.executable, "-m", "helpers.use.photos", str(copies), str(output), "--model", str(model),
-               "--batch-size", "4"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    own = output / "predictions.parts" / "lines.0.jsonl"
-    while not own.exists() or own.stat().st_size < 2:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (output / "predictions.jsonl").exists()
-    first = own.read_text().splitlines()[1]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "40 pictures" in done.stdout
-    lines = (output / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 40 and lines[0] == first and not own.parent.exists()
+    monkeypatch.setattr(Path, "iterdir", fails(errno.EACCES))
+    said = refusal(photos, tmp_path / "o", "--model", model)
+    assert f"{photos} cannot be read (Permission denied); check its rights" in said

@@ -22,11 +22,6 @@ LIMIT = 400  # seconds for a command
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged")
-
-
-@pytest.fixture(scope="module")
 def cluster():
     """Two machines of four CPUs each, that is two groups of processes of this one."""
     node = {"num_cpus": 4, "object_store_memory": 2**27}

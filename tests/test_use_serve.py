@@ -8,10 +8,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import finished_model
@@ -24,14 +22,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from helpers import predict
-from helpers.messages import NO_TABLE, parse_text, target_text
 from helpers.topics.serving import served
 from helpers.use import load, serve
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return finished_model.make(tmp_path_factory.mktemp("runs") / "x-merged")
 
 
 @pytest.fixture(scope="module")
@@ -44,96 +36,74 @@ def data_url(content: bytes) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
-def png(size, kind="PNG") -> bytes:
+def strip(width: int, height: int) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, "teal").save(file, kind)
+    Image.new("RGB", (width, height), "teal").save(file, "PNG")
     return file.getvalue()
 
 
-def question(url: str, text: str | None = None) -> list:
+def request_for(url: str, text: str | None = None) -> list:
     words = [{"type": "text", "text": text}] if text is not None else []
     return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, *words]}]
 
 
-def ask(address, messages, model="x-merged", **options) -> str:
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    return client.chat.completions.create(model=model, messages=messages, **options).choices[0].message.content
+def client(address) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
-def test_the_boxes_are_those_of_predict_with_and_without_prompt_and_other_options(address, model):
+def text_of(address, messages, model="x-merged", **options) -> str:
+    return client(address).chat.completions.create(model=model, messages=messages, **options).choices[0].message.content
+
+
+def test_the_text_is_that_of_predict_with_and_without_prompt_and_other_options(address, model):
     loaded, processor, prompt = load.load_model(model)
-    found = 0
-    for content in [finished_model.scene(i) for i in range(4)] + [finished_model.turned(finished_model.scene(0))]:
+    boxes = 0
+    for content in [finished_model.scene(0), finished_model.scene(1), finished_model.turned(finished_model.scene(0))]:
         row = load.as_row("1", load.open_upright(content))
-        (line,) = predict.generate_lines(loaded, processor, [row], prompt,
-                                         {"max_new_tokens": load.MAX_NEW_TOKENS, "do_sample": False})
-        for text, options in ((None, {}), (prompt, {"temperature": 0.9, "seed": 3, "max_tokens": 128,
-                                                    "extra_body": {"skip_special_tokens": False}})):
-            answer = ask(address, question(data_url(content), text), **options)
-            assert parse_text(answer).boxes_xyxy_unit.tolist() == line["boxes"]
-            assert answer == line["text"]
-        found += len(line["boxes"])
-    assert found  # or nothing was compared
+        (line,) = predict.generate_lines(loaded, processor, [row], prompt, {"do_sample": False})
+        boxes += len(line["boxes"])
+        for text, options in ((None, {}), (prompt, {"temperature": 0.9, "seed": 3, "max_tokens": 128, "n": 1,
+                                                    "extra_body": {"skip_special_tokens": False, "stop": None}})):
+            assert text_of(address, request_for(data_url(content), text), **options) == line["text"]
+        in_lines = base64.encodebytes(content).decode().replace("\n", "\r\n")  # as MIME has it
+        assert text_of(address, request_for("DATA:image/jpeg;BASE64,\r\n" + in_lines)) == line["text"]
+        pieces = client(address).chat.completions.create(model="x-merged", messages=request_for(data_url(content)),
+                                                         stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == line["text"]
+    assert boxes  # or nothing was compared
 
 
-def test_base64_with_line_breaks_and_options_that_ask_for_nothing_else_are_taken(address):
-    plain = data_url(finished_model.scene(0))
-    lines = "DATA:image/jpeg;BASE64,\r\n" + base64.encodebytes(finished_model.scene(0)).decode().replace("\n", "\r\n")
-    more = {"n": 1, "extra_body": {"stop": None, "tools": None}}
-    assert ask(address, question(lines), **more) == ask(address, question(plain))
-
-
-
-
-def test_the_longest_answer_is_the_runs_own_also_where_it_is_longer_than_a_request_may_ask():
-    for tokens in (48, 2000):
-        assert serve.check_request({"messages": question(GOOD)}, "x", "", tokens)[1] == tokens
-    assert serve.check_request({"messages": question(GOOD), "max_tokens": 7}, "x", "", 48)[1] == 7
-
-
-
-def test_a_streamed_answer_is_the_same(address):
-    messages = question(data_url(finished_model.scene(0)))
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    pieces = [piece.choices[0].delta.content or "" for piece
-              in client.chat.completions.create(model="x-merged", messages=messages, stream=True)]
-    assert "".join(pieces) == ask(address, messages)
+def test_the_token_limit_is_the_runs_own_also_where_it_is_longer_than_a_request_may_give():
+    for given, tokens, limit in (({}, 48, 48), ({}, 2000, 2000), ({"max_tokens": 7}, 48, 7)):
+        assert serve.check_request({"messages": request_for(GOOD)} | given, "x", "", tokens)[1] == limit
 
 
 def test_one_model_is_listed_and_no_other_path_is_there(address):
-    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["x-merged"]
+    assert [model.id for model in client(address).models.list()] == ["x-merged"]
     for path in ("/load_model", "/reset", "/v1/completions", "/docs"):
-        request = urllib.request.Request(address + path, data=b"{}", method="POST")
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request)
-        assert refused.value.code == 404 and "/v1/chat/completions" in refused.value.read().decode()
+        refused = httpx.post(address + path, json={})
+        assert refused.status_code == 404 and "/v1/chat/completions" in refused.json()["error"]["message"]
 
 
 GOOD = data_url(finished_model.scene(0))
 BAD = {
-    "not a picture": (question(data_url(b"hello")), {}, 400, "no picture"),
-    "cut off": (question(data_url(finished_model.scene(0)[:2000])), {}, 400, "image file is truncated"),
-    "not base64": (question("data:image/jpeg;base64,@@@"), {}, 400, "not base64"),
-    "a file of the server": (question("/etc/hostname"), {}, 400, "not opened"),
-    "an address": (question("http://127.0.0.1:1/x.jpg"), {}, 400, "not opened"),
-    "too many pixels": (question(data_url(png((7200, 7200)))), {}, 400, "7200 x 7200 pixels"),
-    "a strip": (question(data_url(png((2010, 10)))), {}, 400, "200 times"),
-    "too long": (question("data:image/png;base64," + "A" * serve.MAX_BYTES), {}, 413, "larger than 20 MiB"),
-    "another model": (question(GOOD), {"model": "gpt-4o"}, 404, "'x-merged' alone"),
-    "another prompt": (question(GOOD, "What is it?"), {}, 400, finished_model.PROMPT),
-    "two pictures": ([{"role": "user", "content": question(GOOD)[0]["content"] * 2}], {}, 400, "one image_url"),
+    "not a picture": (request_for(data_url(b"hello")), {}, 400, "no picture"),
+    "cut off": (request_for(data_url(finished_model.scene(0)[:2000])), {}, 400, "image file is truncated"),
+    "not base64": (request_for("data:image/jpeg;base64,@@@"), {}, 400, "not base64"),
+    "a file of the server": (request_for("/etc/hostname"), {}, 400, "not opened"),
+    "an address": (request_for("http://127.0.0.1:1/x.jpg"), {}, 400, "not opened"),
+    "too many pixels": (request_for(data_url(strip(7200, 7200))), {}, 400, "7200 x 7200 pixels"),
+    "a strip": (request_for(data_url(strip(2010, 10))), {}, 400, "200 times"),
+    "too long": (request_for("data:image/png;base64," + "A" * serve.MAX_BYTES), {}, 413, "larger than 20 MiB"),
+    "another model": (request_for(GOOD), {"model": "gpt-4o"}, 404, "'x-merged' alone"),
+    "another prompt": (request_for(GOOD, "What is it?"), {}, 400, finished_model.PROMPT),
+    "two pictures": ([{"role": "user", "content": request_for(GOOD)[0]["content"] * 2}], {}, 400, "one image_url"),
     "no picture": ([{"role": "user", "content": "hello"}], {}, 400, "one image_url"),
-    "a conversation": (question(GOOD) * 2, {}, 400, "one user message"),
-    "a long answer": (question(GOOD), {"max_tokens": 10**9}, 400, "from 1 to 1024"),
-    "no answer": (question(GOOD), {"max_tokens": 0}, 400, "from 1 to 1024"),
-    "two answers": (question(GOOD), {"n": 2}, 400, "the option 'n' is not known here"),
-    "tools": (question(GOOD), {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "option 'tools'"),
-    "a form": (question(GOOD), {"response_format": {"type": "json_object"}}, 400, "option 'response_format'"),
-    "an end": (question(GOOD), {"stop": ["<|box_end|>"]}, 400, "option 'stop'"),
-    "probabilities": (question(GOOD), {"logprobs": True}, 400, "option 'logprobs'"),
-    "usage": (question(GOOD), {"stream": True, "stream_options": {"include_usage": True}}, 400, "stream_options"),
-    "half a stream": (question(GOOD), {"extra_body": {"stream": "yes"}}, 400, "send true or false"),
+    "a conversation": (request_for(GOOD) * 2, {}, 400, "one user message"),
+    "a long completion": (request_for(GOOD), {"max_tokens": 10**9}, 400, "from 1 to 1024"),
+    "two completions": (request_for(GOOD), {"n": 2}, 400, "the option 'n' is not known here"),
+    "usage": (request_for(GOOD), {"stream": True, "stream_options": {"include_usage": True}}, 400, "stream_options"),
+    "half a stream": (request_for(GOOD), {"extra_body": {"stream": "yes"}}, 400, "send true or false"),
 }
 
 
@@ -141,7 +111,7 @@ BAD = {
 def test_a_bad_request_gets_one_sentence_and_the_server_lives_on(address, name):
     messages, options, status, said = BAD[name]
     with pytest.raises(openai.APIStatusError) as refused:
-        ask(address, messages, **options)
+        text_of(address, messages, **options)
     assert refused.value.status_code == status
     assert said in refused.value.message and "\n" not in refused.value.message
     assert httpx.get(f"{address}/health").is_success
@@ -151,11 +121,8 @@ def test_a_bad_request_gets_one_sentence_and_the_server_lives_on(address, name):
                                   b"[" * 10**5, b'{"messages": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
                                   b'{"model": ' + b"[" * 980 + b"]" * 980 + b"}", b'{"model": "\\ud800"}'])
 def test_a_body_that_makes_no_sense_is_the_clients_fault(address, body):
-    request = urllib.request.Request(f"{address}/v1/chat/completions", data=body, method="POST")
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request)
-    assert refused.value.code in (400, 404)
-    assert json.loads(refused.value.read())["error"]["type"] == "invalid_request_error"
+    refused = httpx.post(f"{address}/v1/chat/completions", content=body)
+    assert refused.status_code in (400, 404) and refused.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_a_batch_that_fails_is_divided_and_a_failure_inside_ends_one_request_alone(model, monkeypatch):
@@ -167,19 +134,19 @@ def test_a_batch_that_fails_is_divided_and_a_failure_inside_ends_one_request_alo
         return real(*given)
 
     def post(_):
-        return client.post("/v1/chat/completions", json={"messages": question(GOOD)})
+        return app.post("/v1/chat/completions", json={"messages": request_for(GOOD)})
 
-    with TestClient(serve.build_app(model), raise_server_exceptions=False) as client, ThreadPoolExecutor(8) as pool:
+    with TestClient(serve.build_app(model), raise_server_exceptions=False) as app, ThreadPoolExecutor(8) as pool:
         monkeypatch.setattr(predict, "complete", lambda *given: fails_with_more_than(2, given))
         assert [reply.status_code for reply in pool.map(post, range(8))] == [200] * 8
         monkeypatch.setattr(predict, "complete", lambda *given: fails_with_more_than(0, given))
         reply = post(0)
         assert reply.status_code == 500 and "this request" in reply.json()["error"]["message"]
-        assert client.get("/health").status_code == 200
+        assert app.get("/health").status_code == 200
         monkeypatch.setattr(predict, "complete", real)
         assert post(0).status_code == 200
-        client.app.state.work.cancel()
-        assert client.get("/health").status_code == 503
+        app.app.state.work.cancel()
+        assert app.get("/health").status_code == 503
 
 
 def test_the_key_the_places_and_the_patience_are_bounds(model, monkeypatch):
@@ -187,15 +154,15 @@ def test_the_key_the_places_and_the_patience_are_bounds(model, monkeypatch):
     monkeypatch.setattr(serve, "IN_WORK", 0)
     monkeypatch.setattr(serve, "MAX_SECONDS", 0.01)
     app = serve.build_app(model)
-    with TestClient(app) as client:
+    with TestClient(app) as caller:
         for given in ({}, {"authorization": "Bearer other"}, {"authorization": "Bearer s\u00e9cret".encode()}):
-            refused = client.post("/v1/chat/completions", headers=given)
+            refused = caller.post("/v1/chat/completions", headers=given)
             assert refused.status_code == 401 and "Bearer KEY" in refused.json()["error"]["message"]
-            assert client.get("/v1/models", headers=given).status_code == 401
+            assert caller.get("/v1/models", headers=given).status_code == 401
         key = {"authorization": "Bearer secret"}
-        assert client.get("/v1/models", headers=key).status_code == client.get("/health").status_code == 200
-        assert client.post("/v1/chat/completions", headers=key).status_code == 429
-        assert 'serve_refusals_total{status="429"} 1.0' in client.get("/metrics").text
+        assert caller.get("/v1/models", headers=key).status_code == caller.get("/health").status_code == 200
+        assert caller.post("/v1/chat/completions", headers=key).status_code == 429
+        assert 'serve_refusals_total{status="429"} 1.0' in caller.get("/metrics").text
 
     async def slow():
         yield b"{"
@@ -204,14 +171,14 @@ def test_the_key_the_places_and_the_patience_are_bounds(model, monkeypatch):
     async def send():
         monkeypatch.setattr(serve, "IN_WORK", 1)
         app = serve.build_app(model)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", headers=key) as client:
-            return await client.post("/v1/chat/completions", content=slow())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", headers=key) as caller:
+            return await caller.post("/v1/chat/completions", content=slow())
 
     assert asyncio.run(send()).status_code == 408
 
 
 def test_a_caller_that_has_gone_costs_nothing(address):
-    body, before = body_of(question(GOOD)), metric(address, "serve_batch_size_sum")
+    body, before = body_of(request_for(GOOD)), metric(address, "serve_batch_size_sum")
     with socket.create_connection(address.removeprefix("http://").split(":")) as leaves:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         leaves.sendall(head.encode() + body)
@@ -219,27 +186,6 @@ def test_a_caller_that_has_gone_costs_nothing(address):
     while not metric(address, 'serve_refusals_total{status="499"}'):
         assert time.monotonic() < deadline
     assert metric(address, "serve_batch_size_sum") == before
-
-
-def test_a_model_that_cannot_be_served_ends_the_command_with_a_sentence(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    command = [sys.executable, "-m", "helpers.use.serve", str(tmp_path), "--port", "48000"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "holds an adapter" in done.stderr
-
-
-def test_an_answer_without_its_special_tokens_is_read_the_same():
-    """Other servers strip them: vLLM does, unless a request says skip_special_tokens: false."""
-    objects = {"bbox": [[0.1, 0.2, 0.3, 0.4], [0.5, 0.1, 0.9, 0.8], [0.6, 0.6, 0.7, 0.7]],
-               "category_name": ["nutrition-table", "nutrition-table-small", "nutrition-table"]}
-    whole = target_text(objects)
-    bare = whole
-    for token in ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"):
-        bare = bare.replace(token, "")
-    assert "<" not in bare
-    assert parse_text(bare).boxes_xyxy_unit.tolist() == parse_text(whole).boxes_xyxy_unit.tolist()
-    assert parse_text(bare).labels == parse_text(whole).labels and len(parse_text(bare).labels) == 3
-    assert parse_text(NO_TABLE).empty_answer
 
 
 # --- many callers
@@ -276,11 +222,11 @@ async def call(address, bodies, callers, until) -> list[tuple[int, int, str, flo
 def test_64_callers_lose_nothing_and_memory_stays(address):
     """LOAD seconds long (10); prints what a person wants to know of it."""
     seconds = float(os.environ.get("LOAD", 10))
-    good = [body_of(question(data_url(finished_model.scene(number)))) for number in range(16)]
+    good = [body_of(request_for(data_url(finished_model.scene(number)))) for number in range(16)]
     alone = {number: text for number, _, text, _ in asyncio.run(call(address, good, 1, lambda n: n < 16))}
     bad = {16: (400, "no picture"), 17: (400, "not JSON"), 18: (404, "alone is"), 19: (400, "from 1 to")}
-    bodies = [*good, body_of(question(data_url(b"hello"))), b"no json", body_of(question(GOOD), model="gpt-4o"),
-              body_of(question(GOOD), max_tokens=0)]
+    bodies = [*good, body_of(request_for(data_url(b"hello"))), b"no json", body_of(request_for(GOOD), model="gpt-4o"),
+              body_of(request_for(GOOD), max_tokens=0)]
     asyncio.run(call(address, bodies, 64, lambda n: n < 256))  # warm
     names = ("process_resident_memory_bytes", "serve_completion_seconds_count", "serve_refusals_total",
              "serve_batch_size_sum", "serve_batch_size_count")
@@ -305,7 +251,7 @@ def test_sigterm_completes_what_is_in_work_and_takes_nothing_new(address):
     """The last test here: it ends the server of the others."""
     (server,) = (child for child in psutil.Process().children() if address.rpartition(":")[2] in child.cmdline())
     with ThreadPoolExecutor(1) as pool:
-        bodies = [body_of(question(GOOD))]
+        bodies = [body_of(request_for(GOOD))]
         replies = pool.submit(lambda: asyncio.run(call(address, bodies, 24, lambda number: number < 24)))
         while metric(address, "serve_requests_in_work") < 24:
             time.sleep(0.01)

@@ -19,12 +19,13 @@ import json
 import math
 import os
 import re
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,11 +35,11 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from helpers import runs
-from helpers.dev.check_7b import read_events
 from helpers.dev.random_7b import MANY_SIZES, PUBLISHED, SIZES, write_model, write_pictures
 from helpers.recipes import RECIPES, SCALES
 from helpers.runs import read_json, write_json
 from helpers.settings import TINY_BASE
+from helpers.trainer import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "notebooks" / "performance_7b.json"
@@ -58,9 +59,9 @@ WAYS: dict[str, dict] = {  # name -> how; what is not said is the scale's own
     "ours, 44 picture sizes": {"kind": "ours", "many_sizes": True},
 }
 ON_A_GPU = {"cap_gib", "many_sizes"}  # of a way: only there
-# Who takes turns: the one that may fill the card waits for as few others as there must be, since they keep their model.
+# Who takes turns. All keep their model: the one that fills the card comes last, and sees what room the others leave.
 GROUPS = (("stock", "Unsloth", "ours, in 16 GiB", "ours, in 24 GiB"),
-          ("ours, as the pipeline trains", "Unsloth, beside it"), ("ours, 44 picture sizes",))
+          ("Unsloth, beside it", "ours, as the pipeline trains"), ("ours, 44 picture sizes",))
 VARIANTS = {name + suffix: {"recipe": recipe, **how} for recipe, suffix in (("r4-joint", ""), ("r1-llm-only", ", r1"))
             for name, how in WAYS.items()}
 ANSWERS = {f"ours, {precision}": {"kind": "answers", "recipe": "base", "precision": precision}
@@ -209,15 +210,16 @@ def answers(task: dict) -> None:
 
 def pipeline(task: dict) -> None:
     """pipeline.py itself, in turns once it trains."""
-    from helpers.dev import measured
-
+    if task["cap_gib"]:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(task["cap_gib"] * 2**30 / whole)
     transformers.trainer.DEFAULT_CALLBACKS.append(Turns(Path(task["turns"]), task["pictures"]))
     given = {"recipe": task["recipe"], "scale": task["scale"], "model_id": task["model"], "dataset_id": task["data"],
              "epochs": 2, "train_limit": task["train"], "val_limit": 1, "max_new_tokens": max(32, task["new_tokens"]),
              "save_steps": 1000, "report_to": "none", "memory": task["memory"],
              "output_root": Path(task["turns"]).parent / "runs"}
-    measured.main(f"{task['turns']}.events", str(task["cap_gib"] or 0), "0", "1",
-                  *(f"{name}={value}" for name, value in given.items()))
+    sys.argv = ["pipeline.py", *(f"{name}={value}" for name, value in given.items())]
+    runpy.run_path(str(ROOT / "pipeline.py"), run_name="__main__")
 
 
 def child(task: dict) -> None:
@@ -242,7 +244,7 @@ class Racer:
 
     def turns(self) -> list[dict]:
         """What was measured so far, a line a turn; the first one is not counted."""
-        return read_events(Path(self.task["turns"]))
+        return read_log(Path(self.task["turns"]))
 
     def wait(self, count: int, until: float) -> None:
         """Wait for the turn of this number; sets `failed` where the process ends before, or time is over."""
@@ -308,24 +310,38 @@ def prepare(folder: Path, scale: str) -> dict:
                    "new_tokens": 26}  # a box and its end; random weights never stop before
 
 
+def times_unsloth(row: dict, rows: Iterable[dict]) -> str:
+    """The median of a row's rounds over those of Unsloth beside it; of their medians, in brackets, where it was not."""
+    if "unsloth" in row:
+        return f"{statistics.median(one / other for one, other in zip(row['rounds'], row['unsloth'], strict=True)):.2f}"
+    peers = [other["pictures_per_s"] for other in rows if other["kind"] == "unsloth"
+             and other["recipe"] == row["recipe"] and "failed" not in other]
+    if not peers or row["kind"] == "unsloth":
+        return "1.00" if peers else "–"
+    return f"({row['pictures_per_s'] / statistics.median(peers):.2f})"
+
+
 def summary(report: dict) -> str:
     """The report as README has it: a line on the machine, training as a table, generation in a line."""
     rows = {row["name"]: row for row in report["train"] if row["name"] in VARIANTS}
-    stocks = {row["recipe"]: row["pictures_per_s"] for row in rows.values() if row["kind"] == "stock"
-              and "failed" not in row}
-    training = [["training", "pictures/s", "× stock", "peak GiB"]]
+    training = [["training", "pictures/s", "× Unsloth", "peak GiB"]]
     for name in (name for name in VARIANTS if name in rows):
         row, first = rows[name], f"{rows[name]['recipe']}, {name.removesuffix(', r1')}"
-        rate, base = row.get("pictures_per_s", 0), stocks.get(row["recipe"], math.nan)
         spread = f" ({min(row['rounds']):.2f}–{max(row['rounds']):.2f})" if "rounds" in row else ""
         training.append([first, row["failed"], "–", "–"] if "failed" in row else [
-            first, f"{rate:.2f}{spread}", f"{rate / base:.2f}", f"{row['peak_gib'] or math.nan:.1f}"])
+            f"{first}{_of(row)}", f"{row['pictures_per_s']:.2f}{spread}", times_unsloth(row, rows.values()),
+            f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"])
     generation = "; ".join(f"{row['name']} ({row['precision']}, {row['batch']} at once) {row['s_for_123']:.1f} s"
-                           for row in report["answer"])
+                           + _of(row) for row in report["answer"])
     head = (f"`{report['command']}` ({report['device']}, {report['model']}, torch {report['torch']}, commit "
-            f"{report['commit']}; {report['pictures_per_update']} pictures an update):")
+            f"{report['commit']}; {report['pictures_per_update']} pictures an update; median of {ROUNDS} rounds in "
+            "turns, and the slowest and fastest; in brackets: not in one call):")
     table = "\n".join(f"| {' | '.join(row)} |" for row in [training[0], ["---"] * len(training[0]), *training[1:]])
-    return "\n\n".join([head, table, f"Generation for {VAL} pictures: {generation}."]).replace("nan", "–")
+    return "\n\n".join([head, table, f"Generation for {VAL} pictures: {generation}."])
+
+
+def _of(row: dict) -> str:
+    return f" (commit {row['commit']})" if "commit" in row else ""
 
 
 def answer_row(racer: Racer) -> dict[str, dict]:
@@ -381,8 +397,13 @@ def main(arguments: list[str] | None = None) -> int:
         for task in tasks:
             task["data"] = str(folder / "many") if task.get("many_sizes") else task["data"]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            for racer in race(tasks, Path(scratch), options.unsloth, until):
+            racers = race(tasks, Path(scratch), options.unsloth, until)
+            beside = next((row["rounds"] for row in map(Racer.found, racers) if row["kind"] == "unsloth"
+                           and len(row.get("rounds", [])) == ROUNDS), None)
+            for racer in racers:
                 row, name = racer.found(), racer.task["name"]
+                if beside and row["kind"] != "unsloth" and len(row.get("rounds", [])) == ROUNDS:
+                    row["unsloth"] = beside
                 rate = f"{row['pictures_per_s']:.2f} pictures/s" if "pictures_per_s" in row else ""
                 print(f"{name}:", row.get("failed") or rate or f"{row['seconds']:.1f} s", flush=True)
                 if "failed" in row:

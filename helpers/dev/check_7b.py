@@ -2,49 +2,39 @@
 
 Builds the published 7B architecture with random weights and pictures at the real pixel budget, then runs pipeline.py
 itself for each recipe: train, be killed after a checkpoint, resume, predict a batch, merge, reload. Prints one table of
-times and memory, and ends with 1 where a recipe failed or a count is not the published architecture's. Boxes and losses
-mean nothing here. With `--gpus 2` each recipe also trains in the other ways of using the GPUs, and the losses must
-agree. A second call keeps the model and adds its columns to the report.
+times and memory, and ends with 1 where a recipe failed. Boxes and losses mean nothing here. With `--gpus 2` each recipe
+also trains in the other ways of using the GPUs, and the losses must agree. A second call keeps the model and adds its
+columns to the report.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from helpers.dev.random_7b import PUBLISHED, SHRUNKEN, write_model, write_pictures
 from helpers.recipes import IMAGE_TOKEN, LOW_MEMORY, RECIPES, SCALES
 from helpers.runs import read_json, write_json
+from helpers.settings import PROJECT
+from helpers.trainer import is_complete, read_log
 
+PIPELINE = Path(__file__).resolve().parents[2] / "pipeline.py"
 TRAINED = [recipe for recipe, stages in RECIPES.items() if stages]
 WEIGHTS = 8_291_375_616  # the published index: 16,582,751,232 bytes of bf16
-# LoRA at rank r on a layer of n inputs and m outputs has r (n + m) weights; at r = 64, summed by hand
-LORA_LANGUAGE = 161_480_704  # 28 x 64 x (2 x (3584 + 3584) + 2 x (3584 + 512) + 3 x (3584 + 18944))
-LORA_VISION = 43_155_456  # 64 x (32 x ((1280 + 3840) + 2560 + 2 x (1280 + 5120)) + (5120 + 5120) + (5120 + 3584))
-VISION = 675_759_104
-NF4_LAYERS = 28 * 7
-ON_LANGUAGE = {"vision": 0, "language": LORA_LANGUAGE, "head": 0}
-WHOLE_VISION = {"vision": VISION, "language": 0, "head": 0}
-EXPECTED = {  # weights that train, a row a stage
-    "r1-llm-only": [ON_LANGUAGE],
-    "r2-vision-only": [WHOLE_VISION],
-    "r3-two-stage": [WHOLE_VISION, ON_LANGUAGE],
-    "r4-joint": [ON_LANGUAGE | {"vision": LORA_VISION}],
-    "r5-reward": [ON_LANGUAGE],  # in both stages
-}
 CAPPED = ("r1-llm-only", "r4-joint", "base")  # the ones promised to fit a card of 24 GiB, or of 16 with memory=low
 WAYS = ("one process", "one GPU", "processes")
-TIMED = ("load", "step", "train", "save checkpoint", "load checkpoint", "predict", "merge", "save model",
-         "reload and compare")  # fmt: skip
 NEW_TOKENS = 128  # random weights never stop sooner
+KILLED, LATE = "killed as planned", "stopped by --minutes"  # how a run ended, else its exit code
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +61,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def cap(options: argparse.Namespace, recipe: str) -> float:
-    """GiB that a recipe may reserve on a GPU; 0: no cap."""
+    """GiB that PyTorch may reserve on a GPU; 0: no cap."""
     return options.cap_gib or (recipe in CAPPED and (15 if options.memory else 24)) or 0
 
 
@@ -93,105 +83,105 @@ def pipeline_arguments(options: argparse.Namespace, recipe: str, runs: Path) -> 
 
 def run_recipe(options: argparse.Namespace, recipe: str, way: str) -> None:
     """Run one recipe in one way, killed at half of its steps and started again, and write its row of the report."""
-    report, name = options.folder / "report", f"{recipe}.{way.replace(' ', '-')}"
-    runs, events, log = options.folder / "runs" / name, report / f"{name}.jsonl", report / f"{name}.log"
-    for old in (events, log):
-        old.unlink(missing_ok=True)
-    whole = way == options.ways[0]
-    kill_at = options.steps // 2 if whole and RECIPES[recipe] and not options.no_kill else 0
+    report, name, start = options.folder / "report", f"{recipe}.{way.replace(' ', '-')}", time.perf_counter()
+    runs, log = options.folder / "runs" / name, report / f"{name}.log"
+    log.unlink(missing_ok=True)
+    folders = [runs / f"{PROJECT}-{recipe.replace('r3-two-stage', 'r3')}{stage.suffix}" for stage in RECIPES[recipe]]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.gpus)]
-    codes, start = [], time.perf_counter()
-    for this_kill in [kill_at, 0] if kill_at else [0]:
-        command = [sys.executable, *(launch if way == "processes" else []), "-m", "helpers.dev.measured", events,
-                   cap(options, recipe), this_kill, 0 if whole else len(RECIPES[recipe]),
-                   *pipeline_arguments(options, recipe, runs)]
-        codes.append(run_until([str(word) for word in command], log, options, 1 if way == "one GPU" else options.gpus))
-        print(f"{recipe}, {way}: exit code {codes[-1]}, {time.perf_counter() - start:.0f} s", flush=True)
-        if codes[-1] != 0 and not this_kill:
-            print(*log.read_text().splitlines()[-30:] if log.is_file() else [], sep="\n", flush=True)
-    row = {"recipe": recipe, "way": way, "cap_gib": cap(options, recipe), "kill_at": kill_at, "codes": codes,
-           "events": read_events(events), "total_seconds": round(time.perf_counter() - start)}
-    row["disk_gib"] = sum(file.stat().st_size for file in runs.rglob("*") if file.is_file()) / 2**30
-    row["wrong"] = wrong(row, options.tiny)
+    command = [sys.executable, *(launch if way == "processes" else []), str(PIPELINE),
+               *pipeline_arguments(options, recipe, runs)]
+    seconds: list[float] = []
+    started = partial(run_until, command=command, log=log, deadline=options.deadline, folders=folders, seconds=seconds,
+                      environment=surroundings(options, recipe, 1 if way == "one GPU" else options.gpus))
+    whole, half, ends, expected = way == options.ways[0], options.steps // 2, [], []
+    if whole and folders and not options.no_kill:
+        ends.append(started(lambda: is_complete(folders[0] / f"checkpoint-{half}")))
+        expected.append(KILLED)
+    ends.append(started(lambda: not whole and "train" in read_json(folders[-1] / "manifest.json").get("timings", {})))
+    expected.append(0 if whole else KILLED)
+    print(f"{recipe}, {way}: {', '.join(map(str, ends))}, {time.perf_counter() - start:.0f} s", flush=True)
+    said = log.read_text() if log.is_file() else ""
+    if ends != expected:
+        print(*said.splitlines()[-30:], sep="\n", flush=True)
+    row = {"recipe": recipe, "way": way, "cap_gib": cap(options, recipe), "ends": ends, "step_seconds": seconds,
+           "total_seconds": round(time.perf_counter() - start)} | measured(runs, folders)  # fmt: skip
+    row["wrong"] = [] if ends == expected else [f"ended with {ends}, expected {expected}"]
+    if len(ends) > 1 and f"goes on from checkpoint-{half}" not in said:
+        row["wrong"].append(f"does not go on from checkpoint-{half}")
     write_json(report / f"{name}.json", row)
     shutil.rmtree(runs, ignore_errors=True)
 
 
-def run_until(command: list[str], log: Path, options: argparse.Namespace, gpus: int) -> int | None:
-    """The exit code of `command`, its output going to `log`; None where `--minutes` were over before its end."""
+def measured(runs: Path, folders: list[Path]) -> dict:
+    """What a run has left: the losses of its stages, each step's seconds, the fullest GPU's peak and disk in GiB."""
+    manifests = [read_json(file) for file in sorted(runs.glob(f"{PROJECT}-*/manifest.json"))]
+    peaks = [gib for one in manifests for where, gib in one["peak_memory"].items() if where != "host"]
+    return {
+        "losses": [line["loss"] for folder in folders for line in read_log(folder / "log.jsonl") if "loss" in line],
+        "seconds": {f"{one['run'].removeprefix(f'{PROJECT}-')} {step}": took
+                    for one in manifests for step, took in one["timings"].items()},
+        "gib": max(peaks, default=0),
+        "disk_gib": sum(file.stat().st_size for file in runs.rglob("*") if file.is_file()) / 2**30,
+    }  # fmt: skip
+
+
+def surroundings(options: argparse.Namespace, recipe: str, gpus: int) -> dict[str, str]:
+    """The environment of a run: so many GPUs, of each no more than the cap."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[:gpus]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(options.folder / "huggingface"),
                                 "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ",".join(shown)}
-    left = options.deadline - time.monotonic()
-    if left <= 0:
-        return None
+    if cap(options, recipe) and torch.cuda.is_available():
+        share = cap(options, recipe) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.4f}"
+    return environment
+
+
+def run_until(stop: Callable[[], bool], command: list[str], log: Path, environment: dict[str, str], deadline: float,
+              folders: Sequence[Path] = (), seconds: list[float] | None = None) -> int | str:  # fmt: skip
+    """Run `command`, its output going to `log`: its exit code, or why it and its children got a SIGKILL.
+
+    `seconds` grows by what each step took, as the logs of `folders` tell it; the first one after a start takes longer.
+    """
+    if time.monotonic() > deadline:
+        return LATE
     with log.open("a") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
-        try:
-            return child.wait(None if left == float("inf") else left)
-        except subprocess.TimeoutExpired:
-            child.terminate()  # torchrun then ends its processes
+        child = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    steps, last = 0, time.perf_counter()
+    while child.poll() is None:
+        logged, now = sum(len(read_log(folder / "log.jsonl")) for folder in folders), time.perf_counter()
+        if logged != steps:
+            if logged == steps + 1 and seconds is not None:
+                seconds.append(round(now - last, 3))
+            steps, last = logged, now
+        if stop() or time.monotonic() > deadline:
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                process.kill()
             child.wait()
-            return None
-
-
-def read_events(path: Path) -> list[dict]:
-    """What `helpers.dev.measured` has written."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def values(row: dict, name: str, *calls: str) -> list:
-    """The `name` ("seconds", "allocated", "reserved", "result") of all events, or of those of `calls`, in order."""
-    return [event[name] for event in row["events"] if name in event and (not calls or event["call"] in calls)]
-
-
-def wrong(row: dict, tiny: bool) -> list[str]:
-    """What is not as it should be, a sentence each."""
-    codes, killed, faults = row["codes"], [row["kill_at"]] * bool(row["kill_at"]), []
-    if None in codes:
-        return [f"stopped by --minutes, after {row['events'][-1]['call'] if row['events'] else 'the start'}"]
-    if codes[-1] != 0 or (killed and codes[0] not in (-9, 1)):  # torchrun's own code is 1
-        faults.append(f"exit codes {codes}")
-    resumed = [training["step"] for training in values(row, "result", "training") if training["step"]]
-    if resumed != killed:
-        faults.append(f"resumed at step {resumed}, killed at step {killed}")
-    reserved = max(values(row, "reserved"), default=0)
-    if row["cap_gib"] and reserved > row["cap_gib"]:
-        faults.append(f"{reserved} GiB reserved, over the cap of {row['cap_gib']}")
-    trained, expected = values(row, "result", "trainable"), EXPECTED.get(row["recipe"], [])
-    if not tiny and [stage for number, stage in enumerate(trained) if stage not in trained[:number]] != expected:
-        faults.append(f"trains {trained}, expected {expected}")
-    if not tiny and not set(values(row, "result", "nf4 layers")) <= {0, NF4_LAYERS}:
-        faults.append(f"{values(row, 'result', 'nf4 layers')} NF4 layers, expected {NF4_LAYERS}")
-    return faults
+            return LATE if time.monotonic() > deadline else KILLED
+        time.sleep(0.01)
+    return child.returncode
 
 
 def other_losses(row: dict, rows: list[dict]) -> list[str]:
     """A sentence where the recipe's losses on one GPU are more than 2 % from this row's: dropout explains less."""
     alone = [other for other in rows if (other["recipe"], other["way"]) == (row["recipe"], "one GPU")]
-    pairs = list(zip(*(values(one, "result", "loss") for one in [row, *alone]), strict=False)) if alone else []
+    pairs = list(zip(row["losses"], alone[0]["losses"], strict=False)) if alone else []
     return [] if np.allclose(*np.transpose(pairs or [(0, 0)]), rtol=0.02) else [f"losses, and on one GPU: {pairs}"]
 
 
 def table(rows: list[dict]) -> str:
-    """The report in Markdown, a column a recipe and way; times as how often × the median."""
-    lines: dict[str, list[str]] = {"": [], "---": []}
+    """The report in Markdown, a line a recipe and way."""
+    heads = ["", "cap, GiB", "most GiB", "steps, s", "and, s", "losses", "disk, GiB", "all of it, s", "wrong"]
+    lines = [heads, ["---"] * len(heads)]
     for row in rows:
-        shown = {"": f"{row['recipe']}, {row['way']}", "---": "---", "cap, GiB": f"{row['cap_gib'] or 'none'}"}
-        for name in ("allocated", "reserved"):
-            shown[f"most {name}, GiB"] = f"{max(values(row, name), default=0):.1f}"
-        for call in ("train", "predict", "merge"):
-            shown[f"allocated in {call}, GiB"] = f"{max(values(row, 'allocated', call), default=0):.1f}"
-        for call in TIMED:
-            seconds = values(row, "seconds", call)
-            shown[f"{call}, s"] = f"{len(seconds)} × {statistics.median(seconds):.2f}" if seconds else "–"
-        shown["losses"] = " ".join(f"{loss:.3f}" for loss in values(row, "result", "loss"))
-        shown["applied against merged"] = " ".join(f"{off:.1e}" for off in values(row, "result", "merge") if off)
-        shown |= {"disk, GiB": f"{row['disk_gib']:.1f}", "all of it, s": f"{row['total_seconds']}",
-                  "wrong": "; ".join(row["wrong"]) or "nothing"}
-        for name, cell in shown.items():
-            lines.setdefault(name, []).append(cell)
-    return "\n".join(f"| {' | '.join([name, *cells])} |" for name, cells in lines.items())
+        steps = row["step_seconds"]
+        lines.append([
+            f"{row['recipe']}, {row['way']}", f"{row['cap_gib'] or 'none'}", f"{row['gib']:.1f}",
+            f"{len(steps)} × {statistics.median(steps):.2f}" if steps else "–",
+            ", ".join(f"{step} {took:.1f}" for step, took in row["seconds"].items()),
+            " ".join(f"{loss:.3f}" for loss in row["losses"]), f"{row['disk_gib']:.1f}", f"{row['total_seconds']}",
+            "; ".join(row["wrong"]) or "nothing"])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def prepare(options: argparse.Namespace) -> None:

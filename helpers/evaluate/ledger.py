@@ -7,6 +7,7 @@ one of the three says something else.
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from helpers.evaluate.intervals import number, over_seeds, significance, with_in
 from helpers.evaluate.reports import METRICS, PERCENT, find_runs, table_line
 from helpers.evaluate.scoring import unstopped_note
 from helpers.evaluate.seeds import difference_over_seeds, group_seeds, iou_matrix
-from helpers.runs import read_json, write_json
+from helpers.runs import read_json, write_json, write_text
 
-BEGIN, END = "<!-- results: make table ARGS=--write -->", "<!-- end of results -->"
+BLOCK = re.compile(r"(?<=<!-- results: make table ARGS=--write -->\n).*?(?=\n<!-- end of results -->)", re.S)
 ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint", "r5-reward")
 SHOWN = (*METRICS.values(), "ap50", "ap75")
 HEADS = {head: METRICS[head] for head in ("median", "detection", "IoU > .5", "IoU > .7", "F1", "AP")}  # of README
@@ -86,9 +87,9 @@ def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> st
             cells |= {name: ", ".join(dict.fromkeys(map(str, entry[name]))) for name in ("run", "commit")}
         lines.append(table_line(list(cells.values())))
     best = max((row for row in rows if entries[row]), key=lambda row: entries[row]["mean_iou"]["value"], default="")
-    differences = {key.removeprefix(f"{scale}/").replace(" - ", " minus "): value
-                   for key, value in ledger.get("comparisons", {}).items()
-                   if key.startswith(f"{scale}/") and best in key.removeprefix(f"{scale}/").split(" - ")}
+    pairs = {key.partition("/")[2]: value for key, value in ledger.get("comparisons", {}).items()
+             if key.startswith(f"{scale}/")}
+    differences = {pair.replace(" - ", " minus "): value for pair, value in pairs.items() if best in pair.split(" - ")}
     if "collators" in ledger and scale == "tiny":
         both = ledger["collators"]
         name = f"loss on the answer alone minus on all text ({both['recipe']}, {both['seeds']} seeds each)"
@@ -122,34 +123,23 @@ def write(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     found, path, readme = collect(runs_dir), Path(ledger_path), Path(readme)
     if not found["rows"]:
         raise FileNotFoundError(f"no scored run in {runs_dir}; make one: make run RECIPE=r4-joint")
-    before, (head, _, tail) = read_json(path), _parts(readme)
+    before = read_json(path)
     ledger = before | {part: before.get(part, {}) | found[part] for part in ("rows", "comparisons")}
     write_json(path, ledger)
-    readme.write_text(f"{head}{BEGIN}\n{results(ledger)}\n{END}{tail}", encoding="utf-8")
+    write_text(readme, BLOCK.sub(lambda _: results(ledger), readme.read_text(encoding="utf-8")))
     return f"{len(found['rows'])} rows of {runs_dir} written into {ledger_path}, and the results into {readme}"
 
 
 def stale(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> list[str]:
     """Each number that is not what its run gave, in one sentence; [] where README, ledger and runs on disk agree."""
-    path = Path(ledger_path)
-    if not path.is_file():
-        return [f"{path} is missing; write it with make table ARGS=--write"]
-    ledger, found, problems = read_json(path), collect(runs_dir), []
+    ledger, found, problems = read_json(Path(ledger_path)), collect(runs_dir), []
     for part in ("rows", "comparisons"):
         for key, now in found[part].items():
             was = ledger.get(part, {}).get(key, {})
-            problems += [f"{path}, {key}: {name} is {was.get(name)!r}, the run on disk says {value!r}"
+            problems += [f"{ledger_path}, {key}: {name} is {was.get(name)!r}, the run on disk says {value!r}"
                          for name, value in now.items() if was.get(name) != value]
-    shown, expected = _parts(Path(readme))[1].splitlines(), results(ledger).splitlines()
-    problems += [f"{readme} says {said!r}, and {path} {wanted!r}"
+    block = BLOCK.search(Path(readme).read_text(encoding="utf-8"))
+    shown, expected = (block[0] if block else "").splitlines(), results(ledger).splitlines()
+    problems += [f"{readme} says {said!r}, and {ledger_path} {wanted!r}"
                  for said, wanted in itertools.zip_longest(shown, expected, fillvalue="nothing") if said != wanted]
     return problems
-
-
-def _parts(readme: Path) -> tuple[str, str, str]:
-    """README before, in and after its results."""
-    head, begin, rest = readme.read_text(encoding="utf-8").partition(f"{BEGIN}\n")
-    block, end, tail = rest.partition(f"\n{END}")
-    if not begin or not end or BEGIN in rest:
-        raise ValueError(f"{readme} must hold the lines {BEGIN!r} and {END!r} once; the results stand between them.")
-    return head, block, tail

@@ -8,8 +8,9 @@ import pandas as pd
 
 from helpers.evaluate.intervals import RESAMPLES, number, paired_bootstrap, with_interval
 from helpers.evaluate.scoring import score, unstopped, unstopped_note
+from helpers.processes import is_main
 from helpers.runs import read_json, write_text
-from helpers.settings import PROJECT, is_main, run_folder
+from helpers.settings import PROJECT
 
 FILES = {"fine-tuned": "predictions.jsonl", "merged": "merged.jsonl", "base": "baseline.jsonl",
          "constant box": "constant.jsonl"}  # fmt: skip
@@ -27,9 +28,6 @@ def write_metrics(
     Also writes truth.jsonl (the rows without their pictures) and the predictions' own files.
     Returns what it wrote: `{"truth": {"pictures", "tables", "hash"}, "scores": {name: score(...)}}`.
     """
-    unknown = [name for name in named_predictions if name not in FILES]
-    if unknown:
-        raise ValueError(f"predictions named {unknown[0]!r}; the names are {', '.join(FILES)}")
     rows = [{key: value for key, value in row.items() if key != "image"} for row in truth]
     scores = {name: score(rows, predictions, resamples=resamples) for name, predictions in named_predictions.items()}
     boxes = json.dumps([[row["image_id"], row["objects"]["bbox"]] for row in rows])
@@ -59,18 +57,18 @@ def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
     """Every scored run, sorted by name: its manifest, "run" (the name), "commit", "seed" and "metrics"."""
     runs = []
     for path in sorted(Path(runs_dir).glob(f"{PREFIX}*/metrics.json")):
-        name = path.parent.name.removeprefix(PREFIX)
-        unknown = {"recipe": name, "scale": "unknown", "command": "not recorded", "machine": None, "parameters": {}}
-        manifest = unknown | read_json(path.with_name("manifest.json"))
-        more = {"run": name, "commit": manifest.get("git"), "seed": manifest["parameters"].get("seed")}
-        runs.append(manifest | more | {"metrics": read_json(path)})
+        manifest = read_json(path.with_name("manifest.json"))
+        own = {"run": path.parent.name.removeprefix(PREFIX), "metrics": read_json(path)}
+        runs.append(manifest | own | {"commit": manifest["git"], "seed": manifest["parameters"]["seed"]})
     return runs
 
 
 def load_score(name: str, runs_dir: str | Path = "runs") -> tuple[str, dict]:
     """A run's score by name or folder: `("r4-joint", score)`; "name:base" takes another score than the run's own."""
     run, _, which = name.partition(":")
-    folder = run_folder(run, "metrics.json", runs_dir)
+    names = [run, "r3-stage2"] if run == "r3-two-stage" else [run]
+    places = [Path(run).expanduser(), Path(runs_dir, run), *(Path(runs_dir, PREFIX + one) for one in names)]
+    folder = next((place for place in places if (place / "metrics.json").is_file()), None)
     if folder is None:
         found = ", ".join(known["run"] for known in find_runs(runs_dir)) or "none yet"
         raise FileNotFoundError(f"no scored run {run!r} in {runs_dir}; the runs there: {found}")
@@ -121,4 +119,4 @@ def class_table(scored: dict) -> pd.DataFrame:
 
 def table_line(cells: list[str]) -> str:
     """A line of a table in Markdown."""
-    return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+    return f"| {' | '.join(cells)} |"

@@ -1,33 +1,27 @@
-"""A recipe run with several seeds: its runs as one group, two groups compared on the same pictures.
-
-A run named r4-joint-s1 (`-p run_name r4-joint-s1 -p seed 1`) is a further seed of the run r4-joint; r3's is r3-s1.
-"""
-
-import re
+"""A recipe run with several seeds: its runs as one group, two groups compared on the same pictures."""
 
 import numpy as np
 
 from helpers.evaluate.intervals import over_seeds
 from helpers.recipes import TRAINING
 
-_SEED = re.compile(r"-s\d+(?=$|-stage2$)")
 SAME = {*TRAINING, "keep", "constrained"} - {"seed"}  # parameters in which the seeds of one recipe agree
 
 
 def group_seeds(runs: list[dict]) -> dict[str, list[dict]]:
-    """`find_runs`' runs by name without their seed: `{"r4-joint": [run of r4-joint, of r4-joint-s1, ...]}`.
+    """`find_runs`' runs by the name of the first: `{"r4-joint": [run of r4-joint, of r4-joint-s1, ...]}`.
 
-    Runs of one group share scale, truth and every parameter but the seed, which differs; one that does not (or has no
-    fine-tuned score) stands alone under its own name.
+    Fine-tuned runs of one group share scale, truth and every parameter but the seed (`-p seed 1 -p run_name ...`).
     """
-    groups: dict[str, list[dict]] = {}
-    for run in sorted(runs, key=lambda run: (_SEED.sub("", run["run"]), run["seed"] or 0, run["run"])):
-        name = _SEED.sub("", run["run"])
-        group = groups.get(name, [])
-        alike = "fine-tuned" in run["metrics"]["scores"] and all(_fixed(run) == _fixed(other) for other in group)
-        new = run["seed"] not in [other["seed"] for other in group]
-        groups.setdefault(name if alike and new else run["run"], []).append(run)
-    return groups
+    groups: list[list[dict]] = []
+    for run in sorted(runs, key=lambda run: (run["seed"], run["run"])):
+        fitting = [group for group in groups if "fine-tuned" in run["metrics"]["scores"]
+                   and _fixed(run) == _fixed(group[0]) and run["seed"] not in [other["seed"] for other in group]]
+        if fitting:
+            fitting[0].append(run)
+        else:
+            groups.append([run])
+    return {group[0]["run"]: group for group in groups}
 
 
 def _fixed(run: dict) -> tuple:

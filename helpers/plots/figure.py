@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
-from helpers.settings import is_main
+from helpers.processes import is_main
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9")  # Okabe and Ito's
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))

@@ -22,30 +22,26 @@ BOTH = ("truth", "prediction")
 _HALO = [patheffects.withStroke(linewidth=3.2, foreground="white"), patheffects.Normal()]
 
 
-def draw_boxes(
-    axes: Axes, image: Image, truth: ArrayLike = (), predicted: ArrayLike = (), *, title: str = "", pixels: int = 256
-) -> None:
-    """One picture with its true and predicted boxes, both [N, 4] x-first in 0-1; longest side scaled to `pixels`."""
+def draw_boxes(axes: Axes, image: Image, truth: ArrayLike = (), predicted: ArrayLike = (), *, title: str = "") -> None:
+    """One picture with its true and predicted boxes, both [N, 4] x-first in 0-1; longest side scaled to 256.
+
+    A box without area is a cross.
+    """
     small = as_rgb(image)
-    small.thumbnail((pixels, pixels))
+    small.thumbnail((256, 256))
     axes.imshow(small, interpolation="nearest")
     for boxes, colour, line in ((truth, TRUTH, "-"), (predicted, PREDICTION, DASHED)):
-        for x0, y0, x1, y1 in np.asarray(boxes, dtype=float).reshape(-1, 4) * (*small.size, *small.size):
+        for x0, y0, x1, y1 in np.asarray(boxes, dtype=float).reshape(-1, 4) * (*small.size, *small.size) - 0.5:
             style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 1.6}
-            axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, clip_on=False, **style))
-            axes.patches[-1].set_path_effects(_HALO)
-    axes.set_title(title, fontsize=9)
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, clip_on=False, path_effects=_HALO, **style))
+            if (x1 - x0) * (y1 - y0) == 0:
+                axes.scatter((x0 + x1) / 2, (y0 + y1) / 2, 40, PREDICTION, "x", clip_on=False)
+    axes.set_title(title, fontsize=7 if "\n" in title else 9)
     axes.set_axis_off()
 
 
-def panels(
-    pictures: Sequence[tuple[str, Image, ArrayLike, ArrayLike]],
-    *,
-    columns: int = 4,
-    names: tuple[str, str] = ("truth", ""),
-    title: str = "",
-    path: Path | None = None,
-) -> Shown:
+def panels(pictures: Sequence[tuple[str, Image, ArrayLike, ArrayLike]], *, columns: int = 4,
+           names: tuple[str, str] = ("truth", ""), title: str = "", path: Path | None = None) -> Shown:
     """Pictures with boxes of one's own: (title, picture, boxes in solid blue, boxes in dashed orange) each.
 
     Boxes are [N, 4], x first, in 0-1. `names` are the legend's words for the two kinds; "" leaves one out.
@@ -63,9 +59,8 @@ def panels(
     return finish(figure, path, photos=True)
 
 
-def gallery(
-    rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None = None, *, title: str = ""
-) -> Shown:
+def gallery(rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None = None, *,
+            title: str = "") -> Shown:
     """The pictures of `rows` with their true boxes, and with predictions their boxes and IoU.
 
     `rows` have "image_id" and "image"; `truth` and `predictions` are those of `score` and may hold more pictures.
@@ -73,23 +68,16 @@ def gallery(
     return panels(_captioned(rows, truth, predictions), columns=6, names=BOTH, title=title)
 
 
-def before_after(
-    rows: Iterable[dict],
-    truth: Sequence[dict],
-    before: Sequence[dict],
-    after: Sequence[dict],
-    *,
-    path: Path | None = None,
-) -> Shown:
+def before_after(rows: Iterable[dict], truth: Sequence[dict], before: Sequence[dict], after: Sequence[dict], *,
+                 path: Path | None = None) -> Shown:
     """The pictures of `rows` twice: above with the boxes predicted before, below with those after."""
     rows = list(rows)
     both = _captioned(rows, truth, before) + _captioned(rows, truth, after)
     return panels(both, columns=len(rows), names=BOTH, title="before (above) and after (below)", path=path)
 
 
-def _captioned(
-    rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None
-) -> list[tuple[str, Image, ArrayLike, ArrayLike]]:
+def _captioned(rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None
+               ) -> list[tuple[str, Image, ArrayLike, ArrayLike]]:
     """What `panels` takes for each row: IoU as its caption where there are predictions."""
     rows = list(rows)
     ids = {row["image_id"] for row in rows}

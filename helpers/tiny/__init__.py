@@ -2,7 +2,7 @@
 
 The folder is laid out as on the Hub (configuration, weights, tokenizer, processor), so
 `Qwen2VLForConditionalGeneration.from_pretrained(TINY_DIR)` works offline. `build` makes one with random weights,
-`pictures` and `questions` the training material, `train` trains, `check` measures; `notebooks/00_tiny_base` shows it.
+`pictures` and `prompts` the training material, `train` trains, `check` measures; `notebooks/00_tiny_base` shows it.
 """
 from pathlib import Path
 

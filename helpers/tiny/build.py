@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from helpers.tiny import TINY_DIR
-from helpers.tiny.questions import corpus
+from helpers.tiny.prompts import corpus
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -29,7 +29,7 @@ MIN_PIXELS, MAX_PIXELS = 16 * 28**2, 144 * 28**2  # 16 to 144 image tokens of 2 
 
 
 def train_tokenizer() -> Qwen2Tokenizer:
-    """Byte-level BPE on `questions.corpus()`, split by Qwen2's own pattern: digits one by one; its special tokens."""
+    """Byte-level BPE on `prompts.corpus()`, split by Qwen2's own pattern: digits one by one; its special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([

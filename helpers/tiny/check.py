@@ -11,7 +11,7 @@ from helpers import evaluate
 from helpers.boxes import area, xyxy_unit_to_yxyx_unit
 from helpers.messages import END_OF_TURN
 from helpers.tiny.pictures import Pool, Size
-from helpers.tiny.questions import WHOLE, by_name, cropped, prompt_text
+from helpers.tiny.prompts import WHOLE, by_name, cropped, prompt_text
 
 Prompt = tuple[Size, int, str, np.ndarray]  # size of the photo, index in the pool, prompt, true boxes [N, 4]
 

@@ -27,14 +27,14 @@ from helpers.scenes import SPLITS, THINGS
 from helpers.tiny import check
 from helpers.tiny.build import make_model, make_processor, save
 from helpers.tiny.pictures import Pool, Size, disturb, load_pool, random_crop, take
-from helpers.tiny.questions import WHOLE, by_name, cropped, question
+from helpers.tiny.prompts import WHOLE, by_name, cropped, prompt_for
 
 PEAK, WEIGHT_DECAY = 2e-3, 0.05  # of both optimizers
 GUIDED = 0.5  # of the training, in which the guide's loss counts less and less
 AVERAGED = 0.999  # of the running average of the weights stays at each step
 
 
-class Questions(IterableDataset):
+class Prompts(IterableDataset):
     """Batches of prompts about the scenes of a pool; every worker draws its own, from the seed and its number.
 
     Yields dicts: photo (height, width), picks [B] indices into the pool, crops [B, 4], size (height, width) of the
@@ -67,7 +67,7 @@ class Questions(IterableDataset):
                     crop, named = WHOLE, cropped(self.named[photo][pick], WHOLE)
                 crops.append(crop)
                 maps.append(token_map(named, size))
-                texts += [question(named, rng) for _ in range(self.each)]
+                texts += [prompt_for(named, rng) for _ in range(self.each)]
             kinds, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*maps, strict=True))
             yield {"photo": photo, "picks": torch.tensor(picks), "crops": np.stack(crops), "size": size,
                    "kinds": kinds, "boxes": boxes, **encode(self.processor, texts, size)}  # fmt: skip
@@ -169,7 +169,7 @@ def train(
         first = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    data = Questions(pool.things, processor, batch, each, seed + first)
+    data = Prompts(pool.things, processor, batch, each, seed + first)
     loader = DataLoader(data, None, num_workers=workers, collate_fn=dict, prefetch_factor=8 if workers else None)
     generator = torch.Generator(device).manual_seed(seed + first)
     for step, item in zip(range(first, steps), loader, strict=False):

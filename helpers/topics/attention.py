@@ -11,6 +11,7 @@ from IPython.display import Image as Shown
 from PIL.Image import Image
 from torch import nn
 
+from helpers import predict
 from helpers.boxes import area, pairwise_iou, yxyx_unit_to_xyxy_unit
 from helpers.messages import parse_text
 from helpers.plots.figure import finish, new_figure
@@ -32,7 +33,7 @@ class Look:
     # for each of x0, y0, x1, y1; a map sums to the share of all attention that goes to the picture
 
 
-def looks(model: nn.Module, processor, rows: Iterable[Mapping], thing: str) -> list[Look]:
+def looks(model: nn.Module, processor, rows: Iterable[dict], thing: str) -> list[Look]:
     """Detects `thing` on each of the rows that shows one; those for which a box is written.
 
     The model must have been loaded with `attn_implementation="eager"`: others give no weights. Raises ValueError where
@@ -41,7 +42,7 @@ def looks(model: nn.Module, processor, rows: Iterable[Mapping], thing: str) -> l
     found = []
     for row in rows:
         true, prompt = boxes_of(row, thing), f"Detect the bounding box of the {thing}."
-        written = look(model, processor, row["image"], prompt) if len(true) else None
+        written = look(model, processor, row, prompt) if len(true) else None
         if written:
             box, maps = written
             iou = pairwise_iou(true, box[None])[:, 0]
@@ -52,15 +53,14 @@ def looks(model: nn.Module, processor, rows: Iterable[Mapping], thing: str) -> l
 
 
 @torch.inference_mode()
-def look(model: nn.Module, processor, image: Image, prompt: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first box that is written, and its `Look.maps`; None where no box is.
+def look(model: nn.Module, processor, row: dict, prompt: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first box that is written for a row's picture, and its `Look.maps`; None where no box is.
 
     A number's first digit is chosen at the token before it, "(" or ","; its attention is taken, in a second pass over
     prompt and completion.
     """
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(images=[image.convert("RGB")], text=[text], return_tensors="pt").to(model.device)
+    batch = predict.model_inputs([row], processor, prompt)
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "image_id"}
     length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     pieces = [processor.tokenizer.decode([token]) for token in ids[0].tolist()]

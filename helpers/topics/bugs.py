@@ -23,7 +23,7 @@ def outcome(call: Callable, *args, **kwargs) -> str:
 
 
 def on_two_gpus(vlm: nn.Module, placed: dict[str, int | str], rows, processor, folder: Path, kind: type) -> dict:
-    """What a trainer makes of a batch of 4 where it sees two GPUs and the model lies as `placed` says.
+    """What a trainer makes of a batch of 4 where two GPUs are visible and the model lies as `placed` says.
 
     The two GPUs are a stand-in: `torch.cuda.device_count` says 2. Returns `{"GPUs counted", "batch", "model"}` (the
     class that would be called).

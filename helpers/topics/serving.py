@@ -49,9 +49,9 @@ def reply(address: str, model: str, url: str, text: str) -> str:
     """The status of a request for the completion of a picture and a text, and what the server says."""
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     body = {"model": model, "messages": [{"role": "user", "content": content}]}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
-    if "json" not in answer.headers["content-type"]:
-        return f"{answer.status_code} {answer.text}"
-    said = answer.json()
-    return f"{answer.status_code} " + (said["choices"][0]["message"]["content"] if "choices" in said
-                                       else said["error"]["message"] if "error" in said else str(said["detail"]))
+    got = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=120)
+    if "json" not in got.headers["content-type"]:
+        return f"{got.status_code} {got.text}"
+    said = got.json()
+    return f"{got.status_code} " + (said["choices"][0]["message"]["content"] if "choices" in said
+                                    else said["error"]["message"] if "error" in said else str(said["detail"]))

@@ -8,18 +8,12 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import data, model
 from helpers.collate import IGNORED, Collator
+from helpers.model import nf4 as nf4
 from helpers.recipes import SCALES
 from helpers.settings import TINY_BASE
 from helpers.trainer import BoxTrainer
 
 PROMPT = "Detect the bounding box of the nutrition table."
-NOT_NF4 = ("model.visual", "lm_head")
-
-
-def nf4(dtype: torch.dtype | None = None, skip: tuple[str, ...] = NOT_NF4) -> BitsAndBytesConfig:
-    """QLoRA's base: NF4 with double quantization, computing in `dtype`; modules named in `skip` are not quantized."""
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype or model.compute_dtype(), llm_int8_skip_modules=list(skip))
 
 
 def load(config: BitsAndBytesConfig | None = None, dtype: torch.dtype | None = None, path: str = str(TINY_BASE)

@@ -7,13 +7,15 @@ import argparse
 import json
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, Qwen2VLProcessor
+from torch.utils.data import DataLoader
+from transformers import Qwen2VLProcessor
 
 from helpers import data, evaluate, merge, model, parity, predict, runs
 from helpers.boxes import CATEGORIES
@@ -81,14 +83,8 @@ def _exported(source: Path, output: Path) -> bool:
 
 def _quantize(source: Path, folder: Path) -> None:
     """The bf16 model in `source` as NF4 (vision tower and head stay in bf16), as its config.json then says."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
-    vlm = model.load(source, quantization_config=nf4, dtype=torch.bfloat16, device_map=model.device_map())
+    vlm = model.load(source, quantization_config=model.nf4(torch.bfloat16), dtype=torch.bfloat16,
+                     device_map=model.device_map())
     model.check_precision(vlm, "nf4")
     vlm.save_pretrained(folder)
     Qwen2VLProcessor.from_pretrained(source).save_pretrained(folder)
@@ -154,24 +150,24 @@ def compare(output: str | Path, rows, batch_size: int = 16) -> dict:
     "difference": NF4 minus bf16 in IoU, paired, "same_boxes", "pictures", "device"}`.
     """
     output, truth = Path(output), data.truth_rows(rows)
-    batches = [[rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-               for start in range(0, len(rows), batch_size)]
-    result: dict[str, Any] = {}
+    batches = list(DataLoader(rows, batch_size, collate_fn=list))
+    result: dict[str, Any] = {"pictures": len(rows), "device": runs.machine()}
     lines, scores = {}, {}
     for copy in COPIES:
         vlm, processor, prompt = load.load_model(output / copy)
-        predict.generate_lines(vlm, processor, batches[0][:4], prompt, {"do_sample": False})  # warms up
+        generate = partial(predict.generate_lines, vlm, processor, prompt=prompt, generation={"do_sample": False})
+        generate(batches[0][:4])  # warms up
         start = time.perf_counter()
-        lines[copy] = [line for batch in batches
-                       for line in predict.generate_lines(vlm, processor, batch, prompt, {"do_sample": False})]
+        lines[copy] = [line for batch in batches for line in generate(batch)]
         seconds = (time.perf_counter() - start) / len(rows)
         scores[copy] = evaluate.score(truth, lines[copy])
-        result[copy] = {"bytes": _bytes(output / copy), "seconds": seconds,
-                        "mean_iou": scores[copy]["summary"]["mean_iou"], "ap": scores[copy]["summary"]["ap"]}
-        del vlm
+        summary = scores[copy]["summary"]
+        result[copy] = {"bytes": _bytes(output / copy), "seconds": seconds, "mean_iou": summary["mean_iou"],
+                        "ap": summary["ap"]}
+        del vlm, generate
         model.free_memory()
     paired = evaluate.paired_bootstrap(scores["nf4"]["per_picture"], scores["bf16"]["per_picture"])
-    result |= {"difference": paired["difference"], "pictures": len(rows), "device": runs.machine(),
+    result |= {"difference": paired["difference"],
                "same_boxes": sum(a["boxes"] == b["boxes"] for a, b in zip(*lines.values(), strict=True))}
     write_json(output / COMPARED, result)
     return result
@@ -184,7 +180,7 @@ def check_push(name: str) -> None:
     try:
         HfApi().whoami()
     except OSError as error:  # offline, no token, a token that is no longer valid
-        raise ParameterError(f"PUSH={name} cannot be written on the Hub: {_first_line(error)}") from None
+        raise ParameterError(f"PUSH={name} cannot be written on the Hub: {load.first_line(error)}") from None
 
 
 def push(name: str, folder: Path) -> str:
@@ -194,15 +190,11 @@ def push(name: str, folder: Path) -> str:
         HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"{folder.name} and model card")
         return str(address)
     except (OSError, ValueError) as error:
-        raise ParameterError(f"{name} cannot be written on the Hub: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ParameterError(f"{name} cannot be written on the Hub: {load.first_line(error)}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Export, and push where asked; a fault in the input ends in one sentence and exit status 1."""
+    """Export, and push with --push; a fault in the input ends in one sentence and exit status 1."""
     parser = argparse.ArgumentParser(prog="python -m helpers.use.export", description="Copies of a merged model.")
     parser.add_argument("model", help="a merged model's folder")
     parser.add_argument("--output", help="a new folder; the model's name with -export behind it by default")

@@ -19,6 +19,7 @@ from helpers import runs
 from helpers.data import DataError, load_raw
 from helpers.data.pictures import LEFTOVERS, escaped, files_below, is_picture, open_picture
 from helpers.settings import ParameterError
+from helpers.use.load import first_line
 
 LARGEST = 2**28  # bytes of a download
 
@@ -73,11 +74,6 @@ def _check_that_one_opens(source: str, named: Named, read: Reader) -> None:
         except Exception as error:  # Pillow's readers raise many kinds
             why = f"{escaped(image_id)}: {first_line(error)}"
     raise ParameterError(f"INPUT={source} holds no picture that can be opened: {len(tried)} files, such as {why}.")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --- a folder, a list, a zip or bucket, a data set: (image id, what changes where the picture does, place) ------------
@@ -156,7 +152,18 @@ def _storage(source: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _read_stored(source: str, path: str) -> bytes:
-    return _storage(source)[0].cat_file(path)
+    """The content of a file. ParameterError where all of `source` can no longer be read."""
+    files, root = _storage(source)
+    try:
+        return files.cat_file(path)
+    except Exception:
+        try:
+            files.invalidate_cache()
+            files.info(root)
+        except Exception as error:  # rights that have ended, a network that is gone
+            raise ParameterError(f"INPUT={source} cannot be read any more ({first_line(error)}); check your rights. "
+                                 "What is done is kept, and the same command goes on.") from None
+        raise  # this file alone
 
 
 def read_place(place: str, private: bool) -> str | bytes:
@@ -165,7 +172,7 @@ def read_place(place: str, private: bool) -> str | bytes:
     if not mark:
         return place
     if not scheme.startswith("http"):
-        return _read_stored(f"{scheme}://{path.partition('/')[0]}", path)
+        return _storage(f"{scheme}://{path.partition('/')[0]}")[0].cat_file(path)
     with _session(private).get(place, timeout=30, stream=True) as reply:
         reply.raise_for_status()
         content = reply.raw.read(LARGEST + 1, decode_content=True)

@@ -41,6 +41,11 @@ def one_sentence() -> Iterator[None]:
         sys.exit(str(error))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def parse_port(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
     """`model` (None: the newest), `host` and `port` of a program that opens a finished model at a port.
 
@@ -94,9 +99,8 @@ def check(model: str | Path, bf16: bool = False) -> dict[str, Any]:
     except parity.ParityError as error:
         raise ParameterError(f"MODEL={model} is refused: {error}") from None
     except (OSError, ValueError, KeyError) as error:  # no right to read, a broken disk, half a file
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ParameterError(f"MODEL={model} cannot be read ({why}); check its files and rights, or copy it again.") \
-            from None
+        raise ParameterError(f"MODEL={model} cannot be read ({first_line(error)}); check its files and rights, or copy "
+                             "it again.") from None
     return made_with
 
 

@@ -35,7 +35,10 @@ from helpers.data.pictures import escaped
 from helpers.runs import read_json, write_json, write_text
 from helpers.settings import ParameterError, end_with_a_word
 from helpers.use import load
-from helpers.use.inputs import Picture, Reader, find_pictures, first_line
+from helpers.use.inputs import Picture, Reader, find_pictures
+from helpers.use.load import first_line
+
+READERS = 4  # pictures opened at the same time
 
 
 class Predictor:
@@ -52,27 +55,24 @@ class Predictor:
         self.output, self.read, self.crops, self.batch_size = output, read, crops, batch_size
         self.one_at_a_time = threading.Lock()
 
-    def open(self, pictures: list[Picture]) -> list[Image | ValueError]:
-        """The pictures, or why there is none."""
+    def open(self, picture: Picture) -> Image | str:
+        """The picture, or why there is none."""
+        try:
+            return load.open_upright(self.read(picture.place))
+        except ParameterError:  # nothing can be read there any more
+            raise
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # each source has its own
+            return f"cannot be read ({type(error).__name__}: {first_line(error)})"
 
-        def opened(picture: Picture) -> Image | ValueError:
-            try:
-                return load.open_upright(self.read(picture.place))
-            except ValueError as error:
-                return error
-            except Exception as error:  # each source has its own
-                return ValueError(f"cannot be read ({type(error).__name__}: {first_line(error)})")
-
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            return list(pool.map(opened, pictures))
-
-    def generate(self, pictures: list[Picture], opened: list[Image | ValueError]) -> list[dict]:
+    def generate(self, pictures: list[Picture], opened: list[Image | str]) -> list[dict]:
         """A line a picture, in their order; in batches of pictures of about one size."""
         rows = [load.as_row(picture.stamp, image) for picture, image in zip(pictures, opened, strict=True)
                 if isinstance(image, Image)]
-        largest_first = sorted(range(len(rows)), key=lambda i: -rows[i]["image"].width * rows[i]["image"].height)
+        rows.sort(key=lambda row: row["image"].width * row["image"].height, reverse=True)
         with self.one_at_a_time:
-            batches = list(predict.generate_batches(self.vlm, self.processor, rows, largest_first, self.prompt,
+            batches = list(predict.generate_batches(self.vlm, self.processor, rows, range(len(rows)), self.prompt,
                                                     {"do_sample": False}, None, self.batch_size))
         if len(rows) >= self.batch_size:
             self.batch_size = max(map(len, batches))  # where memory ran out: what did fit
@@ -82,19 +82,20 @@ class Predictor:
             if isinstance(image, Image):
                 line = found[picture.stamp] | {"width": image.width, "height": image.height}
             else:
-                line = {"image_id": "", "text": "", "labels": [], "boxes": [], "confidences": [], "rejected": [],
-                        "stopped": False, "new_tokens": 0, "width": 0, "height": 0, "error": str(image)}
-            line |= {"image_id": picture.image_id, "stamp": picture.stamp}
+                empty = predict.line("", [], [], self.processor.tokenizer)
+                line = empty | {"width": 0, "height": 0, "error": image}
+            lines.append(line | {"image_id": picture.image_id, "stamp": picture.stamp})
             if self.crops and isinstance(image, Image):
-                line["crops"] = save_crops(line, image, self.output)
-            lines.append(line)
+                lines[-1]["crops"] = save_crops(lines[-1], image, self.output)
         return lines
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         """For Ray: columns `image_id` and `place` (bytes, as the operating system has them) and `stamp` -> lines."""
-        pictures = [Picture(*map(os.fsdecode, one)) for one in zip(batch["image_id"], batch["stamp"], batch["place"],
-                                                                 strict=True)]
-        lines = self.generate(pictures, self.open(pictures))
+        columns = [map(os.fsdecode, batch[name]) for name in Picture._fields]
+        pictures = [Picture(*one) for one in zip(*columns, strict=True)]
+        with ThreadPoolExecutor(READERS) as pool:
+            opened = list(pool.map(self.open, pictures))
+        lines = self.generate(pictures, opened)
         return {"stamp": [line["stamp"] for line in lines], "line": [json.dumps(line) for line in lines]}
 
 
@@ -102,10 +103,10 @@ def predict_here(pictures: list[Picture], options: dict[str, Any], size: int) ->
     """The lines of `size` pictures at a time; while the model works on some, the next are opened."""
     predictor = Predictor(**options)
     windows = [pictures[at : at + size] for at in range(0, len(pictures), size)]
-    with ThreadPoolExecutor(max_workers=1) as ahead:
-        coming = ahead.submit(predictor.open, windows[0])
+    with ThreadPoolExecutor(READERS) as pool:
+        coming = pool.map(predictor.open, windows[0])
         for window, following in pairwise([*windows, []]):
-            opened, coming = coming.result(), ahead.submit(predictor.open, following)
+            opened, coming = list(coming), pool.map(predictor.open, following)
             yield predictor.generate(window, opened)
 
 
@@ -171,7 +172,7 @@ def predict_photos(source: str, output: Path, model: str | Path, *, split: str =
 
     `ray`: the address of a Ray cluster, or "here" for one on this machine alone.
     """
-    made_with = load.check(model)
+    made_with, batch_size = load.check(model), max(1, batch_size)
     pictures, read = find_pictures(source, split, output, private)
     job = {"model": made_with["weights"], "prompt": made_with["prompt"], "crops": crops,
            "max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS)}
@@ -261,15 +262,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ray", nargs="?", const="here", metavar="ADDRESS", help="run on all GPUs of a Ray cluster "
                         "(auto: the one this machine belongs to); without ADDRESS on all of this machine")
     parser.add_argument("--batch-size", type=int, default=16)
-    chosen = parser.parse_args(arguments)
-    output = chosen.output.expanduser()
+    chosen = vars(parser.parse_args(arguments))
+    source, output, model = chosen.pop("input"), chosen.pop("output").expanduser(), chosen.pop("model")
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore  # names that are not UTF-8
     end_with_a_word()
     with load.one_sentence():
         try:
-            counts = predict_photos(chosen.input, output, chosen.model or load.newest(), split=chosen.split,
-                                    coco=chosen.coco, crops=chosen.crops, parquet=chosen.parquet, ray=chosen.ray,
-                                    private=chosen.private, batch_size=max(1, chosen.batch_size))
+            counts = predict_photos(source, output, model or load.newest(), **chosen)
         except OSError as error:
             sys.exit(f"OUTPUT={output} " + (
                 "is on a disk that is full: what is done is kept; free some room, and the same command goes on."

@@ -46,21 +46,21 @@ IN_WORK = 128  # requests at the same time; one more gets a 429
 BATCH = 16  # pictures generated together, at most
 WINDOW = 0.005  # seconds that a batch which is not full waits for more
 READERS = 4  # pictures opened at the same time
-GONE = "the client has gone."
 SAMPLING = ("temperature", "top_p", "top_k", "seed")
 OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", *SAMPLING)
 NO_CHANGE = [("n", 1), ("skip_special_tokens", False)]  # what is done anyway; the second is what vLLM has to be told
+ADDRESSES = "POST /v1/chat/completions, GET /v1/models, GET /health and GET /metrics"
+
+WORKING = prometheus_client.Gauge("serve_requests_in_work", "Requests without a reply yet")
+SECONDS = prometheus_client.Histogram("serve_completion_seconds", "From a request to its completion",
+                                      buckets=(0.1, 0.3, 1, 3, 10, 30, 100))
+SIZES = prometheus_client.Histogram("serve_batch_size", "Pictures generated together", buckets=(1, 2, 4, 8, 16))
+REFUSALS = prometheus_client.Counter("serve_refusals", "Requests without a completion", ["status"])
 
 
 def bad(sentence: str, status: int = 400) -> HTTPException:
     """What ends a request with a status and one sentence."""
     return HTTPException(status, sentence)
-
-
-def error_body(status: int, sentence: str) -> JSONResponse:
-    """An error in the form that OpenAI's clients read."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": sentence, "type": kind, "code": status}}, status)
 
 
 async def read_body(request: Request) -> bytearray:
@@ -75,7 +75,7 @@ async def read_body(request: Request) -> bytearray:
     except TimeoutError:
         raise bad(f"the request's body was not there after {MAX_SECONDS} s.", 408) from None
     except ClientDisconnect:
-        raise bad(GONE, 499) from None
+        raise bad("the client has gone.", 499) from None
     return content
 
 
@@ -154,14 +154,14 @@ class Waiting:
     request: Request
     inputs: dict  # of `predict.model_inputs`, one row
     limit: int  # tokens
-    line: asyncio.Future  # of `predict`
+    line: asyncio.Future  # of `predict`, or the error in its place
 
 
 class Batches:
-    """Requests that wait for the model. What has come while one batch was generated is the next; `sizes` counts."""
+    """Requests that wait for the model. What has come while one batch was generated is the next."""
 
-    def __init__(self, model: Any, processor: Any, sizes: prometheus_client.Histogram):
-        self.model, self.processor, self.sizes = model, processor, sizes
+    def __init__(self, model: Any, processor: Any):
+        self.model, self.processor = model, processor
         self.waiting: list[Waiting] = []
         self.arrived, self.thread = asyncio.Event(), ThreadPoolExecutor(1)  # the event loop stays free
 
@@ -170,7 +170,10 @@ class Batches:
         own = Waiting(request, inputs, limit, asyncio.get_running_loop().create_future())
         self.waiting.append(own)
         self.arrived.set()
-        return await own.line
+        line = await own.line
+        if isinstance(line, Exception):
+            raise line
+        return line
 
     async def work(self) -> None:
         """For ever: one batch after the other, of requests with the same limit, the oldest first."""
@@ -183,16 +186,13 @@ class Batches:
                 self.arrived.clear()
             for one in batch:
                 if await one.request.is_disconnected():
-                    one.line.set_exception(bad(GONE, 499))
+                    one.line.set_result(bad("the client has gone.", 499))
             batch = [one for one in batch if not one.line.done()]
             if batch:
-                self.sizes.observe(len(batch))
+                SIZES.observe(len(batch))
                 lines = await asyncio.get_running_loop().run_in_executor(self.thread, self.generate, batch)
                 for one, line in zip(batch, lines, strict=True):
-                    if isinstance(line, Exception):
-                        one.line.set_exception(line)
-                    else:
-                        one.line.set_result(line)
+                    one.line.set_result(line)
 
     def generate(self, batch: list[Waiting]) -> list[dict | Exception]:
         """Each request's line, or why there is none."""
@@ -212,16 +212,7 @@ def build_app(model: str | Path) -> FastAPI:
     name = Path(model).expanduser().resolve().name
     loaded, processor, prompt = load.load_model(model)
     tokens, key = loaded.generation_config.max_new_tokens, os.environ.get(KEY)
-    registry = prometheus_client.CollectorRegistry()
-    prometheus_client.ProcessCollector(registry=registry)
-    in_work = prometheus_client.Gauge("serve_requests_in_work", "Requests without a reply yet", registry=registry)
-    seconds = prometheus_client.Histogram("serve_completion_seconds", "From a request to its completion",
-                                          buckets=(0.1, 0.3, 1, 3, 10, 30, 100), registry=registry)
-    refusals = prometheus_client.Counter("serve_refusals", "Requests without a completion", ["status"],
-                                         registry=registry)
-    batches = Batches(loaded, processor, prometheus_client.Histogram(
-        "serve_batch_size", "Pictures generated together", buckets=(1, 2, 4, 8, 16), registry=registry))
-    places = asyncio.Semaphore(IN_WORK)
+    batches, places = Batches(loaded, processor), asyncio.Semaphore(IN_WORK)
     readers, lock = ThreadPoolExecutor(READERS), threading.Lock()
 
     def read(content: bytearray) -> tuple[dict, int, bool]:
@@ -251,11 +242,11 @@ def build_app(model: str | Path) -> FastAPI:
         if places.locked():
             raise bad(f"{IN_WORK} requests are in work; try again in a moment.", 429)
         async with places:
-            with in_work.track_inprogress():
+            with WORKING.track_inprogress():
                 content = await read_body(request)
                 inputs, limit, stream = await asyncio.get_running_loop().run_in_executor(readers, read, content)
                 line = await batches.complete(request, inputs, limit)
-        seconds.observe(time.perf_counter() - start)
+        SECONDS.observe(time.perf_counter() - start)
         return completion(line, name, stream)
 
     @app.get("/v1/models", dependencies=[Depends(check_key)])
@@ -270,20 +261,19 @@ def build_app(model: str | Path) -> FastAPI:
 
     @app.get("/metrics")
     def metrics() -> Response:
-        text = prometheus_client.generate_latest(registry)
-        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(prometheus_client.generate_latest(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        paths = "" if error.detail.endswith(".") else ("; there is POST /v1/chat/completions, GET /v1/models, GET "
-                                                       "/health and GET /metrics.")
-        refusals.labels(error.status_code).inc()
-        return error_body(error.status_code, error.detail + paths)
-
     @app.exception_handler(Exception)  # uvicorn logs it, and goes on
-    async def failed(_: Request, error: Exception) -> JSONResponse:
-        refusals.labels(500).inc()
-        return error_body(500, "the server failed on this request, and its log says why; others go on.")
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        """An error in the form that OpenAI's clients read."""
+        status, said = 500, "the server failed on this request, and its log says why; others go on."
+        if isinstance(error, HTTPException):
+            status = error.status_code
+            said = error.detail if error.detail.endswith(".") else f"{error.detail}; there is {ADDRESSES}."
+        REFUSALS.labels(status).inc()
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        return JSONResponse({"error": {"message": said, "type": kind, "code": status}}, status)
 
     return app
 

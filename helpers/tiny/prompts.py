@@ -101,7 +101,7 @@ def cropped(named: dict[str, np.ndarray], crop: np.ndarray, visible: float = 0.5
     return kept
 
 
-def question(named: dict[str, np.ndarray], rng: random.Random) -> tuple[str, str]:
+def prompt_for(named: dict[str, np.ndarray], rng: random.Random) -> tuple[str, str]:
     """One (prompt, completion) about a thing of `named` (at least one), sometimes under a made-up name."""
     names = sorted(named)
     (name,) = rng.choices(names, [2 if name in TABLES else 1 for name in names])  # tables twice as often
