@@ -178,6 +178,7 @@ BAD = [  # format, file, what stands in it, parts of the sentence
     ("CVAT", "annotations.xml", "<annotations><track/></annotations>", ["annotations.xml: has tracks of a video"]),
     ("Qwen2.5-VL", "all.json", [{"image": "a.jpg", "suffix": ""}, {"suffix": ""}],
      ["all.json: entry 2 names no picture"]),
+    ("CSV", "labels.csv", "filename,class,xmin,ymin,xmax,ymax\n", ["labels.csv (0 lines with the columns ['filename'"]),
     ("COCO", "a.parquet", b"PAR1", ["a.parquet: not a whole Parquet file"]),
 ]
 

@@ -143,7 +143,9 @@ def _described(held: Any) -> str:
     """In a few words what a file holds that is no annotation."""
     if isinstance(held, ElementTree.Element):
         return f"<{held.tag}>"
-    keys = next((list(one) for one in _first(held) if isinstance(one, dict | pd.DataFrame)), None)
+    if isinstance(held, pd.DataFrame):
+        return f"{len(held)} lines with the columns {list(held)[:8]}"
+    keys = next((list(one) for one in _first(held) if isinstance(one, dict)), None)
     return f"has {keys[:8]}" if keys else held if isinstance(held, Broken) else f"a {type(held).__name__}"
 
 
