@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.messages import check_tokenizer
-from helpers.processes import end_with_a_word, is_main, take_signals, world_size  # noqa: F401
+from helpers.processes import end_with_a_word, is_main, world_size
 from helpers.recipes import (
     DISK_GIB,
     GPU_GIB,
@@ -98,7 +98,7 @@ def settle(namespace: dict) -> Run:
     values["model_revision"] = values["model_revision"] or REVISIONS.get(values["model_id"])
     check(values)
     values["output_root"] = str(Path(values["output_root"]).expanduser())
-    _check_output(values)
+    _check_output(values["output_root"], values["recipe"], scale)
     path = local_model(values["model_id"]) or values["model_id"]
     name = values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
     folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
@@ -251,8 +251,7 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     alone = ONE_GPU_GIB[memory].get(recipe, 0)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    room = (min(sizes) if world > 1 else sum(sizes)) if sizes else 0
+    room = (min(sizes) if world_size() > 1 else sum(sizes)) if sizes else 0
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if room < need <= sum(sizes):
         seen += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
@@ -310,10 +309,14 @@ def _share(values: dict) -> tuple[int, int]:
 # --- folders and logs -----------------------------------------------------------------------------------------------
 
 
-def _try_to_write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+def _must_be_writable(folder: Path, given: str, what_else: str) -> None:
+    """Make the folder; ParameterError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ParameterError(f"{given} cannot be written ({error.strerror}: {folder}){what_else}.") from None
 
 
 def _check_cache(hf_home: str | None) -> None:
@@ -321,22 +324,14 @@ def _check_cache(hf_home: str | None) -> None:
     from huggingface_hub.constants import HF_HOME
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
-    try:
-        _try_to_write(cache)
-    except OSError as error:
-        given = f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}"
-        raise ParameterError(f"{given} cannot be written ({error.strerror}: {cache}), and prepared pictures go there; "
-                             "give hf_home another folder, or HF_DATASETS_CACHE where the downloads shall stay.") \
-            from None
+    _must_be_writable(cache, f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}",
+                      ", and prepared pictures go there; give hf_home another folder, or HF_DATASETS_CACHE where the "
+                      "downloads shall stay")
 
 
-def _check_output(values: dict) -> None:
+def _check_output(root: str, recipe: str, scale: str) -> None:
     """Raise ParameterError unless `output_root` can be written and has room for what the recipe leaves there."""
-    root, recipe, scale = values["output_root"], values["recipe"], values["scale"]
-    try:
-        _try_to_write(Path(root))
-    except OSError as error:
-        raise ParameterError(f"output_root={root!r} cannot be written ({error.strerror}).") from None
+    _must_be_writable(Path(root), f"output_root={root!r}", "; choose another folder")
     need = DISK_GIB.get(scale, {}).get(recipe, 0.5)
     free = shutil.disk_usage(root).free / 2**30
     if free < need:

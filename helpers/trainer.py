@@ -34,8 +34,9 @@ from trl import SFTTrainer
 from helpers import data, evaluate, merge, parity, predict, runs, speed
 from helpers.collate import IGNORED
 from helpers.model import keep_4bit_trainable
+from helpers.processes import is_main, take_signals
 from helpers.runs import progress_bar, read_json, write_json, write_text
-from helpers.settings import Run, take_signals
+from helpers.settings import Run
 
 WEIGHTS = "trainable.safetensors"
 COMPLETE = "complete"  # in a checkpoint: {file: bytes}, written last; without it one was cut off and is never loaded
@@ -90,7 +91,7 @@ class ExactTrainer(Trainer):
             for path in sort_checkpoints(str(self.folder)):
                 if not is_complete(path):
                     shutil.rmtree(path)
-        if resume_from_checkpoint and runs.is_main():
+        if resume_from_checkpoint and is_main():
             print(f"{self.folder.name} goes on from {Path(resume_from_checkpoint).name}")
         if "wandb" in self.args.report_to:
             runs.continue_wandb(self.folder)
@@ -163,7 +164,7 @@ class ExactTrainer(Trainer):
             print(f"the best IoU during training, {self.state.best_metric:.3f}, was at step {step}: kept")
             self._load_from_checkpoint(str(self.folder / f"checkpoint-{step}"))
         tuned = self.accelerator.unwrap_model(self.model)
-        if runs.is_main():
+        if is_main():
             if isinstance(tuned, PeftModel):
                 tuned.save_pretrained(folder, selected_adapters=["default"])
                 self.processing_class.save_pretrained(folder)

@@ -156,6 +156,8 @@ BAD = [  # format, file, what stands in it, parts of the sentence
      ["[50, 40, 79, 59]", "box_format", "xyxy-pixels"]),
     ("own metadata", "metadata.jsonl", lines({"bbox": [[0.5, 0.5, 0.2, 0.1]], "categories": [0]}),
      ["[0.5, 0.5, 0.2, 0.1]", "may be [x, y, width, height] in 0-1"]),
+    ("own metadata", "metadata.jsonl", [lines({"bbox": [], "category_name": []})[0] | {"file_name": "a\0.jpg"}],
+     ["metadata.jsonl: the picture path 'a\\x00.jpg' cannot be one"]),
     ("own metadata", "metadata.jsonl", "\n", ["metadata.jsonl (a list)", "no known format"]),
     ("own metadata", "annotations.json", coco(annotations=coco()["annotations"][1:]),
      ["COCO and metadata, which differ"]),

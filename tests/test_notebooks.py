@@ -1,7 +1,9 @@
 """Every topic notebook runs from its own folder, as papermill does it; a misspelled name is refused."""
 
 import ast
+import re
 import shutil
+import statistics
 from pathlib import Path
 
 import nbformat
@@ -69,6 +71,10 @@ def test_a_notebook_is_short_and_its_parameters_are_literals(path):
     for node in ast.parse(cells[parameters].source).body:
         ast.literal_eval(node.value)  # literals only: nothing is derived before the values are injected
     assert "opening(globals()," in cells[parameters + 1].source
+    code = [cell.source for cell in cells if cell.cell_type == "code"]
+    lines = [len(re.findall(r"^ *[^ #\n]", source, re.M)) for source in code]
+    assert sum(lines) <= 120 and statistics.median(lines) <= 8 and max(lines[1:]) <= 25
+    assert not any("helpers.dev" in source for source in code)
     if path.stem != "00_tiny_base":
         assert 15 <= len(cells) <= 30, f"{len(cells)} cells"
         assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")

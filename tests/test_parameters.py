@@ -1,7 +1,6 @@
 """Parameters: read from papermill's cell or the command line, and refused with one sentence."""
 
 import ast
-import os
 import shlex
 import shutil
 import subprocess
@@ -163,33 +162,30 @@ def test_text_stays_text_in_the_script_and_in_the_manifests_command(text, defaul
     assert injected(**read) == run.given
 
 
-def test_gpus_and_caches_are_chosen_before_the_libraries_and_come_too_late_after(repo, tmp_path):
-    """In a process of its own, as a run does it."""
-    script = """
-import os, sys
+CHOSEN = """
+import sys
 from helpers import settings
 assert not {"torch", "huggingface_hub"} & set(sys.modules), "imported before GPUs and cache were chosen"
 settings.choose_gpus("0,1")
 settings.choose_cache(sys.argv[1])
-import datasets, huggingface_hub.constants, torch
-assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and not torch.cuda.is_initialized()
-print(huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, sep="\\n")
-torch.cuda.is_initialized = lambda: True
-settings.choose_gpus("0,1")  # a cell run for the second time
-for late in (lambda: settings.choose_gpus("1"), lambda: settings.choose_cache("/elsewhere")):
-    try:
-        late()
-    except settings.ParameterError as error:
-        print(error)
+import datasets, huggingface_hub.constants, os
+print(os.environ["CUDA_VISIBLE_DEVICES"], huggingface_hub.constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
 """
-    given = tmp_path / "given"
-    ended = subprocess.run([sys.executable, "-c", script, given], capture_output=True, text=True, cwd=repo,
-                           env=os.environ | {"HF_HOME": str(tmp_path / "environment")})
-    assert ended.returncode == 0, ended.stderr
-    hub, cache, gpus, elsewhere = ended.stdout.splitlines()
-    assert (hub, cache) == (f"{given}/hub", f"{given}/datasets")
-    assert gpus == "gpus=1 comes too late: CUDA has started in this process; restart the kernel."
-    assert f"hf_home='/elsewhere' comes too late: this process uses {given}" in elsewhere
+
+
+def test_gpus_and_caches_are_chosen_before_the_libraries(repo, tmp_path):
+    ended = subprocess.run([sys.executable, "-c", CHOSEN, tmp_path / "given"], capture_output=True, text=True, cwd=repo)
+    assert ended.stdout.split() == ["0,1", f"{tmp_path}/given/hub", f"{tmp_path}/given/datasets"], ended.stderr
+
+
+def test_a_choice_that_comes_after_the_libraries_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    settings.choose_gpus("0,1")  # a cell that runs for the second time
+    with pytest.raises(ParameterError, match="gpus=1 comes too late: CUDA has started"):
+        settings.choose_gpus("1")
+    with pytest.raises(ParameterError, match="hf_home='/elsewhere' comes too late: this process uses"):
+        settings.choose_cache("/elsewhere")
 
 
 def base(folder, **config):

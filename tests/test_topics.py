@@ -1,7 +1,5 @@
 """What the topic notebooks share, what one of them needs, and that each stays short."""
 
-import re
-import statistics
 import sys
 
 import pytest
@@ -10,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from small_training import load_tiny, small_processor, squares
 
 from helpers import collate, model
-from helpers.dev.pairs import read_notebook
 from helpers.recipes import RECIPES, SCALES
 from helpers.settings import TINY_BASE, ParameterError
 from helpers.topics import sizes
@@ -100,12 +97,3 @@ def test_a_frozen_tower_keeps_nothing_for_the_backward_pass(tiny):
 def test_a_command_that_serves_nothing_is_an_error_with_its_own_words(program, patience, said):
     with pytest.raises(RuntimeError, match=said), served(sys.executable, "-c", program, patience=patience):
         pass
-
-
-@pytest.mark.parametrize("number", range(10))
-def test_a_topic_notebook_is_short(repo, number):
-    (path,) = repo.glob(f"notebooks/{number:02}_*.ipynb")
-    parameters, *cells = [cell.source for cell in read_notebook(path).cells if cell.cell_type == "code"]
-    lines = [len(re.findall(r"^ *[^ #\n]", source, re.M)) for source in (parameters, *cells)]
-    assert sum(lines) <= 120 and statistics.median(lines) <= 8 and max(lines[1:]) <= 25
-    assert not any("helpers.dev" in source for source in cells)

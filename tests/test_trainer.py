@@ -170,7 +170,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def script(text):
-    start = "import os, signal, threading, time\nfrom helpers.settings import end_with_a_word\nend_with_a_word()\n"
+    start = "import os, signal, threading, time\nfrom helpers.processes import end_with_a_word\nend_with_a_word()\n"
     return subprocess.run([sys.executable, "-c", start + text], capture_output=True, text=True, timeout=300)
 
 

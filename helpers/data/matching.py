@@ -133,7 +133,7 @@ class Pictures:
         try:
             for base in (one.file.parent, self.root):
                 path = Path(os.path.normpath(base / one.name.replace("\\", "/")))
-                if path.is_file() and self._inside(path):
+                if self._inside(path) and path.is_file():  # the first raises for a zero byte, the second does not
                     return path
         except (OSError, ValueError) as error:  # too long, or with a zero byte
             reason = f"the picture path {one.name[:60]!r} cannot be one ({error})"

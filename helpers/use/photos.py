@@ -32,8 +32,9 @@ from PIL.Image import Image
 from helpers import predict, runs
 from helpers.boxes import CATEGORIES
 from helpers.data.pictures import escaped
+from helpers.processes import end_with_a_word
 from helpers.runs import read_json, write_json, write_text
-from helpers.settings import ParameterError, end_with_a_word
+from helpers.settings import ParameterError
 from helpers.use import load
 from helpers.use.inputs import Picture, Reader, find_pictures
 from helpers.use.load import first_line
