@@ -20,7 +20,7 @@ from helpers.data.pictures import as_rgb
 from helpers.data.schema import source_hash, workers
 
 COVERED = 0.4  # of the made pictures lose their tables; the others get more
-MOST = 4  # tables in a made picture: so many completions fit into max_new_tokens
+MOST = 3  # tables in a made picture: so many completions fit into 128 new tokens, whatever their names
 SIDE = (0.15, 0.55)  # of the picture's long side: a pasted piece's
 TRIES = 20
 GREY = (114, 114, 114)
