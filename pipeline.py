@@ -411,12 +411,12 @@ def sft_config(stage_run, fits):
 # does not train encodes each picture once, not once an epoch.
 
 # %%
-def fit(tuned):
+def fit(tuned, train_rows, stage_collator):
     """Whether to recompute activations, and what layers keep all the same."""
     if run.gradient_checkpointing is not None:
         return speed.Fit(run.gradient_checkpointing)
-    rows_of = collate.longest(rows["train"], batch_size, run.min_pixels, run.max_pixels)
-    return speed.fit(tuned, collator(rows_of))
+    longest = collate.longest(train_rows, batch_size, run.min_pixels, run.max_pixels)
+    return speed.fit(tuned, (collator if run.augment else stage_collator)(longest))
 
 
 def training_data(stage_run, tuned, augment):
@@ -436,9 +436,9 @@ def training_data(stage_run, tuned, augment):
 # %%
 def on_labels(stage_run, tuned, **proofs):
     """The trainer of a stage that learns the true completions."""
-    fits = fit(tuned)
     augment = Augment(run.seed) if run.augment else None
     train_rows, stage_collator = training_data(stage_run, tuned, augment)
+    fits = fit(tuned, train_rows, stage_collator)
     callbacks = [augment] if augment else []  # learns the epoch
     return trainer.BoxTrainer(tuned, args=sft_config(stage_run, fits), train_dataset=train_rows,
                               data_collator=stage_collator, processing_class=processor,

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -447,7 +447,7 @@ def _peak(vlm: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     for device in devices:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        given = {name: tensor.to(vlm.device) for name, tensor in batch.items()}
+        given = with_features({name: tensor.to(vlm.device) for name, tensor in batch.items()})
         labels, base = given.pop("labels"), vlm.get_base_model() if isinstance(vlm, PeftModel) else vlm
         with torch.autocast("cuda", torch.bfloat16):
             vlm.train()
@@ -527,6 +527,15 @@ class CachedFeaturesCollator:
         batch["image_grid_thw"] = torch.stack([one["image_grid_thw"] for one in ready])
         batch["image_features"] = torch.cat([self.features[self.places[row["image_id"]]] for row in rows])
         return batch
+
+
+def with_features(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch as Qwen2-VL takes it: cached `image_features` in the place of what its vision tower would make."""
+    rest = {name: value for name, value in batch.items() if name != "image_features"}
+    if "image_features" not in batch:
+        return rest
+    made = BaseModelOutputWithPooling(pooler_output=(batch["image_features"],))
+    return rest | {"mm_encoder_outputs": {"image": made}}
 
 
 def for_sampling(base: nn.Module) -> nn.Module:

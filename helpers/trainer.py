@@ -26,13 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import ConcatDataset, DataLoader, Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 from transformers.vision_utils import get_vision_cu_seqlens
 from trl import SFTTrainer
 
-from helpers import data, evaluate, merge, parity, predict, runs
+from helpers import data, evaluate, merge, parity, predict, runs, speed
 from helpers.collate import IGNORED
 from helpers.model import keep_4bit_trainable
 from helpers.runs import progress_bar, read_json, write_json, write_text
@@ -207,9 +206,7 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
             inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
-        features = inputs.pop("image_features", None)
-        if features is not None:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=(features,))}
+        inputs = speed.with_features(inputs)
         place = self.accelerator.unwrap_model(self.model).get_output_embeddings().weight.device
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(place)

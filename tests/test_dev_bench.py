@@ -1,6 +1,7 @@
 """The benchmark, made small; and that README says what its report says."""
 
 import json
+import sys
 
 import pytest
 
@@ -34,8 +35,8 @@ def test_variants_take_turns_and_rows_are_added_to_the_report_one_by_one(tmp_pat
     shown = ["--folder", str(tmp_path), "--only"]
     assert bench.main([*shown, "stock", "pipeline", "ours, nf4", "ours, bf16"]) == 0
     said = capsys.readouterr().out
-    assert "| r4-joint, stock | 7.50 (5.00–10.00) | 1.00 | – |" in said
-    assert "| r4-joint, ours, as the pipeline trains | 42.00 (28.00–56.00) | 5.60 | – |" in said
+    assert "| r4-joint, stock | 7.50 (5.00–10.00) | – | – |" in said
+    assert "| r4-joint, ours, as the pipeline trains | 42.00 (28.00–56.00) | – | – |" in said
     assert "ours, nf4 (nf4, 32 at once) 7.7 s." in said and "ours, bf16: no memory" in said
     order = (tmp_path / "order").read_text().splitlines()
     assert order[:4] == ["0 stock", "1 stock", "2 stock", "3 stock"]  # a group of its own without a GPU
@@ -53,6 +54,14 @@ def test_variants_take_turns_and_rows_are_added_to_the_report_one_by_one(tmp_pat
     with pytest.raises(SystemExit):
         bench.main([*shown, "r9"])
     assert "--only r9 names no variant; they are r4-joint, stock; r4-joint, ours" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "GROUPS", (("Unsloth", "ours, in 24 GiB"),))
+    monkeypatch.setattr(bench, "ON_A_GPU", {"many_sizes"})
+    (tmp_path / "unsloth.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert bench.main([*shown, "r4", "--unsloth", sys.executable]) == 0
+    said = capsys.readouterr().out
+    assert "| r4-joint, Unsloth | 10.50 (7.00–14.00) | 1.00 | – |" in said
+    assert "| r4-joint, ours, in 24 GiB | 22.50 (15.00–30.00) | 2.14 | – |" in said  # 15 letters against 7
 
 
 @pytest.mark.slow

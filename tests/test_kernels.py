@@ -1,4 +1,4 @@
-"""LoRA's passes with dropout: Triton's kernels, run by its interpreter, against PyTorch with the kernels' own mask."""
+"""Triton's kernels, run by its interpreter, against PyTorch: LoRA's with the kernels' own mask, and the rotation."""
 
 import math
 import os
@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+
+from helpers import speed
 
 pytest.importorskip("triton")
 HERE = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported, so in a process of its own
@@ -17,7 +19,7 @@ interpreted = pytest.mark.skipif(not HERE, reason="runs in the process of the te
 def test_the_kernels_in_tritons_interpreter():
     words = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     ended = subprocess.run(words, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert ended.returncode == 0 and "6 passed, 1 skipped" in ended.stdout, ended.stdout
+    assert ended.returncode == 0 and "7 passed, 1 skipped" in ended.stdout, ended.stdout
 
 
 @pytest.fixture
@@ -67,3 +69,15 @@ def test_neighbours_are_dropped_independently(kernels):
     assert abs(kept.float().mean(1) - 0.5).max() < 5 * 0.5 / math.sqrt(128)
     for other in (kept.roll(1, 0), kept.roll(1, 1), kept.roll(2, 1), kept.roll(4, 1), kept.roll(64, 0)):
         assert abs((kept == other).float().mean() - 0.5) < 4 * 0.5 / math.sqrt(kept.numel())
+
+
+@interpreted
+def test_queries_and_keys_are_turned_as_transformers_does(kernels):
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    qkv, angles = torch.randn(9, 3, 5, 20), torch.randn(9, 10).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    q, k = apply_rotary_pos_emb_vision(qkv[:, 0], qkv[:, 1], cos, sin)
+    for turned in (kernels.turned(qkv, cos, sin), speed.PlainPasses.turned(qkv, cos, sin)):
+        assert torch.allclose(turned, torch.stack([q, k, qkv[:, 2]], 1), atol=1e-6)
+    assert torch.allclose(kernels.turned(turned, cos, -sin), qkv, atol=1e-6)  # back, as gradients are

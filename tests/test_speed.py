@@ -249,8 +249,14 @@ def test_without_a_gpu_the_batch_is_taken_as_it_is(processor, rows):
     assert speed.fit(None, collate.Collator(processor, "Where?")([rows[0], rows[1]])) == speed.Fit()
 
 
-def test_a_step_is_tried_for_real(gpu, processor, rows, monkeypatch):
-    tuned, batch = adapted(load(dtype=torch.float32)), collate.Collator(processor, "Where?")([rows[0], rows[1]])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_is_tried_for_real(cached, tmp_path, processor, rows, request, monkeypatch):
+    tuned, collator = adapted(load(dtype=torch.float32), R1), collate.Collator(processor, "Where?")
+    if cached:
+        collator = speed.CachedFeaturesCollator(collator, tuned, rows, tmp_path / "features.bin", 4)
+        tuned.get_base_model().model.visual.forward = None  # it does not run again
+    batch = collator([rows[0], rows[1]])
+    request.getfixturevalue("gpu")
     assert speed.fit(tuned.eval(), batch) == speed.Fit()  # 10 GiB, as the stand-in says
     assert not gradients(tuned) and not tuned.training
 

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -310,24 +310,38 @@ def prepare(folder: Path, scale: str) -> dict:
                    "new_tokens": 26}  # a box and its end; random weights never stop before
 
 
+def times_unsloth(row: dict, rows: Iterable[dict]) -> str:
+    """The median of a row's rounds over those of Unsloth beside it; of their medians, in brackets, where it was not."""
+    if "unsloth" in row:
+        return f"{statistics.median(one / other for one, other in zip(row['rounds'], row['unsloth'], strict=True)):.2f}"
+    peers = [other["pictures_per_s"] for other in rows if other["kind"] == "unsloth"
+             and other["recipe"] == row["recipe"] and "failed" not in other]
+    if not peers or row["kind"] == "unsloth":
+        return "1.00" if peers else "–"
+    return f"({row['pictures_per_s'] / statistics.median(peers):.2f})"
+
+
 def summary(report: dict) -> str:
     """The report as README has it: a line on the machine, training as a table, generation in a line."""
     rows = {row["name"]: row for row in report["train"] if row["name"] in VARIANTS}
-    stocks = {row["recipe"]: row["pictures_per_s"] for row in rows.values() if row["kind"] == "stock"
-              and "failed" not in row}
-    training = [["training", "pictures/s", "× stock", "peak GiB"]]
+    training = [["training", "pictures/s", "× Unsloth", "peak GiB"]]
     for name in (name for name in VARIANTS if name in rows):
         row, first = rows[name], f"{rows[name]['recipe']}, {name.removesuffix(', r1')}"
-        rate, base = row.get("pictures_per_s", 0), stocks.get(row["recipe"], math.nan)
         spread = f" ({min(row['rounds']):.2f}–{max(row['rounds']):.2f})" if "rounds" in row else ""
         training.append([first, row["failed"], "–", "–"] if "failed" in row else [
-            first, f"{rate:.2f}{spread}", f"{rate / base:.2f}", f"{row['peak_gib'] or math.nan:.1f}"])
+            f"{first}{_of(row)}", f"{row['pictures_per_s']:.2f}{spread}", times_unsloth(row, rows.values()),
+            f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"])
     generation = "; ".join(f"{row['name']} ({row['precision']}, {row['batch']} at once) {row['s_for_123']:.1f} s"
-                           for row in report["answer"])
+                           + _of(row) for row in report["answer"])
     head = (f"`{report['command']}` ({report['device']}, {report['model']}, torch {report['torch']}, commit "
-            f"{report['commit']}; {report['pictures_per_update']} pictures an update):")
+            f"{report['commit']}; {report['pictures_per_update']} pictures an update; median of {ROUNDS} rounds in "
+            "turns, and the slowest and fastest; in brackets: not in one call):")
     table = "\n".join(f"| {' | '.join(row)} |" for row in [training[0], ["---"] * len(training[0]), *training[1:]])
-    return "\n\n".join([head, table, f"Generation for {VAL} pictures: {generation}."]).replace("nan", "–")
+    return "\n\n".join([head, table, f"Generation for {VAL} pictures: {generation}."])
+
+
+def _of(row: dict) -> str:
+    return f" (commit {row['commit']})" if "commit" in row else ""
 
 
 def answer_row(racer: Racer) -> dict[str, dict]:
@@ -383,8 +397,13 @@ def main(arguments: list[str] | None = None) -> int:
         for task in tasks:
             task["data"] = str(folder / "many") if task.get("many_sizes") else task["data"]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            for racer in race(tasks, Path(scratch), options.unsloth, until):
+            racers = race(tasks, Path(scratch), options.unsloth, until)
+            beside = next((row["rounds"] for row in map(Racer.found, racers) if row["kind"] == "unsloth"
+                           and len(row.get("rounds", [])) == ROUNDS), None)
+            for racer in racers:
                 row, name = racer.found(), racer.task["name"]
+                if beside and row["kind"] != "unsloth" and len(row.get("rounds", [])) == ROUNDS:
+                    row["unsloth"] = beside
                 rate = f"{row['pictures_per_s']:.2f} pictures/s" if "pictures_per_s" in row else ""
                 print(f"{name}:", row.get("failed") or rate or f"{row['seconds']:.1f} s", flush=True)
                 if "failed" in row:
