@@ -180,8 +180,8 @@ REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db
 
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture and pictures
 # of 1280 image tokens: 15.5 to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4
-# in batches of 8 with checkpointing and 12.1 in batches of 2 (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in
-# batches of 2, to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 the same 6.4 as in r4. r5 is
+# with checkpointing and 12.8 with `memory="low"` (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in batches of 2,
+# to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 what they do in r4: 6.4, or .7. r5 is
 # arithmetic alone: r1's, and keys, values and a prefill of batch_size x reward_completions sequences. With
 # `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, cached vision features, the model saved
 # or merged, and the Hub's download.
