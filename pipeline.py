@@ -51,6 +51,7 @@ precision = None  # nf4 or bf16: what the frozen base is stored in; None: as the
 memory = None  # low: activations wait in the host's memory, merging on the CPU; r1 and r4 at 7B need a GPU of 16 GiB
 gradient_checkpointing = None  # recompute activations in the backward pass; None: where memory needs it
 augment = None  # True: another view of each training picture in each epoch, its boxes moved with it
+paste = None  # pictures with several tables or none, pasted from the others: how many to each real one
 reward_steps = None  # r5's updates by rewards, each of batch_size x accumulation pictures
 reward_learning_rate = None
 reward_completions = None  # sampled of each picture
@@ -106,6 +107,7 @@ from helpers import collate, data, evaluate, merge, messages, model, parity, plo
 from helpers import reward, speed, trainer
 from helpers.augment import Augment
 from helpers.evaluate import reports
+from helpers.paste import with_pasted
 
 transformers.set_seed(run.seed)
 pd.options.display.max_colwidth = 160
@@ -167,6 +169,15 @@ constant_box = evaluate.best_constant_box(data.truth_rows(rows[fitted_on]))
 constant = evaluate.constant_predictions(constant_box, truth)
 constant_iou = evaluate.with_interval(evaluate.score(truth, constant)["summary"]["mean_iou"])
 print(f"best constant box, fitted on {fitted_on}, {constant_box.round(3)}: mean IoU {constant_iou} on val")
+
+# %% [markdown]
+# Most photos show one table, and a model that trains on them learns to draw one box and stop. `paste` adds pictures
+# with several tables and with none, made from pieces of the others; `notebooks/10_better_boxes` shows what they bring.
+
+# %%
+with processes.main_first():
+    rows["train"] = with_pasted(rows["train"], run.paste, run.seed)
+print(len(rows["train"]), "pictures to train on")
 
 # %% [markdown]
 # ## 3 · Messages

@@ -24,6 +24,7 @@ from helpers.data.pictures import as_rgb
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to_messages
 from helpers.runs import progress_bar
 
+BOX_BEGINS = "<|object_ref_start|>"  # the first token of a box's text
 AT_ONCE = 4  # pictures that the vision tower encodes together: more gain nothing, and leave a CPU's cache
 PROMPT_TOKENS = 128  # of text, about, with the completion
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
@@ -113,12 +114,13 @@ def _places(files: Iterable[Path], name: str) -> dict[str, tuple[Path, int]]:
 
 def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, generation: dict,
                      names: Sequence[str] | None, batch_size: int) -> Iterator[list[dict]]:
-    """The lines of each batch of the rows `todo`. Where memory runs out, it goes on with batches of half the size.
+    """The lines of each batch of the rows `todo`, whose first is the largest picture: that a batch of such fits is
+    known before. Where memory runs out all the same, it goes on with batches of half the size.
 
     On a GPU other processes open the coming pictures, where `rows` is a data set and no list of pictures.
     """
     size = processor.image_processor.size
-    largest = as_rgb(rows[todo[0]]["image"]).size if todo else (1, 1)  # they are sorted
+    largest = as_rgb(rows[todo[0]]["image"]).size if todo else (1, 1)
     most = image_tokens([largest], size["shortest_edge"], size["longest_edge"]).max()
     done, batch_size = 0, min(batch_size, len(todo), room_for(model, int(most) + PROMPT_TOKENS))
     workers = 0 if model.device.type == "cpu" or isinstance(rows, list) else 4
@@ -290,10 +292,14 @@ def line(image_id: str, tokens: list[int], log_probabilities: list[float], token
     starts = [0, *accumulate(map(len, pieces))]
 
     def confidence(begin: int, end: int) -> float:
-        """exp of the mean log-probability of the tokens that carry a box's digits (0-1)."""
+        """The probability that a box begins here, in place of the end, times the geometric mean of its digits' (0-1).
+
+        The first says whether there is a table, the second where it is. (`notebooks/10_better_boxes` compares.)
+        """
         digits = [log for piece, start, log in zip(pieces, starts, log_probabilities, strict=False)
                   if begin <= start < end and re.search(r"\d", piece)]
-        return round(math.exp(sum(digits) / len(digits)), 4)
+        first = max((i for i, piece in enumerate(pieces) if piece == BOX_BEGINS and starts[i] < begin), default=0)
+        return round(math.exp(log_probabilities[first] + sum(digits) / len(digits)), 4)
 
     return {
         "image_id": image_id, "text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(),

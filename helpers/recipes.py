@@ -102,6 +102,7 @@ def text(expected: str, pattern: str = r"(?s).*\S.*") -> Rule:
 
 FLAG = Rule("True or False", lambda value: type(value) is bool)
 SHARE = Rule("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1)
+TIMES = Rule("a number from 0 to 100", lambda value: type(value) in (int, float) and 0 <= value <= 100)
 PROMPT = Rule("text for every picture, without special tokens such as <|image_pad|>",
               lambda value: isinstance(value, str) and bool(value.strip()) and not special_token(value), is_text=True)
 COUNT = whole(1, 10**9)
@@ -146,6 +147,7 @@ PARAMETERS: dict[str, Parameter] = {
     # at 7b None stays: the training tries whether a step fits into memory without
     "gradient_checkpointing": Parameter(FLAG, {"7b": None, "tiny": False}, low=both(True)),
     "augment": Parameter(FLAG, both(False), trains=True),
+    "paste": Parameter(TIMES, both(0), trains=True),
     "reward_steps": Parameter(COUNT, {"7b": 100, "tiny": 100}, trains=True),
     "reward_learning_rate": Parameter(number(0, 1), optional=True, trains=True),  # of the recipe's last stage
     "reward_completions": Parameter(whole(2, 1024), {"7b": 8, "tiny": 4}, trains=True),

@@ -440,7 +440,8 @@ class IoUDuringTraining(TrainerCallback):
     def _measure(self) -> float:
         """Mean IoU (0-1) of the model as it is now; the same number in every process."""
         accelerator, model = self.sft.accelerator, self.sft.accelerator.unwrap_model(self.sft.model)
-        mine = list(self.rows.shard(accelerator.num_processes, accelerator.process_index, contiguous=False))
+        mine = sorted(self.rows.shard(accelerator.num_processes, accelerator.process_index, contiguous=False),
+                      key=lambda row: -row["image"].width * row["image"].height)
         generation = {"do_sample": False, "use_cache": True, "max_new_tokens": self.run.max_new_tokens}
         was_training = model.training
         model.eval()

@@ -142,9 +142,9 @@ plt.show()
 # %% [markdown]
 # ## How sure the model is
 #
-# A generated box comes without a score, but each of its digits has a probability. Their geometric mean is the box's
-# confidence. It ranks the boxes, which average precision needs. Is it also a probability? Then the points would lie on
-# the line.
+# A generated box comes without a score, but each of its tokens has a probability. Its confidence is the probability
+# that a box begins at all, times the geometric mean of its digits'. It ranks the boxes, which average precision needs.
+# Is it also a probability? Then the points would lie on the line.
 
 # %%
 reliability = tuned["confidence"]["reliability"] or {"bins": []}

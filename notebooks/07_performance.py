@@ -207,14 +207,14 @@ steps["gain"] = (1 - steps["after_ms"] / steps["before_ms"]).map("{:+.0%}".forma
 steps.set_index("change").rename_axis(None).rename(columns={"before_ms": "before", "after_ms": "after"})
 
 # %% [markdown]
-# * **LoRA's small products read large inputs.** PEFT reads x for dropout, for the product with A, and writes a mask. One
-#   kernel (`helpers.kernels`) reads x once and computes the mask from a counter, so that nothing is stored; layers with
-#   the same x (query, key, value) share it.
+# * **LoRA's small products read large inputs.** PEFT reads x for dropout, for the product with A, and writes a mask.
+#   One kernel (`helpers.kernels`) reads x once and computes the mask from a counter, so that nothing is stored; layers
+#   with the same x (query, key, value) share it.
 # * **Attention of the vision tower** is per picture. transformers splits, copies and joins query, key and value in each
 #   layer. Here they stay one tensor, and the kernel reads parts of it.
 # * **Recomputing** costs a third of a step. So a trial finds how many layers can keep everything, and where layers
-#   recompute, attention's outputs are kept: they are small, and dear to make. PyTorch's own way to keep single operations
-#   (a policy for selective checkpointing) passes each operation through Python, which costs more than it saves.
+#   recompute, attention's outputs are kept: they are small, and dear to make. PyTorch's own way to keep single
+#   operations (a policy for selective checkpointing) passes each through Python, which costs more than it saves.
 # * **Fewer pictures at once** save memory too, but a GPU this fast then waits for Python to launch the next kernel.
 
 # %%

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageDraw
-from transformers import BitsAndBytesConfig, Qwen2VLProcessor, TrainerCallback, set_seed
+from transformers import Qwen2VLProcessor, TrainerCallback, set_seed
 from trl import SFTConfig
 
 from helpers import collate, model, parity, trainer
@@ -36,11 +36,7 @@ def load_tiny(**options):
     return model.load(TINY_BASE, **options).requires_grad_(False).eval()
 
 
-def nf4_config(dtype=None, skip=("model.visual", "lm_head")):
-    """The pipeline's quantization, computing in `dtype` (None: what this machine computes in)."""
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype or model.compute_dtype(),
-                              llm_int8_skip_modules=list(skip))
+nf4_config = model.nf4  # the pipeline's quantization
 
 
 def build(recipe, folder, processor, rows, nf4=False, dtype=None, **options):

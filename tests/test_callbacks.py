@@ -108,7 +108,7 @@ except SystemExit as end:
 
 def test_two_processes_share_the_pictures_agree_and_stop_together(repo):
     Path("two.py").write_text(TWO_PROCESSES)
-    ended = subprocess.run([Path(sys.executable).parent / "torchrun", "--nproc-per-node", "2", "--master-port", "29547",
+    ended = subprocess.run([Path(sys.executable).parent / "torchrun", "--standalone", "--nproc-per-node", "2",
                             "two.py"], env=os.environ | {"PYTHONPATH": f"{repo}:{repo / 'tests'}"},
                            capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]

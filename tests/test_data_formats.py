@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import datasets
 import numpy as np
@@ -34,6 +35,7 @@ from tiny_exports import (
 )
 
 from helpers import data
+from helpers.data import formats
 from helpers.data.schema import FEATURES
 
 
@@ -107,6 +109,34 @@ def test_hidden_files_and_leftovers_of_programs_are_never_data(name, tmp_path):
     check_rows(load_clean(tmp_path))
 
 
+TURNED = '<annotations><image name="a"><{}</image></annotations>'
+POLYGON = "<annotation><object><polygon>{}</polygon></object></annotation>"
+VALUE = {"x": 10, "y": 20, "width": 30, "height": 10, "rotation": 90, "rectanglelabels": ["t"]}
+SHAPES = [  # format, what its file holds, the corners of the box around the shape
+    ("CVAT", TURNED.format('box label="t" xtl="10" ytl="20" xbr="50" ybr="40" rotation="90"/>'), (20, 10, 40, 50)),
+    ("CVAT", TURNED.format('polygon label="t" points="1,2;30,4;5,60"/>'), (1, 2, 30, 60)),
+    ("Pascal VOC", POLYGON.format("<x1>1</x1><y1>2</y1><x2>7</x2><y2>9</y2>"), (1, 2, 7, 9)),
+    ("Pascal VOC", POLYGON.format("<pt><x>1</x><y>9</y></pt><pt><x>5</x><y>2</y></pt>"), (1, 2, 5, 9)),
+    ("Label Studio", [{"data": {"image": "a.jpg"}, "annotations": [{"result": [
+        {"original_width": 100, "original_height": 200, "value": VALUE}]}]}], (-10, 20, 10, 35)),
+    ("Label Studio", [{"data": {"image": "a.jpg"}, "annotations": [{"result": [
+        {"value": {"points": [[1, 2], [3, 4], [9, 1]], "polygonlabels": ["t"]}}]}]}], (1, 1, 9, 4)),
+    ("VIA", {"a": {"filename": "a.jpg", "regions": {"0": {"shape_attributes": {
+        "all_points_x": [1, 5, 3], "all_points_y": [2, 4, 9]}, "region_attributes": {"t": {"yes": True}}}}}},
+     (1, 2, 5, 9)),
+    ("COCO", {"images": [{"id": 0, "file_name": "a.jpg"}], "annotations": [
+        {"image_id": 0, "category_id": 0, "segmentation": [[1, 2, 7, 9, 3, 3]]}]}, (1, 2, 7, 9)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "around"), SHAPES)
+def test_of_a_turned_box_or_a_polygon_the_box_around_it_is_taken(name, content, around):
+    content = ElementTree.fromstring(content) if isinstance(content, str) else content
+    (found,) = formats.FORMATS[name].read(Path("file"), content)
+    np.testing.assert_allclose(found.boxes, [around], atol=1e-9)
+    assert isinstance(found.boxes[0], tuple) and len(found.names) == 1  # corners, whatever the format's order
+
+
 # --- bad input: each has its sentence ---------------------------------------------------------------------------------
 
 
@@ -150,6 +180,7 @@ BAD = [  # format, file, what stands in it, parts of the sentence
     ("CVAT", "annotations.xml", "<annotations><track/></annotations>", ["annotations.xml: has tracks of a video"]),
     ("Qwen2.5-VL", "all.json", [{"image": "a.jpg", "suffix": ""}, {"suffix": ""}],
      ["all.json: entry 2 names no picture"]),
+    ("CSV", "labels.csv", "filename,class,xmin,ymin,xmax,ymax\n", ["labels.csv (0 lines with the columns ['filename'"]),
     ("COCO", "a.parquet", b"PAR1", ["a.parquet: not a whole Parquet file"]),
 ]
 

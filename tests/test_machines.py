@@ -1,6 +1,7 @@
 """Several machines, with stand-ins: two launches on this one, each with one process, joined over the network."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -31,8 +32,10 @@ print("sum", int(count), "of", os.environ["WORLD_SIZE"], "local", os.environ["LO
 
 def start(repo, *program) -> list[subprocess.Popen]:
     """A program on two machines, which write machine-0.log and machine-1.log."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2",
-             "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29547"]
+             "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     return [subprocess.Popen([*words, "--machine_rank", str(rank), *program], stderr=subprocess.STDOUT,
                              stdout=Path(f"machine-{rank}.log").open("w"), env=os.environ | {"PYTHONPATH": str(repo)})
             for rank in (0, 1)]

@@ -182,11 +182,11 @@ def test_one_completion_as_a_line(processor):
     line = predict.line("a", tokens + [0, 0], half + [0.0, 0.0], processor.tokenizer)
     assert line["text"] == text and line["stopped"] and line["new_tokens"] == len(tokens)
     assert line["boxes"] == [[0.1, 0.2, 0.5, 0.6]] and line["labels"] == ["barcode"]
-    assert line["confidences"] == [0.5] and len(line["rejected"]) == 1
+    assert line["confidences"] == [0.25] and len(line["rejected"]) == 1
     assert not predict.line("a", tokens[:-1], half[:-1], processor.tokenizer)["stopped"]
-    unsure = [math.log(0.25)] * len(tokens)  # of each box its own digits count alone
+    unsure = [math.log(0.25)] * len(tokens)  # of each box its own tokens count alone
     two = predict.line("a", tokens[:-5] * 2, half[:-5] + unsure[:-5], processor.tokenizer)
-    assert two["confidences"] == [0.5, 0.25]
+    assert two["confidences"] == [0.25, 0.0625]
 
 
 def test_constrained_completions_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):

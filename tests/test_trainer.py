@@ -23,7 +23,6 @@ from helpers import collate, data, runs, trainer
 from helpers.collate import IGNORED
 from helpers.runs import read_json, write_json
 from helpers.settings import ParameterError
-from helpers.speed import KeepActivations
 
 
 class At(TrainerCallback):
@@ -336,7 +335,7 @@ def test_keeping_fewer_activations_is_advised_where_some_are_kept(tmp_path, proc
     sft = build("r1-llm-only", tmp_path, processor, rows, gradient_checkpointing=True)
     sft.model.gradient_checkpointing_enable()  # as Trainer does when a training begins
     assert "gradient_checkpointing" not in trainer.advice(sft)
-    KeepActivations({sft.model.get_base_model().model.language_model.layers[0]: "everything"}).on_train_begin()
+    sft.model.get_base_model().model.language_model.layers[0].gradient_checkpointing = False  # as `speed.keep` does
     assert trainer.advice(sft).startswith("gradient_checkpointing=True keeps fewer activations, and goes on")
 
 

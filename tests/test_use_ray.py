@@ -15,9 +15,11 @@ import pyarrow.dataset
 import pytest
 
 from helpers import predict
-from helpers.use.photos import main, predict_photos
+from helpers.settings import ParameterError
+from helpers.use.inputs import Picture
+from helpers.use.photos import main, predict_on_ray, predict_photos
 
-cluster_utils = pytest.importorskip("ray.cluster_utils")
+ray, cluster_utils = pytest.importorskip("ray"), pytest.importorskip("ray.cluster_utils")
 LIMIT = 400  # seconds for a command
 
 
@@ -82,6 +84,14 @@ def test_an_address_where_no_ray_is_ends_in_a_sentence(model, photos, tmp_path):
         with pytest.raises(SystemExit, match=f"^no Ray cluster answers at --ray {address} .*; start one"):
             main(command(photos[0], tmp_path / "out", model, address)[3:])
     assert not (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_what_an_actor_refuses_is_said(cluster, model, tmp_path):
+    options = {"model": model, "output": tmp_path, "read": str, "crops": False, "batch_size": 2}  # and no job.json
+    with pytest.raises(ParameterError, match=f"^OUTPUT={tmp_path} is not there on .*: all machines must share it.$"):
+        list(predict_on_ray([Picture("1", "1", "1")], options, 2, cluster.address, tmp_path / "ray"))
+    ray.shutdown()
 
 
 @pytest.mark.slow

@@ -74,8 +74,8 @@ def centred(box) -> list[float]:
     return [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]]
 
 
-def keyed(values, keys: str) -> dict[str, float]:
-    return dict(zip(keys.split(), values, strict=True))
+def keyed(box) -> dict[str, float]:
+    return dict(zip(("x", "y", "width", "height"), box, strict=True))
 
 
 def corners(box) -> list[float]:
@@ -88,7 +88,7 @@ def words(*values) -> str:
     return " ".join(map(str, values))
 
 
-# --- the formats: {file: what stands in it} of some things ------------------------------------------------------------
+# --- the formats: what stands in their file, or (of a picture's name and things) in a file for each picture -----------
 
 
 def coco(things: Things = THINGS, **other: Any) -> dict[str, Any]:
@@ -99,12 +99,12 @@ def coco(things: Things = THINGS, **other: Any) -> dict[str, Any]:
             "categories": [{"id": 7, "name": "Nutrition Table"}, {"id": 9, "name": TEXT}]} | other  # fmt: skip
 
 
-def each(entry: Callable[[str, list], dict]) -> Callable[[Things], list[dict]]:
+def each(entry: Callable[[str, list], Any]) -> Callable[[Things], list]:
     """Of an entry for a picture's file and its things: a list of all."""
     return lambda things: [entry(f"{name}.jpg", own) for name, own in things.items()]
 
 
-def metadata(objects: Callable[[list], Any], **more: Any) -> Callable[[Things], list[dict]]:
+def metadata(objects: Callable[[list], Any], **more: Any) -> Callable[[Things], list]:
     return each(lambda picture, own: {"file_name": picture, "objects": objects(own), **more})
 
 
@@ -120,21 +120,19 @@ def metadata_csv(things: Things) -> str:
     return "\n".join(["file_name,objects", *lines])
 
 
-def yolo(things: Things) -> dict[str, str]:
+def yolo(name: str, own: list) -> str | None:
     """No file for a picture without a box."""
-    return {f"labels/{name}.txt": "\n".join(words(int(kind != TABLE), *centred(box)) for kind, box in own)
-            for name, own in things.items() if own}  # fmt: skip
+    return "\n".join(words(int(kind != TABLE), *centred(box)) for kind, box in own) or None
 
 
-def yolo_shapes(things: Things) -> dict[str, str]:
+def yolo_shapes(name: str, own: list) -> str:
     """a: a polygon and a blank line; b: an oriented box as Roboflow writes it, a confidence; c: one blank line."""
-    return {"labels/a.txt": "0.0 0.1 0.25 0.3 0.25 0.5 0.6 0.2 0.75\n\n", "labels/c.txt": "\n",
-            "labels/b.txt": f"0 {words(*corners(things['b'][0][1]))}\n1 0.5 0.125 1.0 0.25 0.93\n"}  # fmt: skip
+    return {"a": "0.0 0.1 0.25 0.3 0.25 0.5 0.6 0.2 0.75\n\n", "c": "\n",
+            "b": "0 0.25 0.5 0.75 0.5 0.75 1.0 0.25 1.0\n1 0.5 0.125 1.0 0.25 0.93\n"}[name]  # fmt: skip
 
 
-def dota(things: Things) -> dict[str, str]:
-    return {f"labelTxt/{name}.txt": "imagesource:GoogleEarth\n" + "\n".join(
-        words(*corners(pixels(box)), kind, 0) for kind, box in own) for name, own in things.items()}  # fmt: skip
+def dota(name: str, own: list) -> str:
+    return "\n".join(["imagesource:GoogleEarth", *(words(*corners(pixels(box)), kind, 0) for kind, box in own)])
 
 
 def voc(name: str, own: list) -> str:
@@ -166,72 +164,75 @@ def labelme(name: str, own: list) -> dict:
 
 labelstudio = each(lambda picture, own: {"data": {"image": f"/data/upload/1/{picture}"}, "annotations": [{"result": [
     {"original_width": WIDTH, "original_height": HEIGHT, "value": {
-        **keyed(xywh(pixels(box, 100, 100)), "x y width height"), "rotation": 0, "rectanglelabels": [kind]}}
+        **keyed(xywh(pixels(box, 100, 100))), "rotation": 0, "rectanglelabels": [kind]}}
     for kind, box in own]}]})  # fmt: skip
 createml = each(lambda picture, own: {"image": picture, "annotations": [
-    {"label": kind, "coordinates": keyed(centred(pixels(box)), "x y width height")} for kind, box in own]})
+    {"label": kind, "coordinates": keyed(centred(pixels(box)))} for kind, box in own]})  # fmt: skip
 via = each(lambda picture, own: {"filename": picture, "regions": [
-    {"shape_attributes": keyed(xywh(pixels(box)), "x y width height"), "region_attributes": {"label": kind}}
-    for kind, box in own]})  # fmt: skip
+    {"shape_attributes": keyed(xywh(pixels(box))), "region_attributes": {"label": kind}} for kind, box in own]})
 
 
-def said(own: list, box: str, none: str) -> str:
+def spoken(own: list, box: str, none: str) -> str:
     return "".join(box.format(kind, *map(round, pixels(one, 1000, 1000))) for kind, one in own) or none
 
 
 QWEN = "<|object_ref_start|>{}<|object_ref_end|><|box_start|>({},{}),({},{})<|box_end|>"
 qwen = each(lambda picture, own: {"images": [f"images/{picture}"], "messages": [
     {"role": "user", "content": "<image>Find the tables."},
-    {"role": "assistant", "content": said(own, QWEN, "no nutrition table")}]})  # fmt: skip
+    {"role": "assistant", "content": spoken(own, QWEN, "no nutrition table")}]})  # fmt: skip
 qwen25 = each(lambda picture, own: {"image": picture, "conversations": [
     {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "```json\n" + json.dumps(
         [{"bbox_2d": pixels(box), "label": kind} for kind, box in own]) + "\n```"}]})  # fmt: skip
 swift = each(lambda picture, own: {
     "messages": [{"role": "assistant", "content": "<ref-object><bbox>"}], "images": [f"/mnt/other/{picture}"],
     "objects": {"ref": [kind for kind, _ in own], "bbox": [pixels(box) for _, box in own], "bbox_type": "real"}})
-florence = each(lambda picture, own: {"image": picture, "prefix": "<OD>", "suffix": said(
+florence = each(lambda picture, own: {"image": picture, "prefix": "<OD>", "suffix": spoken(
     own, "{}<loc_{}><loc_{}><loc_{}><loc_{}>", "[]")})  # fmt: skip
 
 
 class Format(NamedTuple):
     read_as: str  # what the loader says
-    folder: str  # of the pictures
-    files: Callable[[Things], dict[str, Any]]
+    pictures: str  # their folder
+    file: str  # {} stands for the picture, where each has one
+    content: Callable[..., Any]
+    beside: dict[str, str] = {}  # other files
 
 
 NAMES = {"data.yaml": f"names:\n  0: {TABLE}\n  1: {TEXT}\n"}
 FORMATS = {
-    "own metadata": Format("metadata", "", lambda things: {"metadata.jsonl": own_metadata(things)}),
-    "COCO boxes in metadata": Format("metadata", "", lambda things: {"metadata.jsonl": hf_metadata(things)}),
-    "objects as a list of dicts": Format("metadata", "", lambda things: {"metadata.jsonl": dicts(things)}),
-    "metadata.csv": Format("metadata", "", lambda things: {"metadata.csv": metadata_csv(things)}),
-    "COCO": Format("COCO", "images", lambda things: {"annotations.json": coco(things)}),
-    "YOLO": Format("YOLO", "images", lambda things: yolo(things) | NAMES),
-    "YOLO classes.txt": Format("YOLO", "images", lambda things: yolo(things) | {"classes.txt": f"{TABLE}\n{TEXT}\n"}),
-    "YOLO polygons": Format("YOLO", "images", lambda things: yolo_shapes(things) | NAMES),
-    "DOTA": Format("YOLO", "images", dota),
-    "Pascal VOC": Format("Pascal VOC", "JPEGImages", lambda things: {
-        f"Annotations/{name}.xml": voc(name, own) for name, own in things.items()}),
-    "CVAT": Format("CVAT", "images", lambda things: {"annotations.xml": cvat(things)}),
-    "Label Studio": Format("Label Studio", "images", lambda things: {"project.json": labelstudio(things)}),
-    "labelme": Format("labelme", "", lambda things: {f"{name}.json": labelme(name, own) for name, own in
-                                                     things.items()}),
-    "VIA": Format("VIA", "images", lambda things: {"via.json": {one["filename"] + "9": one for one in via(things)}}),
-    "CreateML": Format("CreateML", "images", lambda things: {"createml.json": createml(things)}),
-    "CSV": Format("CSV", "images", lambda things: {"labels.csv": csv(things)}),
-    "Qwen2-VL": Format("chat", "images", lambda things: {"all.jsonl": qwen(things)}),
-    "Qwen2.5-VL": Format("chat", "images", lambda things: {"all.json": qwen25(things)}),
-    "ms-swift": Format("chat", "images", lambda things: {"all.jsonl": swift(things)}),
-    "Florence-2": Format("chat", "images", lambda things: {"annotations.jsonl": florence(things)}),
-}  # fmt: skip
+    "own metadata": Format("metadata", "", "metadata.jsonl", own_metadata),
+    "COCO boxes in metadata": Format("metadata", "", "metadata.jsonl", hf_metadata),
+    "objects as a list of dicts": Format("metadata", "", "metadata.jsonl", dicts),
+    "metadata.csv": Format("metadata", "", "metadata.csv", metadata_csv),
+    "COCO": Format("COCO", "images", "annotations.json", coco),
+    "YOLO": Format("YOLO", "images", "labels/{}.txt", yolo, NAMES),
+    "YOLO classes.txt": Format("YOLO", "images", "labels/{}.txt", yolo, {"classes.txt": f"{TABLE}\n{TEXT}\n"}),
+    "YOLO polygons": Format("YOLO", "images", "labels/{}.txt", yolo_shapes, NAMES),
+    "DOTA": Format("YOLO", "images", "labelTxt/{}.txt", dota),
+    "Pascal VOC": Format("Pascal VOC", "JPEGImages", "Annotations/{}.xml", voc),
+    "CVAT": Format("CVAT", "images", "annotations.xml", cvat),
+    "Label Studio": Format("Label Studio", "images", "project.json", labelstudio),
+    "labelme": Format("labelme", "", "{}.json", labelme),
+    "VIA": Format("VIA", "images", "via.json", lambda things: {one["filename"] + "9": one for one in via(things)}),
+    "CreateML": Format("CreateML", "images", "createml.json", createml),
+    "CSV": Format("CSV", "images", "labels.csv", csv),
+    "Qwen2-VL": Format("chat", "images", "all.jsonl", qwen),
+    "Qwen2.5-VL": Format("chat", "images", "all.json", qwen25),
+    "ms-swift": Format("chat", "images", "all.jsonl", swift),
+    "Florence-2": Format("chat", "images", "annotations.jsonl", florence),
+}
 
 
 def export(root: Path, name: str, things: Things = THINGS) -> Path:
     """A folder with the pictures of `things` and their boxes in the format `name`, a key of `FORMATS`."""
+    form = FORMATS[name]
     for number, picture in enumerate(things):
-        save_picture(root / FORMATS[name].folder / f"{picture}.jpg", number)
-    for file, content in FORMATS[name].files(things).items():
-        write(root / file, content)
+        save_picture(root / form.pictures / f"{picture}.jpg", number)
+    files = {form.file.format(picture): form.content(picture, own) for picture, own in things.items()} if (
+        "{}" in form.file) else {form.file: form.content(things)}  # fmt: skip
+    for file, content in (files | form.beside).items():
+        if content is not None:
+            write(root / file, content)
     return root
 
 

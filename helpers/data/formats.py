@@ -130,31 +130,32 @@ def annotated(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[s
     for file in files:
         if parse := parsers.get(file.suffix.lower()):
             held = parse(file)
-            first = [one for one in held[:9] if isinstance(one, dict)] if isinstance(held, list) else [held]
             name = next((name for name, one in FORMATS.items()
-                         if isinstance(held, one.holds) and any(map(one.fits, first))), "")  # fmt: skip
+                         if isinstance(held, one.holds) and any(map(one.fits, _first(held)))), "")  # fmt: skip
             if name:
                 known.setdefault(name, {})[file] = held
             else:
-                others.append(f"{file.name} ({_described(held, first)})")
+                others.append(f"{file.name} ({_described(held)})")
     return known, others
 
 
-def _described(held: Any, first: list[Any]) -> str:
-    """In words what a file holds that is no annotation; `first` are the first dicts of a list."""
-    if isinstance(held, pd.DataFrame):
-        return f"{len(held)} lines with the columns {list(held)[:8]}"
+def _described(held: Any) -> str:
+    """In a few words what a file holds that is no annotation."""
     if isinstance(held, ElementTree.Element):
         return f"<{held.tag}>"
-    if isinstance(held, dict | list) and first:
-        return f"has {sorted(first[0])[:8]}"
-    return held.why if isinstance(held, Unread) else f"a {type(held).__name__}"
+    if isinstance(held, pd.DataFrame):
+        return f"{len(held)} lines with the columns {list(held)[:8]}"
+    keys = next((list(one) for one in _first(held) if isinstance(one, dict)), None)
+    return f"has {keys[:8]}" if keys else held if isinstance(held, Broken) else f"a {type(held).__name__}"
 
 
-class Unread(NamedTuple):
-    """Of a file that is broken and shows no sign of annotations."""
+def _first(held: Any) -> list[Any]:
+    """The first dicts of a list; anything else alone."""
+    return [one for one in held[:9] if isinstance(one, dict)] if isinstance(held, list) else [held]
 
-    why: str
+
+class Broken(str):
+    """Why a file cannot be read that shows no sign of annotations."""
 
 
 def _json(file: Path) -> Any:
@@ -170,7 +171,7 @@ def _json(file: Path) -> Any:
     except (json.JSONDecodeError, RecursionError) as error:
         if any(word in text for word in ('"bbox', '"objects"', '"annotations"', '"shapes"', '"regions"')):
             raise DataError(f"{where}: not valid JSON ({error}); expected a whole file") from None
-        return Unread("not valid JSON")
+        return Broken("not valid JSON")
 
 
 def _xml(file: Path) -> Any:
@@ -185,7 +186,7 @@ def _xml(file: Path) -> Any:
     except ElementTree.ParseError as error:
         if b"<annotation" in found:
             raise DataError(f"{file}: not valid XML ({error}); expected a whole annotation file") from None
-        return Unread("not valid XML")
+        return Broken("not valid XML")
 
 
 def _table(file: Path) -> Any:
@@ -193,7 +194,7 @@ def _table(file: Path) -> Any:
     try:
         table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python")
     except Exception as error:  # pandas and csv raise many kinds
-        return Unread(f"no table ({type(error).__name__})")
+        return Broken(f"no table ({type(error).__name__})")
     if not table.empty and {"file_name", "objects"} <= set(table.columns):
         return [{key: _value(value) for key, value in line.items()} for line in table.to_dict("records")]
     return table

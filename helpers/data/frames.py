@@ -74,26 +74,8 @@ def to_unit(pictures: list[Found], kind: str, box_format: str | None, where: str
         return [[] for _ in pictures]
     boxes = Boxes(pictures)
     index = boxes.index
-    order, unit, frame = (*(box_format or kind).split("-"), "", "")[:3] if box_format or kind != ANY else ("", "", "")
-    said, others = [], []
-    if unit:
-        boxes.read(order, unit, [frame] if frame else FRAMES if unit == "pixels" else ["shown"])
-        said = list(boxes.readings)
-    if not box_format or not unit:
-        for other in [order] if order and not unit else ORDERS if kind == ANY else USUAL_ORDERS:
-            for scale in USUAL_UNITS[: 2 if unit else 3]:
-                boxes.read(other, scale, FRAMES if scale == "pixels" else ["shown"])
-        others = [reading for reading in boxes.readings if reading not in said]
-    pool = boxes.fitting(said, others, where)
-    pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
+    pool = _meant(boxes, kind, box_format, where)
     chosen = pool[0]
-    if "-unit-" not in chosen and not box_format:  # or of another unit, by where they end
-        for scale in ("pixels", "1000", "percent"):
-            boxes.read(chosen.split("-")[0], scale, ["shown"])
-        same_order = [other for other in boxes.readings if other.split("-")[0] == chosen.split("-")[0]]
-        pool += [other for other in same_order if other not in pool and boxes.narrower(other, chosen)]
-    if len(pool) == 1 and "-1000-" in chosen and not said and not boxes.far(chosen, boxes.known, 0.9):
-        pool.append(f"{chosen.split('-')[0]}-pixels-shown")  # of pictures that have been made smaller
     unknown = {i for other in pool[1:] for i in index[boxes.differ(chosen, other)]}
     if unknown:
         formats = dict.fromkeys(one.removesuffix("-shown") for one in pool)
@@ -114,6 +96,31 @@ def to_unit(pictures: list[Found], kind: str, box_format: str | None, where: str
         if (known := result[i]) is not None:
             known.append([y0, x0, y1, x1])
     return result
+
+
+def _meant(boxes: Boxes, kind: str, box_format: str | None, where: str) -> list[str]:
+    """The reading that counts, and those that nothing rules out beside it."""
+    order, unit, frame = (*(box_format or kind).split("-"), "", "")[:3] if box_format or kind != ANY else ("", "", "")
+    said, others = [], []
+    if unit:
+        boxes.read(order, unit, [frame] if frame else FRAMES if unit == "pixels" else ["shown"])
+        said = list(boxes.readings)
+    if not box_format or not unit:
+        for other in [order] if order and not unit else ORDERS if kind == ANY else USUAL_ORDERS:
+            for scale in USUAL_UNITS[: 2 if unit else 3]:
+                boxes.read(other, scale, FRAMES if scale == "pixels" else ["shown"])
+        others = [reading for reading in boxes.readings if reading not in said]
+    pool = boxes.fitting(said, others, where)
+    pool = [one for one in pool if not any(boxes.beats(other, one) for other in pool if other != one)] or pool
+    chosen = pool[0]
+    if "-unit-" not in chosen and not box_format:  # or of another unit, by where they end
+        for scale in ("pixels", "1000", "percent"):
+            boxes.read(chosen.split("-")[0], scale, ["shown"])
+        same_order = [other for other in boxes.readings if other.split("-")[0] == chosen.split("-")[0]]
+        pool += [other for other in same_order if other not in pool and boxes.narrower(other, chosen)]
+    if len(pool) == 1 and "-1000-" in chosen and not said and not boxes.far(chosen, boxes.known, 0.9):
+        pool.append(f"{chosen.split('-')[0]}-pixels-shown")  # of pictures that have been made smaller
+    return pool
 
 
 def explained(reading: str) -> str:

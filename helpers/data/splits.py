@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,10 @@ def groups_of(split: datasets.Dataset) -> pd.Series:
     rows = zip(split["image_id"], split["meta"], strict=True)
     keys = [(meta or {}).get("barcode") or product_of(image_id) for image_id, meta in rows]
     images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
-    contents = [("content", _content(image) or number) for number, image in enumerate(images)]
+    sizes = [_size(image) for image in images]
+    shared = {size for size, count in Counter(sizes).items() if size and count > 1}  # the other files are not read
+    contents = [("content", _hash(image) if size in shared else number)
+                for number, (image, size) in enumerate(zip(images, sizes, strict=True))]  # fmt: skip
     groups = DisjointSet([*keys, *contents])
     for key, content in zip(keys, contents, strict=True):
         groups.merge(key, content)
@@ -211,11 +214,15 @@ def groups_of(split: datasets.Dataset) -> pd.Series:
     return pd.Series([first[groups[key]] for key in keys], dtype=object)
 
 
-def _content(image: dict[str, Any] | None) -> str:
-    """A hash of a picture's file; "" where there is none."""
-    path = Path((image or {}).get("path") or "")
-    content = image["bytes"] if image and image["bytes"] is not None else path.read_bytes() if path.is_file() else b""
-    return hashlib.sha256(content).hexdigest() if content else ""
+def _size(image: dict[str, Any] | None) -> int:
+    """Bytes of a picture's file; 0 where there is none."""
+    if not image or (image["bytes"] is None and not Path(image["path"] or "").is_file()):
+        return 0
+    return len(image["bytes"]) if image["bytes"] is not None else Path(image["path"]).stat().st_size
+
+
+def _hash(image: dict[str, Any]) -> str:
+    return hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).hexdigest()
 
 
 def product_of(image_id: str) -> str:

@@ -56,7 +56,7 @@ def build_page(model: str | Path) -> gr.Interface:
         find, photo, found, examples=[[str(file)] for file in examples], cache_examples=False, live=True,
         api_name="find", flagging_mode="never", analytics_enabled=False, title="Where is the nutrition table?",
         description=f"`{Path(model).resolve().name}` generates text, and the boxes are read out of it. The confidence "
-                    "is the model's own, from the probabilities of the digits.")
+                    "is the model's own, from the probabilities that a box begins and of its digits.")
 
 
 def main(arguments: list[str] | None = None) -> None:

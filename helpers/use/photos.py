@@ -150,8 +150,9 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
     try:
         lines.write_parquet(str(folder / "lines"), min_rows_per_file=min(1000, 1 + len(pictures) // 100))
     except ray.exceptions.RayError as error:
-        raise ParameterError(f"Ray could not finish ({str(error).strip().splitlines()[-1]}); what is done is kept, and "
-                             "the same command goes on.") from error
+        refused, last = re.search(r"ParameterError: (.+)", str(error)), str(error).strip().splitlines()[-1]
+        raise ParameterError(refused[1] if refused else f"Ray could not finish ({last}); what is done is kept, and the "
+                             "same command goes on.") from error
     for file in sorted((folder / "lines").glob("*.parquet")):
         yield [json.loads(line) for line in pyarrow.parquet.read_table(file)["line"].to_pylist()]
 

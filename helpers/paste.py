@@ -1,0 +1,141 @@
+"""Training pictures with several tables and with none, made by pasting: photos that people took mostly show one.
+
+A model trained on pictures with one table draws one box whatever it is shown. So tables cut out of other pictures are
+pasted in (Copy-Paste, https://arxiv.org/abs/2012.07177), or every table is covered with a piece that shows none. Pieces
+without a table are pasted beside tables too, so that an edge of a piece says nothing about what is in it.
+"""
+
+import io
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+from PIL import Image
+
+from helpers.boxes import xyxy_px_to_xyxy_unit, xyxy_unit_to_xyxy_px, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
+from helpers.data.pictures import as_rgb
+from helpers.data.schema import source_hash, workers
+
+COVERED = 0.4  # of the made pictures lose their tables; the others get more
+MOST = 3  # tables in a made picture: so many completions fit into 128 new tokens, whatever their names
+SIDE = (0.15, 0.55)  # of the picture's long side: a pasted piece's
+TRIES = 20
+GREY = (114, 114, 114)
+
+Box = Sequence[float]  # x0, y0, x1, y1 in pixels
+Place = tuple[int, int, int, int]  # the same, whole
+
+
+def with_pasted(rows: datasets.Dataset, share: float, seed: int) -> datasets.Dataset:
+    """`rows` and behind them `share` times as many made pictures, each from one of them and pieces of others.
+
+    `rows`: prepared pictures of the project's schema. Each is used as often as any other; the made one has its id with
+    "+pasted" and a number. The same for the same (rows, share, seed). Without a table in `rows` nothing is made.
+    """
+    count = round(share * len(rows))
+    if not count or not any(objects["bbox"] for objects in rows["objects"]):
+        return rows
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    below = rows.select([order[number % len(rows)] for number in range(count)])
+    made = below.map(
+        Paste(rows, seed), with_indices=True, features=rows.features, num_proc=workers(count), desc="Pasting tables",
+        new_fingerprint=Hasher.hash([rows._fingerprint, source_hash(Path(__file__)), share, seed]))
+    return datasets.concatenate_datasets([rows, made])
+
+
+class Paste:
+    """A row of `rows` and a number -> another row of the schema: the picture with more tables, or with none."""
+
+    def __init__(self, rows: datasets.Dataset, seed: int):
+        self.rows, self.seed = rows, seed
+        self.with_table = [number for number, objects in enumerate(rows["objects"]) if objects["bbox"]]
+
+    def __call__(self, row: Mapping, number: int) -> dict:
+        rng = random.Random(f"{self.seed} {number} {row['image_id']}")
+        picture, boxes = opened(row)
+        kinds = list(zip(row["objects"]["category_id"], row["objects"]["category_name"], strict=True))
+        if rng.random() < COVERED:
+            for box in boxes:
+                self._cover(picture, box, rng)
+            boxes, kinds = [], []
+        else:
+            if free_place(picture.size, boxes, (0.3 * picture.width, 0.3 * picture.height), rng) is None:
+                picture, boxes = zoomed_out(picture, boxes, rng)
+            for _ in range(min(rng.choice((1, 1, 2, 3)), MOST - len(boxes))):
+                piece, kind = self._table(rng)
+                if place := stick(picture, boxes, piece, rng):
+                    boxes.append(place)
+                    kinds.append(kind)
+        if rng.random() < 0.5:
+            stick(picture, boxes, self._without_table(rng.uniform(0.5, 2), rng), rng)
+        unit = xyxy_px_to_xyxy_unit(np.array(boxes, dtype=float).reshape(-1, 4), *picture.size).clip(0, 1)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=95, subsampling=0)
+        objects = {"bbox": xyxy_unit_to_yxyx_unit(unit).tolist(), "category_id": [identity for identity, _ in kinds],
+                   "category_name": [name for _, name in kinds]}
+        return {**row, "image_id": f"{row['image_id']}+pasted{number}", "objects": objects, "width": picture.width,
+                "height": picture.height, "image": {"bytes": file.getvalue(), "path": None}}
+
+    def _table(self, rng: random.Random) -> tuple[Image.Image, tuple[int, str]]:
+        """A table cut out of a random picture, with its category's id and name."""
+        row = self.rows[rng.choice(self.with_table)]
+        picture, boxes = opened(row)
+        number = rng.randrange(len(boxes))
+        x0, y0, x1, y1 = (round(side) for side in boxes[number])
+        objects = row["objects"]
+        return (picture.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))),
+                (objects["category_id"][number], objects["category_name"][number]))
+
+    def _without_table(self, aspect: float, rng: random.Random) -> Image.Image:
+        """A piece of a random picture in which there is no table, of this width over height; grey where none is."""
+        picture, boxes = opened(self.rows[rng.randrange(len(self.rows))])
+        for share in (0.9, 0.6, 0.4, 0.25, 0.15):
+            width = share * min(picture.width, picture.height * aspect)
+            if place := free_place(picture.size, boxes, (width, width / aspect), rng):
+                return picture.crop(place)
+        return Image.new("RGB", (1, 1), GREY)
+
+    def _cover(self, picture: Image.Image, box: Box, rng: random.Random) -> None:
+        """Paste a piece without a table over `box`, and beyond it at each side by up to a third of its size."""
+        across, down = (rng.uniform(0.03, 0.3) * side for side in (box[2] - box[0], box[3] - box[1]))
+        x0, y0, x1, y1 = (round(v) for v in (box[0] - across, box[1] - down, box[2] + across, box[3] + down))
+        size = max(1, x1 - x0), max(1, y1 - y0)
+        picture.paste(self._without_table(size[0] / size[1], rng).resize(size), (x0, y0))
+
+
+def opened(row: Mapping) -> tuple[Image.Image, list[Box]]:
+    """The picture of a row and its boxes."""
+    picture = as_rgb(row["image"]).copy()
+    return picture, xyxy_unit_to_xyxy_px(yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]), *picture.size).tolist()
+
+
+def stick(picture: Image.Image, boxes: Sequence[Box], piece: Image.Image, rng: random.Random) -> Place | None:
+    """Paste `piece`, made smaller or larger, where it touches none of `boxes`; returns the place, None without one."""
+    scale = rng.uniform(*SIDE) * max(picture.size) / max(piece.size)
+    size = max(8, round(scale * piece.width)), max(8, round(scale * piece.height))
+    if place := free_place(picture.size, boxes, size, rng):
+        picture.paste(piece.resize(size), place[:2])
+    return place
+
+
+def free_place(canvas: tuple[int, int], boxes: Sequence[Box], size: Box, rng: random.Random) -> Place | None:
+    """A random place of this (width, height) in the canvas that touches none of the boxes, or None."""
+    w, h = (max(1, round(side)) for side in size)
+    for _ in range(TRIES if w <= canvas[0] and h <= canvas[1] else 0):
+        x, y = rng.randint(0, canvas[0] - w), rng.randint(0, canvas[1] - h)
+        if all(x >= box[2] or x + w <= box[0] or y >= box[3] or y + h <= box[1] for box in boxes):
+            return x, y, x + w, y + h
+    return None
+
+
+def zoomed_out(picture: Image.Image, boxes: Sequence[Box], rng: random.Random) -> tuple[Image.Image, list[Box]]:
+    """The picture and its boxes smaller, somewhere on a ground of its mean colour, which has the picture's size."""
+    scale = rng.uniform(0.5, 0.75)
+    small = picture.resize([max(1, round(scale * side)) for side in picture.size])
+    ground = picture.resize((1, 1), Image.Resampling.BOX).resize(picture.size)
+    x, y = (rng.randint(0, full - side) for full, side in zip(picture.size, small.size, strict=True))
+    ground.paste(small, (x, y))
+    return ground, [[box[0] * scale + x, box[1] * scale + y, box[2] * scale + x, box[3] * scale + y] for box in boxes]
