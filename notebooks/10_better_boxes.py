@@ -121,7 +121,7 @@ plots.finish(figure)
 
 # %%
 def signed(row, measure):
-    """The difference to the plain recipe; bold where its interval does not contain 0."""
+    """The difference to the plain recipe, with a star where its interval does not contain 0."""
     found = row.get("minus_plain", {}).get(measure)
     if found is None:
         return ""
