@@ -191,17 +191,27 @@ axes = plt.subplots(1, 2, figsize=(10, 2.6), layout="constrained")[1]
 for ax, (recipe, found) in zip(axes, measured.groupby("recipe", sort=False), strict=True):
     bars = ax.barh(found["name"].str.removesuffix(", r1"), found["pictures_per_s"],
                    color=["tab:blue" if kind == "ours" else "lightgray" for kind in found["kind"]])
-    ax.bar_label(bars, [f"{rate:.1f}, {gib:.0f} GiB" for rate, gib in zip(found["pictures_per_s"], found["peak_gib"],
-                                                                         strict=True)], label_type="center")
-    ax.set(title=f"{recipe}: pictures/s and peak memory")
+    texts = [f"{rate:.1f}, {gib:.0f} GiB" for rate, gib in zip(found["pictures_per_s"], found["peak_gib"], strict=True)]
+    ax.bar_label(bars, texts, padding=3)
+    ax.set(title=f"{recipe}: pictures/s and peak memory", xlim=(0, 1.35 * found["pictures_per_s"].max()))
     ax.invert_yaxis()
 
 # %% [markdown]
 # Where does the time go? A step was taken apart: vision tower and language model alone, a quarter of their layers, on
-# one H100. First what it costs, then what was changed for it. A change stays only where it pays:
+# one H100:
 
 # %%
-print(f"{report['tried']['what']}:")
+print(f"{report['tried']['what']}; {report['kernels']['what']}:")
+parts = pd.DataFrame({part: report["kernels"][part] for part in ("vision", "language")}).T
+axes = parts.plot.barh(stacked=True, figsize=(9, 1.8), xlabel="ms")
+axes.legend(loc="upper left", bbox_to_anchor=(1, 1.1))
+plots.finish(axes.figure)
+
+# %% [markdown]
+# Products of large matrices are what a GPU is made for; the rest is where something can be won. What was tried, before
+# and after in ms; a change stays only where it pays:
+
+# %%
 steps = pd.DataFrame(report["tried"]["steps"])
 steps["gain"] = (1 - steps["after_ms"] / steps["before_ms"]).map("{:+.0%}".format)
 steps.set_index("change").rename_axis(None).rename(columns={"before_ms": "before", "after_ms": "after"})
