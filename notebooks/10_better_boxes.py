@@ -155,7 +155,8 @@ not how many.""")
 run = report["pipeline"]
 scores = {title: [f"{run[which][measure]['value']:.3f}" for which in ("plain", "paste")] + [signed(run, measure)]
           for measure, title in measures.items()}
-print(f"{run['command']}, {run['machine']}: {run['updates'][1]} updates, {run['updates'][0]} without")
+print(f"{run['command']}\n{run['machine']}: {run['updates'][1]} updates, {run['updates'][0]} without; pictures of val "
+      f"with a box too many: {run['surplus_rate'][1]:.1%}, {run['surplus_rate'][0]:.1%} without")
 pd.DataFrame(scores, index=["paste=0", "as above", "difference"]).T
 
 # %% [markdown]
@@ -192,7 +193,7 @@ for shift, kind in enumerate(kinds):
 axes.set_yticks(range(len(judged)), judged)
 axes.invert_yaxis()
 axes.set(xlabel="AUROC", xlim=(0.4, 1))
-axes.legend()
+axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plots.finish(figure)
 
 # %%
@@ -219,4 +220,6 @@ pd.DataFrame(best["confidence"]["calibrated"]).T.round(3)
 #   grows with the training, as *short* shows. It is the same parameter at 7B, where it was not measured.
 # * **You can take real photos of that kind**: do. The *rendered* rows show that they are worth more than pasted ones.
 #
-#     papermill pipeline.ipynb out.ipynb -p recipe r1-llm-only -p paste 1.5 -p epochs 16
+# ```sh
+# papermill pipeline.ipynb out.ipynb -p recipe r1-llm-only -p paste 1.5 -p epochs 16
+# ```
