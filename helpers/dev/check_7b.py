@@ -154,9 +154,11 @@ def run_until(stop: Callable[[], bool], command: list[str], log: Path, environme
                 seconds.append(round(now - last, 3))
             steps, last = logged, now
         if stop() or time.monotonic() > deadline:
-            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+            children = psutil.Process(child.pid).children(recursive=True)
+            for process in [*children, child]:
                 process.kill()
             child.wait()
+            psutil.wait_procs(children, timeout=10)  # what they have of a GPU's memory is free then
             return LATE if time.monotonic() > deadline else KILLED
         time.sleep(0.01)
     return child.returncode
