@@ -2,8 +2,9 @@
 
 PEFT's LoRA makes the base's output, LoRA's output, LoRA's scaled output and the sum, each as large as the layer's own.
 Here the base's product is added to LoRA's in place (`addmm_`), forward and backward, and dropout is part of LoRA's
-first product (`helpers.kernels`), one mask for the layers that share an input. Norms, activations and rotations are
-compiled. All of it is equal to the plain way up to rounding.
+first product (`helpers.kernels`), one mask for the layers that share an input. Attention of the vision tower is one
+pass over query, key and value in one tensor. Norms, activations and rotations are compiled. All of it is equal to the
+plain way up to rounding.
 """
 
 import hashlib
@@ -312,7 +313,7 @@ def _layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: 
 
 
 def compile_between(vlm: nn.Module) -> None:
-    """Compile what stands between the matrix products of a Qwen2-VL; needs Triton and a C compiler.
+    """Compile what stands between a Qwen2-VL's matrix products, and fuse attention; needs Triton and a C compiler.
 
     Rotations are replaced in transformers' module, for all models of this process, until `plain_rotations`.
     """
