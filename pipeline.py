@@ -106,8 +106,8 @@ from trl import GRPOConfig, SFTConfig
 from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, processes
 from helpers import reward, speed, trainer
 from helpers.augment import Augment
+from helpers.data.paste import with_pasted
 from helpers.evaluate import reports
-from helpers.paste import with_pasted
 
 transformers.set_seed(run.seed)
 pd.options.display.max_colwidth = 160

@@ -35,7 +35,7 @@ from IPython.display import Markdown
 from matplotlib import pyplot as plt
 
 from helpers import data, plots
-from helpers.paste import with_pasted
+from helpers.data.paste import with_pasted
 from helpers.topics.training import rows_and_processor
 
 # %%

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.data.paste import MOST, with_pasted
 from helpers.data.schema import FEATURES
-from helpers.paste import MOST, with_pasted
 
 GREY, TABLE = 40, 250  # in these pictures nothing is as light as a table
 
