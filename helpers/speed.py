@@ -216,9 +216,9 @@ class PictureAttention(torch.autograd.Function):
     """Attention among the patches of each picture, [rows, width], of query, key and value as one product makes them.
 
     qkv [rows, 3, heads, size]; cos and sin [rows, size] turn query and key; lengths: rows of each picture. transformers
-    splits, copies and concatenates the three for every layer, and asks the GPU for the lengths each time, which waits
-    for all that it has to do. Here one tensor is turned, PyTorch's kernel reads and writes parts of it, and what it
-    made may be put `aside` for a pass that recomputes: attention is the dearest part of a layer, and its outputs small.
+    splits, copies and concatenates the three in every layer. Here one tensor is turned, PyTorch's kernel reads and
+    writes parts of it, and what it made may be put `aside` for a pass that recomputes: attention is the dearest part
+    of a layer, and its outputs small.
     """
 
     @staticmethod
