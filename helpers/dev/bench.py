@@ -48,7 +48,8 @@ PROMPT = "Detect the bounding box of the nutrition table."
 VAL = 123  # pictures of the real val, for which generation is counted
 ROUNDS = 3
 CHILD = "import json, sys; from helpers.dev.bench import child; child(json.loads(sys.argv.pop()))"
-UPDATES = 2  # of the weights in a turn; the turn before the first round is not counted
+UPDATES = 2  # of the weights in a turn
+WARM = 5  # of them in the turn before the first round, which is not counted: with them ten losses are logged
 WAYS: dict[str, dict] = {  # name -> how; what is not said is the scale's own
     "stock": {"kind": "stock", "micro_batch": 2},
     "Unsloth": {"kind": "unsloth", "micro_batch": 8},
@@ -69,25 +70,25 @@ ANSWERS = {f"ours, {precision}": {"kind": "answers", "recipe": "base", "precisio
 
 
 class Turns(TrainerCallback):
-    """After UPDATES steps the training frees its caches, writes what it measured, and waits for a line on stdin."""
+    """After WARM and each UPDATES steps: free the caches, write what was measured, and wait for a line on stdin."""
 
     def __init__(self, file: Path, pictures: int):
-        self.file, self.pictures, self.seconds, self.peak, self.loss = file, pictures, [], 0.0, None
+        self.file, self.pictures, self.seconds, self.peak, self.losses = file, pictures, [], 0.0, []
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start = time.perf_counter()
         self.about = {"micro_batch": args.per_device_train_batch_size, "checkpointing": args.gradient_checkpointing}
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
+        self.losses += [round(logs["loss"], 4)] if "loss" in (logs or {}) else []
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() / 2**30)
         self.seconds.append(time.perf_counter() - self.start)
-        if len(self.seconds) == UPDATES:
-            turn(self.file, pictures_per_s=self.pictures * UPDATES / sum(self.seconds), loss=self.loss,
+        if len(self.seconds) == (UPDATES if self.file.exists() else WARM):
+            turn(self.file, pictures_per_s=self.pictures * len(self.seconds) / sum(self.seconds), losses=self.losses,
                  peak_gib=self.peak or None, **self.about)
             self.seconds, self.peak = [], 0.0
         self.start = time.perf_counter()
@@ -108,7 +109,7 @@ def train(task: dict, vlm, processor, rows, collator=None, **settings) -> None:
     gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         sft = SFTTrainer(vlm, train_dataset=rows, data_collator=collator, processing_class=processor, args=SFTConfig(
-            output_dir=folder, max_steps=UPDATES * (ROUNDS + 1), per_device_train_batch_size=task["micro_batch"],
+            output_dir=folder, max_steps=WARM + UPDATES * ROUNDS, per_device_train_batch_size=task["micro_batch"],
             gradient_accumulation_steps=task["pictures"] // task["micro_batch"], learning_rate=2e-5,
             lr_scheduler_type="cosine", warmup_steps=0.05, remove_unused_columns=False, logging_steps=1,
             report_to="none", save_strategy="no", dataloader_num_workers=4 if gpu else 0, use_cpu=not gpu,
@@ -216,7 +217,7 @@ def pipeline(task: dict) -> None:
     transformers.trainer.DEFAULT_CALLBACKS.append(Turns(Path(task["turns"]), task["pictures"]))
     given = {"recipe": task["recipe"], "scale": task["scale"], "model_id": task["model"], "dataset_id": task["data"],
              "epochs": 2, "train_limit": task["train"], "val_limit": 1, "max_new_tokens": max(32, task["new_tokens"]),
-             "save_steps": 1000, "report_to": "none", "memory": task["memory"],
+             "seed": SFTConfig.seed, "save_steps": 1000, "report_to": "none", "memory": task["memory"],
              "output_root": Path(task["turns"]).parent / "runs"}
     sys.argv = ["pipeline.py", *(f"{name}={value}" for name, value in given.items())]
     runpy.run_path(str(ROOT / "pipeline.py"), run_name="__main__")
@@ -295,7 +296,7 @@ def prepare(folder: Path, scale: str) -> dict:
     """What all variants share: model, pictures, counts, LoRA's size."""
     given = SCALES[scale]
     pictures = given["batch_size"] * given["accumulation"]
-    task = {"scale": scale, "pictures": pictures, "train": UPDATES * (ROUNDS + 1) * pictures // 2,
+    task = {"scale": scale, "pictures": pictures, "train": (WARM + UPDATES * ROUNDS) * pictures // 2,
             "rank": given["lora_rank"], "alpha": given["lora_alpha"], "dropout": given["lora_dropout"],
             "micro_batch": given["batch_size"], "predict_batch": given["predict_batch_size"], "precision": "nf4",
             "min_pixels": given["min_pixels"], "max_pixels": given["max_pixels"], "cap_gib": None, "memory": None}
