@@ -158,8 +158,8 @@ trials.drop(columns="parameters").style.format(na_rep="–", precision=3, thousa
 #   learned to write well-formed boxes and to ignore the picture. Fine-tuned, none scored more than one constant box.
 # * **H, I and K** had the guide. K also started from wider random weights, so that attention is not flat at first, and
 #   trained on ten times as many pictures: it began to find things. Nothing here separates these three causes.
-# * **L** has the size of K. Other tables are in the nutrition table's place, Muon trains its matrices, and it took twice
-#   as many pictures.
+# * **L** has the size of K. Other tables are in the nutrition table's place, Muon trains its matrices, and it took
+#   twice as many pictures.
 # * **M** continued L on new scenes, and its loss ended higher: L had learned its own scenes better than others. So more
 #   scenes are worth more than the same ones more often.
 # * **N** had more scenes, 144 image tokens instead of 100, and prompts for tables twice as often. It ships.
