@@ -33,7 +33,7 @@ import random
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import display
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
@@ -122,7 +122,7 @@ print("made-up names:", ", ".join(made_up_name(rng) for _ in range(6)))
 # trains the matrices, AdamW the rest.
 
 # %%
-Markdown(f"```python\n{inspect.getsource(train.train)}```")
+print(inspect.getsource(train.train))
 
 # %% [markdown]
 # The **guide** teaches the model to use the picture. For the first part of the training a small linear layer, half-way
@@ -130,7 +130,7 @@ Markdown(f"```python\n{inspect.getsource(train.train)}```")
 # away after the training. Nutrition tables count as "nothing" for it.
 
 # %%
-Markdown(f"```python\n{inspect.getsource(train.Guide)}```")
+print(inspect.getsource(train.Guide))
 
 # %% [markdown]
 # The guide's weight falls to zero on the way. From there on its own loss no longer falls, and the loss on the

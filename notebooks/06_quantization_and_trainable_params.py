@@ -268,7 +268,7 @@ pd.DataFrame(table).T.rename_axis("merged into")
 # trained (above) and merged into NF4 (below):
 
 # %%
-plots.before_after(rows["val"].select(range(4)), truth, before, lines["NF4"], title="as trained, merged into NF4")
+plots.before_after(rows["val"].select(range(4)), truth, before, lines["NF4"], title="trained (above), NF4 (below)")
 
 # %% [markdown]
 # ## What to remember
