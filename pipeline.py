@@ -78,15 +78,16 @@ save_steps = None  # a checkpoint every so many steps
 report_to = "auto"  # wandb, tensorboard, none; auto: W&B where there are credentials
 
 # %% [markdown]
-# A training takes hours on a GPU, so a mistake should cost seconds. The parameters are checked before anything heavy is
+# A training can run for hours, so a mistake should cost seconds. The parameters are checked before anything heavy is
 # imported: a misspelled name, a wrong type, a folder that cannot be written or a GPU that is too small ends the run
-# here, with one sentence. What comes back, `run`, has every default filled in.
+# here, with one sentence. What comes back, `run`, has every default filled in; what differs from the cell above is
+# printed.
 
 # %%
 from helpers import settings
 
 run = settings.settle(globals())
-print(*(f"{name} = {value}" for name, value in run.values.items()), sep="\n")
+print(*(f"{name} = {value}" for name, value in run.values.items() if value != globals()[name]), sep="\n")
 
 # %%
 from helpers import runs
@@ -103,7 +104,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, Qwen2VLProcessor
 from trl import GRPOConfig, SFTConfig
 
-from helpers import collate, data, evaluate, merge, messages, model, parity, plots, predict, processes
+from helpers import boxes, collate, data, evaluate, merge, messages, model, parity, plots, predict, processes
 from helpers import reward, speed, trainer
 from helpers.augment import Augment
 from helpers.data.paste import with_pasted
@@ -151,8 +152,9 @@ display(audit.table(), audit.statistics)
 plots.audit_sheet(raw, audit)
 
 # %% [markdown]
-# These are the boxes as they will be trained on, the first of train and of val. If they lie beside the tables here,
-# stop and mend the data: no training can. `make data DATASET=folder` shows more of them without a training.
+# These are the boxes as they will be trained on, the first of train and of val. If a box lies beside its table here,
+# stop and correct the data: no training can make up for it. `make data DATASET=folder` shows more of them without a
+# training.
 
 # %%
 truth, six = data.truth_rows(rows["val"]), rows["val"].select(range(min(6, len(rows["val"]))))
@@ -160,8 +162,8 @@ first = rows["train"].select(range(min(6, len(rows["train"]))))
 plots.gallery([*first, *six], [*data.truth_rows(first), *truth], title="The first of train, then of val, as trained on")
 
 # %% [markdown]
-# Before any model, a number to beat. Which *one* box, given for every picture, fits the training pictures best? Tables
-# like to sit near the middle, so even this scores something. A model that scores no more has learned no more than that.
+# Before any model, a number to beat. Which *one* box, given for every picture, fits the training pictures best? Most
+# tables lie near the middle, so even this scores something. A model that scores no more has learned no more than that.
 
 # %%
 fitted_on = "train" if len(rows["train"]) else "val"
@@ -186,7 +188,7 @@ print(len(rows["train"]), "pictures to train on")
 # whole thousandths of the picture's width and height, x first, between special tokens. The model knows it already, so
 # we keep it, and spend the training on *where* instead of on *how to write it*.
 #
-# One row becomes a prompt, which the model gets, and a completion, which it shall write:
+# One row becomes a prompt, which the model gets, and a completion, which it should write:
 
 # %%
 example = rows["val"][0]
@@ -194,13 +196,16 @@ chat = messages.to_messages(example, run.prompt)
 display({"prompt": chat["prompt"], "completion": chat["completion"]})
 
 # %% [markdown]
-# The way back is a parser. It must return what went in, up to the rounding to thousandths. What it cannot read it
-# rejects with a reason; it repairs nothing, because a repaired box would hide a model that writes nonsense.
+# The way back is a parser. It must return what went in, up to the rounding to thousandths (the row's boxes are shown x
+# first and in reading order, as in the text). What it cannot read it rejects with a reason, here swapped corners. It
+# repairs nothing, because a repaired box would hide a model that writes nonsense.
 
 # %%
 completion = chat["completion"][0]["content"][0]["text"]
 parsed = messages.parse_text(completion)
-display({"from the text": parsed.boxes_xyxy_unit.tolist(), "truth (y first)": example["objects"]["bbox"]})
+true = boxes.yxyx_unit_to_xyxy_unit(example["objects"]["bbox"])
+true = true[boxes.reading_order(true)].round(4)
+display({"from the text": parsed.boxes_xyxy_unit.tolist(), "from the row": true.tolist()})
 messages.parse_text("<|box_start|>(700,495),(126,625)<|box_end|>").rejected
 
 # %% [markdown]
@@ -277,7 +282,8 @@ def load_base(precision, path=run.model_path, device_map=None):
 # %% [markdown]
 # `model.load` is `from_pretrained`, and stops where a weight is missing or of another shape (transformers would fill it
 # with random numbers and only warn). `check_precision` stops where a layer is quantized that should not be, or the
-# other way round. The table shows what is really NF4.
+# other way round. The first table shows which layers are really NF4, the second what each part is stored in: packed
+# 4-bit weights show as `uint8`, and a CPU that has no fast bf16 takes `float32` for the rest.
 
 # %%
 first_precision = run.stages[0].stage.precision if run.stages else run.precision or "nf4"
@@ -333,10 +339,11 @@ print(*(line["text"] or "(nothing)" for line in baseline[:3]), sep="\n")
 # ## 7 · Training
 #
 # A recipe is a list of stages. A stage trains LoRA adapters on one or both towers, or the whole vision tower.
+# `precision` is what its frozen base is stored in; with `reward` it learns from rewards instead of labels.
 
 # %%
-for stage_run in run.stages:
-    print(stage_run.name, stage_run.stage, sep=": ")
+stages = pd.DataFrame([vars(one.stage) | vars(one) for one in run.stages])
+stages.reindex(columns=["name", "trains", "towers", "precision", "learning_rate", "reward"])
 
 # %% [markdown]
 # **LoRA** leaves a weight matrix $W$ as it is and learns a small product beside it: $W + \frac{\alpha}{r} B A$, where
@@ -369,6 +376,10 @@ def make_trainable(base, stage_run):
     )
     return get_peft_model(base, lora)
 
+
+# %% [markdown]
+# The trainer's settings. The learning rate rises over the first 5 % of the steps and then falls along a cosine, and a
+# gradient whose norm is above 1 is scaled down to it.
 
 # %%
 batch_size, accumulation = run.share  # an update is of batch_size x accumulation pictures, shared by all processes
@@ -405,10 +416,10 @@ def sft_config(stage_run, fits):
 
 
 # %% [markdown]
-# Three things save time and change a number only in its last digits. LoRA's product is added in place, and on a GPU
-# small operations are compiled. The longest batch is tried, and only where its activations do not fit into memory are
-# they recomputed in the backward pass (gradient checkpointing), in as few layers as that takes. And a vision tower that
-# does not train encodes each picture once, not once an epoch.
+# Three things save time and change a number only in its last digits. First, LoRA's product is added in place, and on a
+# GPU small operations are compiled. Second, the longest batch is tried. Only if its activations do not fit into memory
+# are they recomputed in the backward pass (gradient checkpointing), in as few layers as possible. Third, a vision tower
+# that does not train encodes each picture once, not once an epoch.
 
 # %%
 def fit(tuned, train_rows, stage_collator):
@@ -470,7 +481,8 @@ def form(match):
 rewards = {iou: 1.0, count: 0.25, form: 0.25}  # and their weights
 
 # %% [markdown]
-# By hand, a picture with two tables. The advantage of a completion is what it gets above the mean:
+# By hand, a picture with two tables. The advantage of a completion is its reward minus the mean. To leave the second
+# table out costs half of the reward, and to break the format costs more:
 
 # %%
 two = {"bbox": [[0.1, 0.1, 0.3, 0.5], [0.6, 0.1, 0.8, 0.5]], "category_name": ["nutrition-table"] * 2}
@@ -602,9 +614,10 @@ shared_area, together = 2 * 2, 4 * 2 + 4 * 2 - 2 * 2
 print(f"IoU of {a} and {b}: {shared_area} / {together} = {shared_area / together:.3f}")
 
 # %% [markdown]
-# Each number stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
-# rows: the constant box, the model before training and after. The second table is that of the classes. Here they are
-# kinds of one thing, and a box may have any of their names; of several classes of your own it counts for its own alone.
+# Mean IoU stands with its 95 % bootstrap interval: how far it would move with other pictures of the same kind. Three
+# rows: the model after training, before it, and the constant box. The second table shows the fine-tuned model by class.
+# Here the classes are kinds of one thing, and a box may have any of their names; with classes of your own, a box counts
+# for its own class only.
 
 # %%
 lines = {"fine-tuned": predictions, "base": baseline, "constant box": constant}
@@ -631,8 +644,8 @@ plots.iou_curves({"constant box": constant, "base": baseline, "fine-tuned": pred
                  path=run.folder / "figures" / "iou.png")
 
 # %% [markdown]
-# Is the gain more than chance? Both models saw the same pictures, so we compare picture by picture: differences vary
-# less than scores do. If the interval does not contain 0, the gain is significant at 95 %.
+# Is the gain more than chance? Both models were scored on the same pictures, so we compare picture by picture:
+# differences vary less than scores do. If the interval does not contain 0, the gain is significant at 95 %.
 
 # %%
 before, after = metrics["scores"]["base"], metrics["scores"]["fine-tuned"]
@@ -684,7 +697,8 @@ if last and processes.is_main():
     parity.note_longest(shipped, run.max_new_tokens)
 
 # %% [markdown]
-# The merged folder is loaded like any other model, by its path, and generates for the same pictures.
+# The merged folder is loaded like any other model, by its path, and predicts boxes for the same pictures. If the
+# interval contains 0, merging did not significantly change the score.
 
 # %%
 if merges:
@@ -698,10 +712,10 @@ if merges:
     print(f"merged minus as trained: {change} mean IoU; the same boxes in {same} of {len(truth)} pictures")
 
 # %% [markdown]
-# ## 11 · What we learned
+# ## 11 · Summary
 #
-# The rows to take along, and where everything lies. The topic notebooks in `notebooks/` go deeper: what the errors have
-# in common (04), what quantization costs (06), where the time goes (07), how to serve the result (08).
+# The scores once more, where everything is, and what each step took. The notebooks in `notebooks/` go deeper: what the
+# errors have in common (04), what quantization costs (06), where the time goes (07), how to serve the result (08).
 
 # %%
 print(f"{run.recipe} at scale {run.scale}, seed {run.seed}, mean IoU on val:")
@@ -709,4 +723,4 @@ for name, score in metrics["scores"].items():
     print(f"  {name}: {evaluate.with_interval(score['summary']['mean_iou'])}{evaluate.unstopped_note(score)}")
 print(f"predictions, metrics and figures: {run.folder}", f"the model to use: {shipped}", sep="\n")
 processes.leave()
-pd.DataFrame(runs.report(run))
+pd.json_normalize([*runs.report(run).values()], sep=": ").set_axis([*runs.report(run)]).T

@@ -4,10 +4,11 @@
 # The pipeline of this project runs on Qwen2-VL-7B, and on a laptop. For the laptop there is a *tiny base*: the same
 # architecture, the same processor, the same chat template, five and a half million parameters. This project trained it
 # from random weights to find things on packaging: barcodes, logos, ingredient lists, price tables. It was never given
-# the words "nutrition table". So it stands to its task as the 7B model does: it can ground, and has to learn *this*
-# object.
+# the words "nutrition table". So it starts where the 7B model starts: it can find things by their name, and has to
+# learn *this* one.
 #
-# The notebook shows what the base is, what it learned from, how it was trained, what failed, and what it can do.
+# The notebook shows what the base is, what it learned from, how it was trained, which trials failed, and what it can
+# do.
 
 # %% tags=["parameters"]
 retrain = False  # True trains from random weights: an hour on a GPU, days on a CPU; goes on where it stopped
@@ -32,7 +33,7 @@ import random
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import Code, display
+from IPython.display import display
 from PIL import Image
 from transformers import Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 
@@ -46,7 +47,7 @@ from helpers.tiny.prompts import by_name, made_up_name, prompt_for
 # %% [markdown]
 # ## What it is
 #
-# The folder is laid out as on the Hub; the real classes load it, offline.
+# Its folder has the same files as a model on the Hub, so transformers' own classes load it, offline.
 
 # %%
 if retrain:
@@ -64,15 +65,16 @@ pd.Series({name: sum(p.numel() for p in part.parameters()) for name, part in par
 
 # %% [markdown]
 # Two settings differ from the large model on purpose: `rope_theta` is 10 instead of a million, and most rotary
-# frequencies go to height and width. With the published values a grid of 8 × 11 image tokens hardly turns on the width
-# axis, and so small a model confuses left and right.
+# frequencies go to height and width. With the published values the position along the width hardly turns anything in a
+# grid of 8 × 11 image tokens ([02_model_understanding](02_model_understanding.ipynb) computes the angles).
 
 # %%
 model.config.text_config.rope_parameters
 
 # %% [markdown]
-# The tokenizer splits text by Qwen2's own pattern, digits one by one, over bytes. It learned its merges from the
-# project's prompts and completions, so a word that is not in those falls into pieces, and nothing is unknown to it.
+# The tokenizer splits text by Qwen2's own pattern, every digit alone. It learned its merges, over bytes, from the
+# project's prompts and completions. A word that is not in those falls into pieces, and no text is unknown to it. (`Ġ`
+# is a space.)
 
 # %%
 print(f"{len(processor.tokenizer)} tokens:", processor.tokenizer.tokenize("Detect the nutrition table. (278,495)"))
@@ -81,10 +83,10 @@ print(f"{len(processor.tokenizer)} tokens:", processor.tokenizer.tokenize("Detec
 # %% [markdown]
 # ## What it learned from
 #
-# The scenes of the pipeline are drawn from the splits `train`, `selection` and `val`. The base has a split of its own.
-# In two of three of its scenes another table stands where a nutrition panel would, in a panel's style and at its size:
-# the drug facts of an American medicine, cooking times, prices, doses. So it learns to draw tight boxes around large
-# tables. In the rest a nutrition panel stands there, but no prompt names it. The boxes are those of all named things.
+# From scenes of its own, which are in none of the pipeline's splits. In two of three, another table is where a
+# nutrition table would be, in the same style and size: the drug facts of an American medicine, cooking times, prices,
+# doses. So it learns to draw tight boxes around large tables. In the others there is a nutrition table, but no prompt
+# names it. The boxes below are those of everything that a prompt can name.
 
 # %%
 def as_photo(picture):
@@ -101,11 +103,12 @@ for picture, things in zip(base.images[size][:6], base.things[size], strict=Fals
 plots.panels(pictures, columns=6)
 
 # %% [markdown]
-# A prompt names a thing, and the completion holds all boxes of that name. One prompt in ten carries a made-up name
-# instead. So the base learns to copy letters that it does not know, and to write a box when it has no idea what is
-# meant: that is what a prompt for a nutrition table will be to it.
+# A prompt names a thing, and the completion has all boxes of that name. One prompt in ten has a made-up name instead.
+# So the base learns to copy a name that it does not know, and to write a box all the same: that is what "nutrition
+# table" will be to it.
 
 # %%
+pd.options.display.max_colwidth = None
 rng = random.Random(1)
 prompts = [prompt_for(by_name(things), rng) for things in base.things[size][:5]]
 display(pd.DataFrame(prompts, columns=["prompt", "completion"]))
@@ -114,26 +117,30 @@ print("made-up names:", ", ".join(made_up_name(rng) for _ in range(6)))
 # %% [markdown]
 # ## How it was trained
 #
-# The loop is short. Workers draw prompts and crops; pictures are cropped and recoloured on the device; the loss is
-# computed on the completion and its end token. The prompts of a picture share one pass through the vision tower. Muon
+# The loop is short. Workers draw prompts and crops. Pictures are cropped and recoloured on the device, and the prompts
+# of a picture share one pass through the vision tower. The loss is computed on the completion and its end token. Muon
 # trains the matrices, AdamW the rest.
 
 # %%
-Code(inspect.getsource(train.train), language="python")
+print(inspect.getsource(train.train))
 
 # %% [markdown]
-# The **guide** is there to make the model look. For the first part of the training a small linear layer, half-way up
-# the language model, must read from each image token what thing lies under it and where that thing ends. It is thrown
-# away after the training. Nutrition panels count as "nothing" for it.
+# The **guide** teaches the model to use the picture. For the first part of the training a small linear layer, half-way
+# up the language model, predicts from each image token which thing is there and where that thing ends. It is thrown
+# away after the training. Nutrition tables count as "nothing" for it.
 
 # %%
-Code(inspect.getsource(train.Guide), language="python")
+print(inspect.getsource(train.Guide))
+
+# %% [markdown]
+# The guide's weight falls to zero on the way. From there on its own loss no longer falls, and the loss on the
+# completions still does.
 
 # %%
 log = pd.DataFrame(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
-axes = log.plot(x="step", y=["loss", "guide"], logy=True, ylim=(0.3, 3))
+axes = log.plot(x="step", y=["loss", "guide"], ylim=(0, 3))
 axes.set(xlabel="step", ylabel="loss")
-log.iloc[[0, len(log) // 4, len(log) // 2, -1]]
+log.iloc[[0, len(log) // 4, len(log) // 2, -1]].rename(columns={"questions": "prompts", "rate": "learning rate"})
 
 # %% [markdown]
 # ## The trials, failures too
@@ -142,44 +149,43 @@ log.iloc[[0, len(log) // 4, len(log) // 2, -1]]
 # `probe` the mean IoU on the pipeline's val after a short LoRA fine-tuning, where that was run.
 
 # %%
-pd.options.display.max_colwidth = None
-pd.DataFrame(json.loads((TINY_DIR / "trials.json").read_text())).set_index("trial")
+names = {"questions": "prompts", "things_iou": "things", "zero_shot_iou": "zero-shot", "probe_val_iou": "probe"}
+trials = pd.DataFrame(json.loads((TINY_DIR / "trials.json").read_text())).set_index("trial").rename(columns=names)
+trials.drop(columns="parameters").style.format(na_rep="–", precision=3, thousands=",")
 
 # %% [markdown]
-# * **A to G** differ in size, depth, resolution and rate, and all failed alike: within 40,000 pictures they learned to
-#   write well-formed boxes and to ignore the picture, and fine-tuning could only give them the prior.
+# * **A to G** differ in size, depth, resolution and learning rate, and all failed alike: on about 40,000 pictures they
+#   learned to write well-formed boxes and to ignore the picture. Fine-tuned, none scored more than one constant box.
 # * **H, I and K** had the guide. K also started from wider random weights, so that attention is not flat at first, and
-#   trained on ten times the pictures: it began to look. Nothing here separates these three causes.
-# * **L** has the sizes of K; other tables stand in the panel's place, Muon trains its matrices, and it took twice as
-#   many pictures. Whatever was fine-tuned from it ended at nearly the same IoU: the base is what limits the recipes.
-# * **M** continued L on new scenes, and its loss rose at first: L knew its own scenes better than others. So the next
-#   base had to learn from more scenes rather than from the same ones more often.
-# * **N** did, with 144 image tokens instead of 100 and tables in prompts twice as often as anything else. It ships.
+#   trained on ten times as many pictures: it began to find things. Nothing here separates these three causes.
+# * **L** has the size of K. Other tables are in the nutrition table's place, Muon trains its matrices, and it took
+#   twice as many pictures.
+# * **M** continued L on new scenes, and its loss ended higher: L had learned its own scenes better than others. So more
+#   scenes are worth more than the same ones more often.
+# * **N** had more scenes, 144 image tokens instead of 100, and prompts for tables twice as often. It ships.
 #
-# The trials were measured on `val` with the base's own things and the zero-shot prompt; nothing was chosen by it. One
-# failure cost more than any of these: for a time the processor beside the weights made 81 image tokens where the
-# training had used 100, and the IoU of the same weights fell to a third, every box squeezed upwards. A pixel budget
-# belongs to a checkpoint.
+# The trials were measured on `val` with the base's own things and the zero-shot prompt; nothing was chosen by that.
 #
 # ## What it can do
 #
-# We prompt it for things on pictures of the pipeline's `val`, which are new to it, and then for what matters.
+# First we prompt it for things that it was trained on, in pictures of the pipeline's `val`, which are new to it. Then
+# we prompt it for a nutrition table.
 
 # %%
 pool = load_pool("val", 40)
 prompts = {"things": check.thing_prompts(pool, checked), "nutrition table": check.table_prompts(pool)[:checked]}
 completions = {name: check.generate(model, processor, pool, some) for name, some in prompts.items()}
-pd.DataFrame({name: check.score(prompts[name], completions[name]) for name in prompts}).T
+pd.DataFrame({name: check.score(prompts[name], completions[name]) for name in prompts}).T.convert_dtypes()
 
 # %%
 pictures = []
 for name, some in prompts.items():
     for (size, i, prompt, truth), text in zip(some[:6], completions[name], strict=False):
-        thing, found = prompt.split(" of the ")[-1], parse_text(text).boxes_xyxy_unit
+        thing, found = prompt.split(" of the ")[-1].rstrip("."), parse_text(text).boxes_xyxy_unit
         pictures.append((thing, as_photo(pool.images[size][i]), truth, found))
 plots.panels(pictures, columns=6, names=("truth", "prediction"))
 
 # %% [markdown]
-# Prompted for a nutrition table the base writes a well-formed box, and puts it around something else: a base that has
-# to be taught, which is what `pipeline.ipynb` does. The same measure over many more pictures stands beside the weights,
+# Prompted for a nutrition table, the base writes a well-formed box and puts it around something else. So there is
+# something left to teach, and that is what `pipeline.ipynb` does. Scores on many more pictures are beside the weights,
 # in `scores.json`; `python -m helpers.tiny.train runs/tiny` makes both again.

@@ -53,11 +53,11 @@ raw["val"][0]
 # %% [markdown]
 # ## What is wrong with the rows
 #
-# The audit decodes every picture once and checks every box against its rules. Each finding has a name and a treatment;
-# nothing is dropped without a word. The first table lists the rules that found something, the pictures show one or two
+# The audit decodes every picture once and checks every box against its rules. Each fault has a name and an action;
+# nothing is dropped in silence. The first table lists the rules that found something, and the pictures show one or two
 # cases of each (a cross is a box without area). The last table is what remains: `train` to learn from, `selection` to
-# choose by score on, `val` for the one report at the end. Two photos of one pack are nearly one picture, so no barcode
-# that the source gives stands in two splits.
+# choose between models, `val` for the one report at the end. Two photos of one pack are nearly the same picture, so no
+# barcode is in two splits.
 
 # %%
 audit = data.audit(raw)
@@ -66,8 +66,8 @@ truth = {split: data.truth_rows(rows[split]) for split in rows}
 display(audit.table().drop(columns="ids").style.hide(), plots.audit_sheet(raw, audit, each=2), audit.statistics)
 
 # %% [markdown]
-# Can the audit be trusted? We take one sound row, break it in every way that a rule knows, each in a copy of its own,
-# and see whether the rule names it.
+# Can the audit be trusted? We take one good row, make a copy of it for each rule with just that fault, and see whether
+# the audit finds it.
 
 # %%
 sound = rows["val"].cast_column("image", datasets.Image(decode=False))[0]
@@ -78,8 +78,9 @@ display(trial.style.hide())
 print(f"{trial['found'].sum()} of {len(trial)} planted faults are found, by {len(data.RULES)} rules.")
 
 # %% [markdown]
-# One fault deserves a picture. A phone stores a photo as its sensor lies, with an EXIF tag that says how to turn it. A
-# viewer obeys the tag; code that ignores it puts the box somewhere else. Boxes here follow the picture *as shown*.
+# One fault deserves a picture. A phone stores a photo as the sensor recorded it, with an EXIF tag that says how to turn
+# it. A viewer follows the tag; code that ignores it puts the box somewhere else. Boxes here belong to the picture *as
+# shown*.
 
 # %%
 for fault in [fault for fault in audit.faults if fault.fault == "exif-as-shown"][:1]:
@@ -91,9 +92,9 @@ for fault in [fault for fault in audit.faults if fault.fault == "exif-as-shown"]
 # %% [markdown]
 # ## The pictures
 #
-# The first six of `train` and of `val` with the boxes as they are trained on. Does each lie on its table? (`make data
-# DATASET=folder` shows more.) Then look for what makes the task hard: tables that fill the picture and tables of a few
-# per cent, packs that stand turned, cans that bend the table, lists and barcodes that are no table.
+# The first six of `train` and of `val` with the boxes as they are trained on. Is each on its table? (`make data
+# DATASET=folder` shows more.) Then look for what makes the task hard: tables that fill the picture and tables that
+# take a few per cent of it, packs on their side, cans that bend the table, lists and barcodes that look like one.
 
 # %%
 first = [row for split in ("train", "val") for row in rows[split].select(range(min(6, len(rows[split]))))]
@@ -105,8 +106,8 @@ print(f"{len(every)} pictures of {mega.min():.2f} to {mega.max():.2f} megapixels
 # %% [markdown]
 # ## The boxes
 #
-# The default data set has four classes, kinds of one thing. The prompt asks for "the nutrition table", and the model
-# may name any of them; the score counts where the box is.
+# The default data set has four classes, which are kinds of one thing. The prompt says "the nutrition table", and the
+# model may name any of them; only the place of the box counts for the score.
 
 # %%
 table = box_table(truth)
@@ -116,8 +117,9 @@ share = table["class"].value_counts(normalize=True)
 print(f"{share.max():.0%} of the boxes are {share.idxmax()}: a mean over all boxes is mostly about these.")
 
 # %% [markdown]
-# Are these the sizes of real tables? The circles are quantiles (5, 25, 50, 75, 95 %) of the 130 true boxes of the real
-# `val`, from raw outputs that another project published for it; the line is what is loaded here.
+# Do real tables have these sizes? The circles are quantiles (5, 25, 50, 75, 95 %) of the 130 true boxes of the real
+# `val`, from raw outputs that another project published; the line is what is loaded here. With five quantiles alone the
+# test below is a rough one.
 
 # %%
 shares = [0.05, 0.25, 0.5, 0.75, 0.95]
@@ -138,10 +140,10 @@ print(f"The widest gap is {gap:.2f}. Two samples of one population stay within {
       f"(Kolmogorov and Smirnov): the sizes {'do not differ' if gap <= chance else 'differ'} significantly.")
 
 # %% [markdown]
-# ## Where they lie, and what a blind guess scores
+# ## Where the boxes are, and what a blind guess scores
 #
-# The map shows the share of boxes that cover each place. The dashed box is the best *constant* prediction: the one box
-# that, given for every picture, has the highest mean IoU on `train`.
+# The map shows the share of boxes that cover each point. The dashed box is the best *constant* prediction: the one box
+# that has the highest mean IoU on `train` if it is given for every picture.
 
 # %%
 constant = evaluate.best_constant_box(truth["train"] or truth["val"])
@@ -150,20 +152,21 @@ across, down = ((table[[low]].to_numpy() <= places) & (places < table[[high]].to
                 for low, high in (("x0", "x1"), ("y0", "y1")))  # [boxes, 100] each
 covered = down.T.astype(float) @ across / len(table)
 figure, axes = plt.subplots(figsize=(3.6, 3))
-figure.colorbar(axes.imshow(covered, extent=(0, 1, 1, 0), cmap="cividis"), label="share of boxes")
+figure.colorbar(axes.imshow(covered, extent=(0, 1, 1, 0), cmap="cividis", zorder=1), label="share of boxes")
 axes.add_patch(plt.Rectangle(constant[:2], *(constant[2:] - constant[:2]), fill=False, edgecolor="white", ls="--"))
 axes.set(xlabel="x, share of width", ylabel="y, share of height")
+plots.finish(figure)
 
 # %%
 blind = evaluate.score(truth["val"], evaluate.constant_predictions(constant, truth["val"]))["summary"]["mean_iou"]
-print(f"The busiest place is covered by {covered.max():.0%} of the boxes, so the constant box scores a mean IoU of "
-      f"{evaluate.with_interval(blind)} on val.\nOnly what a model scores above that shows that it looks.")
+print(f"One point is covered by {covered.max():.0%} of the boxes, and the constant box scores a mean IoU of "
+      f"{evaluate.with_interval(blind)} on val.\nOnly what a model scores above that shows that it uses the picture.")
 
 # %% [markdown]
 # ## What an IoU looks like
 #
-# IoU is intersection over union. Here is one true box beside boxes that are off by just so much that the IoU is .5, .7
-# or .9. How far off that is follows by hand:
+# IoU is intersection over union. Here is one true box with boxes that miss it by just so much that the IoU is .5, .7 or
+# .9. How far off that is can be computed by hand:
 #
 # * **shifted** sideways by a share $d$ of the box's width: $\mathrm{IoU} = \frac{1 - d}{1 + d}$, so
 #   $d = \frac{1 - \mathrm{IoU}}{1 + \mathrm{IoU}}$
@@ -185,23 +188,24 @@ display(plots.panels([(f"{key[0]}: IoU {measured[key]:.3f}", photo, [true], [wro
 print(f"By hand and measured differ by {max(abs(measured[key] - key[1]) for key in wrong):.0e} at most.")
 
 # %% [markdown]
-# At .5 a third of the table is missed (shifted) or half of it (too small), and this counts as found. At .7 still one
-# line in six is cut off. At .9 the eye has to search. How many pixels a shift may have depends on the table's size:
+# At .5 a third of the table is missed (shifted) or half of it (too small), and yet it counts as found. At .7 a shifted
+# box still cuts off about a sixth. At .9 the difference is hard to see. How many pixels that is depends on the table's
+# size:
 
 # %%
 sides = table[["width px", "height px"]].min(axis=1).quantile([0.05, 0.5, 0.95])
 allowed = pd.DataFrame({f"shift at IoU {iou}, px": sides * (1 - iou) / (1 + iou) for iou in levels})
 allowed.insert(0, "shorter side, px", sides)
 display(allowed.set_axis(["small (5 % are smaller)", "median", "large (5 % are larger)"]).round(1))
-print(f"On a small table {allowed.iloc[0, -1]:.1f} px cost an IoU of .9. Whether that is the model's error or the "
-      "annotator's, no score can say.")
+print(f"On a small table a shift of {allowed.iloc[0, -1]:.1f} px brings the IoU down to .9. Whether that is the "
+      "model's error or the annotator's, no score can say.")
 
 # %% [markdown]
 # ## How many pictures does it take?
 #
-# A mean over $n$ pictures is known up to its 95 % interval, $\pm 1.96\, \sigma / \sqrt{n}$. For fine-tuned 7B models
-# the spread of a picture's IoU is published as about $\sigma = .21$, and the means of four recipes on the first 50
-# pictures of `val` as .833 to .864.
+# A mean over $n$ pictures is known up to its 95 % interval, $\pm 1.96\, \sigma / \sqrt{n}$. For fine-tuned 7B models,
+# another project published a standard deviation of a picture's IoU of about $\sigma = .21$, and means of four recipes
+# from .833 to .864 on the first 50 pictures of `val`.
 
 # %%
 spread, worst, best = 0.21, 0.833, 0.864
@@ -211,14 +215,14 @@ print(f"From 50 pictures a mean is known to ± {half[50]:.3f}; the four means li
 
 # %% [markdown]
 # It is better to compare two recipes **on the same pictures**: a hard picture is hard for both, so the difference of
-# their IoUs spreads less. With a correlation $\rho$ it spreads by $\sigma_d = \sigma\sqrt{2(1 - \rho)}$. *Power* is how
-# often an experiment with $n$ pictures finds a difference $\delta$ that is really there:
+# their IoUs varies less. With a correlation $\rho$ its standard deviation is $\sigma_d = \sigma\sqrt{2(1 - \rho)}$.
+# *Power* is how often an experiment with $n$ pictures finds a difference $\delta$ that is really there:
 #
 # $$\mathrm{power} \approx \Phi \left( \frac{\delta \sqrt{n}}{\sigma_d} - 1.96 \right) \qquad
 # n_{80} = \left( \frac{(1.96 + 0.84)\, \sigma_d}{\delta} \right)^2$$
 #
-# Lines are this formula. Points are 1000 simulated experiments each: IoUs between 0 and 1 (beta distributed) with the
-# published spread and means, and a paired t-test at 95 %.
+# The lines are this formula. Each point is 1000 simulated experiments: IoUs between 0 and 1 (beta distributed) with the
+# published standard deviation and means, and a paired t-test at 95 %.
 
 # %%
 def power(difference, sigma, pictures):
@@ -249,5 +253,6 @@ print(f"With ρ = .6, 50 pictures find the published difference in {power(best -
       f"{2.8 * sigma / np.sqrt(123):.3f} to be found four times in five.")
 
 # %% [markdown]
-# That is why this project scores all of `val`, compares recipes in pairs, and writes an interval beside every number.
+# That is why this project scores all of `val`, compares recipes picture by picture, and gives every mean IoU with its
+# interval.
 # Next: [03_data_preprocessing](03_data_preprocessing.ipynb), on what happens to a row before training.

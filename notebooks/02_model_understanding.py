@@ -5,18 +5,18 @@
 # picture as a strip of tokens and *writes* `(278,495)`. This notebook follows one picture through the model:
 #
 # 1. What is in an image token?
-# 2. How does the model know *where* a token stands?
+# 2. How does the model know *where* in the picture a token is?
 # 3. Where are the parameters, and where does LoRA attach?
 # 4. Where do the time and the memory of a training step go?
 # 5. Where does the model look while it writes a coordinate?
 #
 # ```
-# pixels ─▶ 14 × 14 patches ─▶ vision tower ─▶ 2 × 2 merged ─▶ image tokens ─┐
-#                                                                            ├─▶ language model ─▶ "(278,495)…"
-# "Detect the bounding box …" ─▶ tokenizer ─▶ embeddings ─▶ text tokens ─────┘
+# pixels ─▶ patches ─▶ vision tower ─▶ 2 × 2 merged ─▶ image tokens ─┐
+#                                                                    ├─▶ language model ─▶ (278,495)
+# "Detect the …" ─▶ tokenizer ─▶ embeddings ─▶ text tokens ──────────┘
 # ```
 #
-# It runs on the *tiny base*, which has Qwen2-VL's architecture at a few million parameters. What concerns 7B is
+# It runs on the *tiny base*, which has Qwen2-VL's architecture at a few million parameters. The numbers for 7B are
 # computed from its published configuration, without a download.
 
 # %% tags=["parameters"]
@@ -66,8 +66,8 @@ vision, text = vlm.config.vision_config, vlm.config.text_config
 # ## 1 · Pixels → patches → tokens
 #
 # The processor resizes a picture so that both sides are multiples of 28 pixels, and cuts it into patches of 14 × 14.
-# Patches that will become one token stand next to each other in `pixel_values`. A still is taken as two equal frames,
-# because the model also reads videos two frames at a time, so a patch has 3 colours × 2 frames × 14 × 14 numbers.
+# Patches that will become one token are next to each other in `pixel_values`. The model also reads videos, two frames
+# at a time, so a photo counts as two equal frames, and a patch has 3 colours × 2 frames × 14 × 14 numbers.
 
 # %%
 collator = collate.Collator(processor, f"Detect the bounding box of the {find}.")
@@ -78,8 +78,8 @@ print(f"{high} × {wide} = {patches} patches of {width} numbers; {high // 2} × 
       f"with the text {length} tokens")
 
 # %% [markdown]
-# Nothing is lost on the way. Put together again and un-normalised, the patches are the picture that the model receives,
-# here with the grid of its image tokens (thick) and patches (thin).
+# Nothing is lost on the way. Put together again, with the normalization undone, the patches are the picture that the
+# model receives, here with the grid of its image tokens (thick) and patches (thin).
 
 # %%
 stored = batch["pixel_values"].float().cpu().view(high // 2, wide // 2, 2, 2, 3, 2, 14, 14)
@@ -95,8 +95,8 @@ plt.show()
 
 # %% [markdown]
 # Then the vision tower runs. At its end the **merger** makes one token of 2 × 2 patches: four vectors side by side go
-# through a small MLP to the width of the language model. We expect what the configuration says, and measure with hooks
-# in a forward pass. PyTorch counts the floating point operations of the same pass.
+# through a small MLP to the width of the language model. The expected shapes follow from the configuration, the
+# measured ones come from hooks in a forward pass. PyTorch counts the floating point operations of the same pass.
 
 # %%
 tower, language, measured = vlm.model.visual, vlm.model.language_model, {}
@@ -112,15 +112,15 @@ with torch.inference_mode(), FlopCounterMode(display=False) as counter:
 pd.DataFrame({"expected": {name: shape for name, (_, shape) in expected.items()}, "measured": measured})
 
 # %% [markdown]
-# Two things to keep. The tower works on **four times** as many rows as there are image tokens, so large pictures get
-# expensive there. And the merger is the only bridge: all that the language model will ever know of 28 × 28 pixels is
-# in one vector.
+# Two things to remember. The tower works on **four times** as many rows as there are image tokens, so large pictures
+# get expensive there. And the merger is the only bridge: all that the language model will ever know of 28 × 28 pixels
+# is in one vector.
 #
-# ## 2 · Where does a token stand? M-RoPE
+# ## 2 · Where in the picture is a token? M-RoPE
 #
-# A strip of tokens has lost its rows and columns. Qwen2-VL gives them back by *position*: each token has three, for
-# time, height and width, and each rotates its own part of every attention head (multimodal rotary embedding). A text
-# token has all three equal.
+# A strip of tokens has lost its rows and columns. Qwen2-VL gives them back as *positions*: each token has three, for
+# time, height and width, and each rotates its own part of every attention head (multimodal rotary embedding). In a text
+# token all three are equal.
 
 # %%
 positions, _ = vlm.model.get_rope_index(batch["input_ids"], mm_token_type_ids=batch["mm_token_type_ids"],
@@ -144,11 +144,15 @@ for name, config, columns in (("this model", text, wide // 2), ("7B", seven.conf
     print(f"{name}: {height:.3g}° a row, {width:.3g}° a column, {columns * width:.3g}° across {columns} columns")
 
 # %% [markdown]
-# At 7B that is next to nothing. What its language model knows about columns must come mostly from the vision tower,
-# whose own 2D rotary embedding gives rows and columns the same frequencies, the fastest 57° a patch. (This is read off
-# the angles, not measured.) The tiny base, with fewer tokens across, was given faster ones.
+# At 7B the rotation along the width is next to nothing. What its language model knows about columns must come mostly
+# from the vision tower, whose own 2D rotary embedding gives rows and columns the same frequencies, the fastest of one
+# radian a patch. (This follows from the angles; it was not measured.) The tiny base, with fewer tokens across, has
+# faster ones.
 #
 # ## 3 · Where the parameters are, and where LoRA attaches
+#
+# How many parameters does each part have, here and at 7B, and how many million floating point operations (MFLOP) does
+# it spend on the picture above? First in numbers, then in per cent of the whole. One sum is checked by hand.
 
 # %%
 flops = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
@@ -160,7 +164,7 @@ d, k, i = seven.config.text_config.hidden_size, 4 * 128, seven.config.text_confi
 print(f"28 layers of 7B by hand: 28 (2d² + 2dk + d + 2k + 3di + 2d) = {28 * (2*d*d + 2*d*k + d + 2*k + 3*d*i + 2*d):,}")
 
 # %% [markdown]
-# Most of 7B is in the linear layers of its language model: quantizing *them* saves the memory. LoRA puts a pair of thin
+# Most of 7B is in the linear layers of its language model, so quantizing *them* saves memory. LoRA puts a pair of thin
 # matrices beside a linear layer, $W x + \frac{\alpha}{r} B A x$ with $A$ of shape [r, inputs] and $B$ of shape
 # [outputs, r], so it adds $r\,(\text{inputs} + \text{outputs})$ weights a layer. The recipes name the layers by one
 # regular expression over full module names.
@@ -178,8 +182,8 @@ for recipe in ("r1-llm-only", "r4-joint"):
 pd.DataFrame(attached).T.map("{:,}".format)
 
 # %% [markdown]
-# A trap: in a *list*, PEFT compares plain endings of names, and a regular expression matches nothing, without a word.
-# Watch the vision tower. `model.check_trainable` stops a run for that.
+# A trap: in a *list*, PEFT compares plain endings of names, so a regular expression matches nothing, and nothing warns.
+# Below, the vision tower ends up without a trainable weight. `model.check_trainable` stops a run for that.
 
 # %%
 tuned = get_peft_model(vlm, LoraConfig(r=lora_rank, target_modules=["q_proj", r"model\.visual\.blocks\.\d+\.mlp\.fc1"]))
@@ -215,18 +219,18 @@ print(f"In all: r1 {r1.sum():.0f} ms and {r1_kept:.0f} MiB, r4 {r4.sum():.0f} ms
 
 # %% [markdown]
 # * In r1 nothing trains in the vision tower or below it. So the gradient stops where the picture enters the language
-#   model, and the tower costs its forward pass and keeps nothing. In r4 it keeps its activations, and a step's memory
-#   is mostly made of those.
-# * The attention weights are pictures × heads × tokens², so they grow with the *square* of the tokens. At 7B a kernel
-#   that never writes them down (SDPA, flash attention) is used, and activation checkpointing, which recomputes
-#   activations instead of keeping them.
+#   model, and the tower costs its forward pass and keeps nothing. In r4 it keeps its activations, and they are most of
+#   a step's memory.
+# * The attention weights are pictures × heads × tokens², so they grow with the *square* of the tokens. Training uses a
+#   kernel that never stores them (SDPA, flash attention), and where memory is short activation checkpointing, which
+#   recomputes activations instead of keeping them.
 #
 # ## 5 · Where does it look while it writes a coordinate?
 #
 # A number's first digit is chosen at the token before it, "(" or ",". The attention of *that* token to the image
 # tokens, averaged over heads, shows where the model looks for this edge. The tiny base has learned barcodes and logos,
-# not nutrition tables, so it looks for a barcode. How much attention falls on the true box? A *lift* of 1 is that of a
-# model which looks everywhere alike.
+# not nutrition tables, so it looks for a barcode. How much attention falls on the true box? The *lift* is its share of
+# the attention over its share of the picture: 1 means that the model looks everywhere alike.
 
 # %%
 looks = attention.looks(vlm, processor, rows, find)
@@ -239,29 +243,31 @@ print(f"{len(looks)} pictures got a box, with a mean IoU of {np.mean([look.iou f
       f"In layer {best} a token of the true box gets {lifts.loc[best].mean():.1f} × the attention of an average one.")
 
 # %% [markdown]
-# The best of them, at that layer: truth solid blue, prediction dashed orange. One picture can flatter, so the table
-# goes over all of them: while a coordinate is written, how far is the centre of attention from each edge?
+# The best of these pictures, at that layer: truth solid blue, prediction dashed orange. One picture can mislead, so the
+# table is a mean over all of them: while a coordinate is written, how far is the centre of attention from each edge, as
+# a share of the picture's side?
 
 # %%
 display(attention.attention_maps(max(looks, key=lambda look: look.iou), best))
-attention.distances(looks, best).round(2).fillna("")
+attention.distances(looks, best).style.format("{:.2f}", na_rep="")
 
 # %% [markdown]
-# If the diagonal holds the smallest numbers of its axis (x with x, y with y), the model looks at an edge while it
-# writes it. Attention is a trace, not a proof: after some layers, what a token carries need not be what stood at its
-# place in the picture.
+# If the numbers on the diagonal are the smallest of their axis (x with x, y with y), the model looks at an edge while
+# it writes its coordinate. Attention is a hint, not a proof: after some layers a token can carry more than what was at
+# its place in the picture.
 #
-# ## What to take along
+# ## What to remember
 #
-# * A picture is `rows × columns` tokens of 28 × 28 pixels; the tower pays four rows for each.
-# * Position is rotation, per axis. A picture uses up only as many positions as its longer side has tokens.
+# * A picture is `rows × columns` tokens of 28 × 28 pixels; the vision tower computes four patches for each.
+# * A position is a rotation, one for each axis. A picture uses up only as many positions as its longer side has tokens.
 # * Most of 7B is in the linear layers of the language model: those are what NF4 quantizes and what r1 adapts.
 # * A frozen tower costs its forward pass and nothing more; training it costs the activations.
 #
 # On the real model, from the repository's folder, on a GPU (mind the quotes):
 #
 # ```sh
-# papermill notebooks/02_model_understanding.ipynb out.ipynb --cwd notebooks -p scale 7b -p find "nutrition table"
+# papermill notebooks/02_model_understanding.ipynb out.ipynb --cwd notebooks \
+#     -p scale 7b -p find "nutrition table"
 # ```
 #
 # Next: [06_quantization_and_trainable_params](06_quantization_and_trainable_params.ipynb), on what NF4 does to those

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # From a row to a batch: what happens to a photo and its box before training?
 #
-# Between a photo with a box and a number that training can push down lie a handful of steps, and each has cost somebody
-# days: a resize that moves the box, a token that is not trained, a length limit that cuts the picture. This notebook
-# takes the steps one by one and measures at each:
+# There are only a handful of steps between a photo with a box and the loss, but a mistake in any of them is hard to
+# find: a resize that moves the box, a token that is not trained, a length limit that cuts the picture. This notebook
+# takes the steps one by one and measures each:
 #
-# row → messages → tokens → **labels**, and beside them photo → resize → patches → **image tokens**; then what
+# row → messages → tokens → **labels**, and beside it photo → resize → patches → **image tokens**; then what
 # `max_length` cuts, augmentation with boxes, and what padding wastes.
 #
 # By default it uses the embedded scenes and the tiny model's processor. That is the real model's class with the same
@@ -50,19 +50,20 @@ from helpers.settings import TINY_BASE
 # ## Row → messages
 #
 # A vision-language model writes text, so the box becomes text: Qwen2-VL's own grounding format, in whole
-# thousandths of the picture's width and height, x first. Prompt and completion stand apart, so that the loss can be
-# computed on the completion alone.
+# thousandths of the picture's width and height, x first, boxes in reading order. Prompt and completion are kept apart,
+# so that the loss can be computed on the completion alone.
 
 # %%
 limit = {"train": 1} | ({"val": val_limit} if val_limit else {})
 rows = data.load_splits(dataset_id, seed=seed, limit=limit)["val"]
 with_box = rows.filter(lambda objects: len(objects["bbox"]) > 0, input_columns="objects")
 row = with_box[0]
-display(row["objects"]["bbox"], chat := messages.to_messages(row, prompt))
+edges = ["y_min", "x_min", "y_max", "x_max"]
+display(pd.DataFrame(row["objects"]["bbox"], columns=edges).round(4), chat := messages.to_messages(row, prompt))
 
 # %% [markdown]
-# What does rounding to thousandths cost? We parse the text of every box back and compare it with the truth. No model
-# that writes thousandths can score more.
+# What does rounding to thousandths cost? We parse the text of every box and compare the result with the truth. No model
+# that writes thousandths can score noticeably more than this.
 
 # %%
 kept = []
@@ -75,7 +76,7 @@ print(f"{len(kept)} boxes keep an IoU of {np.mean(kept):.4f} on average, {min(ke
 # %% [markdown]
 # ## Messages → tokens
 #
-# The chat template adds a system message, the turns' markers and one `<|image_pad|>`; the processor repeats that one
+# The chat template adds a system message, the markers of the turns and one `<|image_pad|>`, which the processor repeats
 # for every image token. A special token is one token, and so is each digit.
 
 # %%
@@ -91,7 +92,8 @@ print(processor.tokenizer.tokenize(chat["completion"][0]["content"][0]["text"]))
 # The model takes patches of 14 × 14 pixels and merges 2 × 2 of them into one token, so both sides must be multiples of
 # 28. *Smart resize* rounds them, and keeps the area within a budget: with $s = \sqrt{\mathrm{max} / (h w)}$ a photo
 # that is too large gets sides $28 \lfloor s h / 28 \rfloor$ and $28 \lfloor s w / 28 \rfloor$; one that is too small
-# is scaled up likewise and rounded up. Here it is by hand (height, width), beside the library's function.
+# is scaled up likewise and rounded up. Here it is by hand (height, width), beside the library's function, with the
+# budgets of this project's two scales and with the one that Qwen published.
 
 # %%
 def by_hand(height, width, low, high):
@@ -119,9 +121,9 @@ print(f"By hand and library agree in {(sizes['by hand'] == sizes['smart_resize']
 # %% [markdown]
 # A box in shares of width and height stretches with the picture and stays right; a box in pixels would not. This
 # project trains 7B with 256 to 1280 image tokens. Training and use must have the same budget, or the model meets tables
-# of a size that it has not learned: so the processor is saved with every model.
+# of a size that it has not learned. So the processor is saved with every model.
 #
-# What is left of a table? The pictures show it cut out of the photo at both budgets.
+# What is left of a table? Here is one at both budgets, cut out of the resized photo.
 
 # %%
 true, views = boxes.yxyx_unit_to_xyxy_unit(row["objects"]["bbox"]), []
@@ -136,15 +138,14 @@ plots.panels(views, columns=2, names=("", ""))
 # %% [markdown]
 # ## Tokens → labels
 #
-# A label is the token that should come next, or -100 where no loss is computed. There are two scopes: `assistant`, the
-# completion and the `<|im_end|>` that teaches the model to stop; and `all-text`, system message and prompt too. Vision
-# tokens and padding are masked in both. Blue and underlined is trained on, grey is masked.
+# A label is the token that should come next, or -100 where no loss is computed. There are two scopes: `assistant` is
+# the completion and the `<|im_end|>` that teaches the model to stop; `all-text` adds system message and prompt. Vision
+# tokens and padding are masked in both. Blue and underlined tokens are trained on, grey ones are masked.
 
 # %%
 labels = {scope: collate.Collator(processor, prompt, scope)([row]) for scope in ("assistant", "all-text")}
 for scope, batch in labels.items():
-    print(scope)
-    display(plots.label_mask(processor.tokenizer, batch["input_ids"][0], batch["labels"][0]))
+    display(plots.label_mask(processor.tokenizer, batch["input_ids"][0], batch["labels"][0], title=scope))
 
 # %%
 for scope, batch in labels.items():
@@ -154,7 +155,7 @@ frames = pd.Series([re.sub(r"\d+", "#", messages.target_text(objects)) for objec
 print(f"Without digits {frames.value_counts(normalize=True).max():.0%} of the completions are one and the same text")
 
 # %% [markdown]
-# So much of the loss is about what hardly varies. A small loss is no proof of good boxes: only IoU is.
+# So much of the loss is on text that hardly varies. A small loss does not prove good boxes; a high IoU does.
 #
 # ## What `max_length` cuts
 #
@@ -186,15 +187,16 @@ display(pd.DataFrame([outcome(phone, "7b", 1024), whole] + [
     outcome(row, "tiny", whole["tokens"] - cut) for cut in (2, 12, whole["trained"])]).style.hide())
 
 # %% [markdown]
-# A cut through the picture is loud. A cut *behind* it is not: the first tokens to go are the end of the completion, so
-# the model never learns to stop and repeats boxes up to the token limit; with no completion left the loss is no number.
-# So this project sets `max_length=None`, and its collator refuses by name what is too long.
+# A cut through the picture raises an error. A cut *after* it does not: the first tokens to go are the end of the
+# completion, so the model never learns to stop and repeats boxes up to the token limit. With no completion left, the
+# loss is not a number. So this project sets `max_length=None`, and its collator refuses a row that is too long, by
+# name.
 #
 # ## Augmentation with boxes
 #
-# Another view of a picture is another training picture, if its box moves with it. Parameter `augment` makes one in each
-# epoch. It never mirrors: mirrored text is no text. What happens depends on seed, epoch and picture alone, so a run
-# that was killed and goes on makes the same views.
+# Another view of a picture is another training picture, if its box moves with it. The parameter `augment` makes one in
+# each epoch. It never mirrors, because mirrored text is not text. What happens depends on seed, epoch and picture
+# alone, so a run that was killed and goes on makes the same views.
 
 # %%
 changed, views = augment.Augment(seed), [("as it is", row["image"], true, [])]
@@ -204,8 +206,8 @@ for changed.epoch in range(5):
 plots.panels(views, columns=6)
 
 # %% [markdown]
-# Does the box stay right? White boxes on black ground go through the same geometry, and we compare the outline of what
-# comes out with the box that comes out.
+# Does the box stay right? We send white boxes on black ground through the same geometry, and compare the outline of the
+# white area with the box that comes out.
 
 # %%
 off = []
@@ -221,9 +223,9 @@ print(f"Box and outline of {len(off)} boxes differ by {np.median(off):.1f} px (m
 # %% [markdown]
 # ## Padding
 #
-# A batch is a rectangle: short sequences are filled up to the longest, and the language model computes on the filling
-# too. How much is wasted with photos from many phones and cameras? Let us assume that half of them come straight from a
-# phone, and the rest are smaller uploads and crops. `grouped` is transformers' `group_by_length`.
+# A batch is a rectangle: short sequences are padded to the length of the longest, and the language model computes on
+# the padding too. How much is wasted with photos from many phones and cameras? Assume that half of them come straight
+# from a phone, and that the rest are smaller uploads and crops. `grouped` is transformers' `group_by_length`.
 
 # %%
 kinds = [(3024, 4032), (2268, 4032), (1200, 1600), (1080, 1920), (600, 800), (700, 250)]
@@ -238,6 +240,6 @@ for name in ("7b", "7b as published"):
 
 # %% [markdown]
 # The bound on pixels does much of the work, because large photos all end near the same length. Grouping by length does
-# most of the rest; its price is that the pictures of a batch resemble each other.
+# most of the rest, but the pictures of a batch then resemble each other.
 #
 # Next: [02_model_understanding](02_model_understanding.ipynb), on what the model makes of these tokens.

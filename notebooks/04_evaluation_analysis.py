@@ -2,11 +2,10 @@
 # # How good is a model, and how sure are we?
 #
 # A fine-tuned vision-language model writes text. Whether its boxes are good, and whether one recipe is better than
-# another, has to be measured, with a number that says how sure it is. This notebook takes the runs on disk apart:
-# what the scores count, intervals, paired comparisons, errors by kind, confidence, prompts, the best and the worst
-# pictures.
+# another, has to be measured, and the measure must say how sure it is. This notebook analyses the runs on disk: what
+# the scores count, intervals, paired comparisons, errors by kind, confidence, prompts, the best and the worst pictures.
 #
-# Where there is no run yet, it makes a small one first (a minute on two cores). Real ones come from `make run
+# If there is no run yet, it makes a small one first (a minute on two cores). Real ones come from `make run
 # RECIPE=r4-joint` or `make recipes`.
 
 # %% tags=["parameters"]
@@ -42,8 +41,8 @@ from helpers.settings import TINY_BASE
 # %% [markdown]
 # ## The runs
 #
-# A run's folder holds its predictions, the truth they were scored against, and its metrics. Two runs compare when they
-# were scored on the same pictures.
+# A run's folder has its predictions, the truth they were scored against, and its metrics. Two runs can be compared if
+# they were scored on the same pictures.
 
 # %%
 if run is None and not reports.find_runs(runs_dir):
@@ -65,20 +64,20 @@ pd.DataFrame({one["run"]: {"recipe": one["recipe"], "mean IoU (95 %)": evaluate.
 # ## What the numbers count
 #
 # A picture's IoU is the mean over its true boxes. Boxes and truth are matched one to one for the greatest sum of IoU,
-# whatever their order; a miss is 0, and a box that is left over costs precision. The constant box, the one box that
-# suits the training pictures best, is what a model must beat to show that it uses the picture.
+# whatever their order. A miss counts as 0, and a box that matches none costs precision. The constant box, the one box
+# that fits the training pictures best, is what a model must beat to show that it uses the picture.
 
 # %%
 folder = Path(runs_dir) / f"{reports.PREFIX}{chosen['run']}"
 scores, truth = chosen["metrics"]["scores"], predict.read_jsonl(folder / "truth.jsonl")
 predictions = {name: predict.read_jsonl(folder / reports.FILES[name]) for name in scores}
 tuned = scores["fine-tuned"]
-print(f"{chosen['run']}, the run that is taken apart:")
+print(f"run {chosen['run']}:")
 reports.metrics_table(chosen["metrics"])
 
 # %% [markdown]
-# Bad input must not flatter. We spoil the predictions on purpose: one is missing, one stands twice, one is for an
-# unknown picture, one is a box without area.
+# Bad input must not raise the score. We spoil the predictions on purpose: one is missing, one is there twice, one is
+# for an unknown picture, one is a box without area. The evaluator names each of them.
 
 # %%
 spoiled = [dict(line) for line in predictions["fine-tuned"]]
@@ -92,8 +91,8 @@ print(f"n stays {named['summary']['mean_iou']['n']}: what is missing or broken c
 # %% [markdown]
 # ## How sure a mean is
 #
-# A bootstrap over pictures gives the 95 % interval: with other pictures of the same kind the mean could as well have
-# been anywhere in it. It shrinks with the root of their number.
+# A bootstrap over pictures gives the 95 % interval: how far the mean would move with other pictures of the same kind.
+# The interval shrinks with the square root of their number.
 
 # %%
 for n in (12, 25, 50, len(truth)):
@@ -103,8 +102,9 @@ for n in (12, 25, 50, len(truth)):
 # %% [markdown]
 # ## Two models on the same pictures
 #
-# Some pictures are hard for everyone. Compared in pairs that part cancels, so differences can be significant that two
-# separate intervals would hide. The same from the command line: `make compare A=r4-joint B=r1-llm-only`.
+# Some pictures are hard for every model. In a comparison picture by picture that part cancels, so a difference can be
+# significant although the two separate intervals overlap. `pictures needed` is for a difference of this size to be
+# found four times in five. The same from the command line: `make compare A=r4-joint B=r1-llm-only`.
 
 # %%
 rivals = {name: other for name, other in scores.items() if name != "fine-tuned"}
@@ -115,36 +115,40 @@ pd.DataFrame({f"{chosen['run']} minus {name}": {
     "pictures needed": pair["pictures_needed"]} for name, pair in pairs.items()}).T  # fmt: skip
 
 # %% [markdown]
-# Pictures are one source of chance, the seed of a training is the other. Runs named `r4-joint-s1`, `r4-joint-s2` (`-p
+# Pictures are one source of chance, the seed of the training is the other. Runs named `r4-joint-s1`, `r4-joint-s2` (`-p
 # seed 1 -p run_name r4-joint-s1`) count as further seeds of `r4-joint`, and `make table` draws its interval over seeds
 # and pictures.
 #
 # ## Where the IoU lies
 #
-# A mean hides its shape. First the pictures by IoU and the share that reaches at least so much; then mean IoU by the
-# area of the true box and by the turn of the picture in degrees, with intervals: a group of few pictures says little.
+# A mean says nothing about its parts. First the pictures by IoU, and the share of them that reaches at least that IoU.
+# Then the mean IoU by the area of the true box and by the rotation of the picture, with intervals: a group of few
+# pictures says little.
 
 # %%
 plots.iou_curves({name: predictions[name] for name in ("constant box", "base", "fine-tuned")}, truth)
 
 # %%
 figure, grid = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
-for axes, group, metric in zip(grid, ("by_size", "by_rotation"), ("mean_iou_boxes", "mean_iou"), strict=True):
+groups = {"by_size": ("mean_iou_boxes", "area of the true box, share of the picture", "mean IoU of boxes"),
+          "by_rotation": ("mean_iou", "rotation of the picture, degrees", "mean IoU of pictures")}
+for axes, (group, (metric, across, upwards)) in zip(grid, groups.items(), strict=True):
     for name, marker in (("constant box", "o"), ("base", "s"), ("fine-tuned", "D")):
         means = {f"{key}\nn = {part[metric]['n']}": part[metric] for key, part in scores[name][group].items()}
         known = pd.DataFrame(means).T.dropna()
         axes.errorbar(known.index, known["value"], (known["value"] - known["low"], known["high"] - known["value"]),
                       fmt=marker, capsize=3, label=name)
-    axes.set(xlabel=group.replace("_", " "), ylabel="mean IoU", ylim=(0, 1))
+    axes.set(xlabel=across, ylabel=upwards, ylim=(0, 1))
 axes.legend()
 plt.show()
 
 # %% [markdown]
 # ## How sure the model is
 #
-# A generated box comes without a score, but each of its tokens has a probability. Its confidence is the probability
-# that a box begins at all, times the geometric mean of its digits'. It ranks the boxes, which average precision needs.
-# Is it also a probability? Then the points would lie on the line.
+# A generated box comes without a score, but each of its tokens has a probability. The box's confidence is the
+# probability that a box begins at all, times the geometric mean of the probabilities of its digits. It ranks the boxes,
+# which average precision needs. Is it also a probability? Then the points would be on the line. Above it, boxes are
+# right more often than their confidence says. A large point stands for many boxes.
 
 # %%
 reliability = tuned["confidence"]["reliability"] or {"bins": []}
@@ -157,8 +161,9 @@ plt.show()
 print(f"AP {evaluate.with_interval(tuned['summary']['ap'])}, AP50 {evaluate.with_interval(tuned['summary']['ap50'])}")
 
 # %% [markdown]
-# **From which confidence on can one use a box without looking?** We choose the lowest confidence that gives a precision
-# of 95 % on pictures of `selection`, and measure it on `val`. The merged model predicts for them now.
+# **Above which confidence can one use a box without looking?** We choose the lowest confidence that gives a precision
+# of 95 % on pictures of `selection`, and measure it on `val`. So the merged model first predicts boxes for `selection`.
+# Read the result with its interval: the fewer boxes are left, the less is known about their precision.
 
 # %%
 made_with = chosen["parameters"]
@@ -191,10 +196,11 @@ for name, least in (("all boxes", 0.0), (f"confidence ≥ {threshold:.3f}", thre
           f"recall {evaluate.with_interval(part['recall'])}")
 
 # %% [markdown]
-# ## The zero-shot score depends on the prompt
+# ## Does the zero-shot score depend on the prompt?
 #
-# "The base model scores so much" means nothing without the prompt. Here are one base and the same pictures, with a few
-# prompts. (A large base takes its time; at 7B only the first prompt of the run is known, its `base` row above.)
+# A zero-shot score is the score of a model with a prompt. Here are one base and the same pictures with a few prompts.
+# With so few pictures the intervals are wide: raise `prompt_pictures` before you conclude anything. (At 7B this takes
+# too long for a notebook; there the run's own prompt is in the `base` row above.)
 
 # %%
 prompts = (made_with["prompt"], "Detect the bounding box of the nutrition-table.",
@@ -208,7 +214,7 @@ for prompt in prompts if made_with["scale"] == "tiny" else ():
 # %% [markdown]
 # ## The worst and the best twelve, and six before and after
 #
-# Numbers say how often, pictures say how. Truth is solid blue, the prediction dashed orange.
+# Numbers say how often the model fails, pictures say how. Truth is solid blue, the prediction dashed orange.
 
 # %%
 ranked = sorted((one for one in tuned["per_picture"] if one["iou"] is not None), key=lambda one: one["iou"])
@@ -218,10 +224,10 @@ for title, some in (("the worst", ranked[:12]), ("the best", ranked[:-13:-1])):
     display(plots.gallery(chosen_rows, truth, predictions["fine-tuned"], title=title))
 lost = sum(not one["predicted"] for one in ranked[:12])
 beside = sum(one["iou"] == 0 for one in ranked[:12]) - lost
-print(f"Of the worst 12, {lost} have no box and {beside} one beside the table.")
+print(f"Of the worst 12, {lost} have no box, and {beside} have one that misses the table.")
 
 # %%
 plots.before_after(rows["val"].select(range(6)), truth, predictions["base"], predictions["fine-tuned"])
 
 # %% [markdown]
-# These six were not chosen; they are the first. Next: [08_deployment](08_deployment.ipynb), on a model in use.
+# These six were not picked; they are the first of `val`. Next: [08_deployment](08_deployment.ipynb), on a model in use.

@@ -6,16 +6,16 @@
 #
 # **symptom → smallest reproduction → cause → fix.**
 #
-# `tests/test_bugs.py` checks that each of them still happens. Where it does not, a library has repaired the bug, and
+# `tests/test_bugs.py` checks that each of them still happens. When it no longer does, a library has fixed the bug, and
 # its section can go.
 #
 # | | bug | what you notice |
 # |---|---|---|
-# | 1 | one tower in two dtypes | `mat1 and mat2 must have the same dtype`, or a worse loss without a word |
+# | 1 | one tower in two dtypes | `mat1 and mat2 must have the same dtype`, or a worse loss and no error |
 # | 2 | `DataParallel` instead of `device_map` | another batch size than you set; image features do not match |
 # | 3 | bf16 weights that swallow small steps | the loss falls slowly, most weights never move |
 # | 4 | a resume that starts from the base | the step counter goes on, the loss is back at the start |
-# | 5 | autocast mistaken for true bf16 | out of memory with `bf16=True`, or an optimizer that forgets nothing |
+# | 5 | autocast mistaken for true bf16 | out of memory with `bf16=True`, or an optimizer state that never shrinks |
 # | 6 | fp16 | the loss is `nan`, the completion is `!!!!!!` |
 # | 7 | an evaluation that shows 0 % | completions with good boxes, none of them counted |
 # | 8 | memory that is not given back | the second run in a notebook is out of memory |
@@ -81,8 +81,8 @@ forward = {"bf16 tower": bugs.outcome(load(dtype=bf16), **batch),
 pd.Series(forward, name="one forward pass").to_frame()
 
 # %% [markdown]
-# **Cause.** A matrix product needs one dtype on both sides, and every part of the model brings its own. 4-bit weights
-# are stored as `uint8`, and casting to that is legal. The tower was quantized because the skip list above names it
+# **Cause.** A matrix product needs one dtype on both sides, and every part of the model has its own. 4-bit weights are
+# stored as `uint8`, and casting to that raises no error. The tower was quantized because the skip list above names it
 # `visual`, as older versions did; today its name is `model.visual`, and a name that matches nothing is not an error.
 #
 # **Fix.** Use today's name, and check what was really quantized. Where parts must differ (fp32 weights that train,
@@ -96,15 +96,15 @@ print("check_precision: ", bugs.outcome(model.check_precision, wrong, "nf4"))
 # %% [markdown]
 # ## 2 · `DataParallel` instead of `device_map`
 #
-# **Symptom.** On a machine with two GPUs the batch is twice as large as you set it, or an error speaks of image
-# features that do not match. On one GPU all is well.
+# **Symptom.** On a machine with two GPUs the batch is twice as large as you set it, or an error says that image
+# features and image tokens do not match. On one GPU all is well.
 #
 # **Cause.** Trainer counts all *visible* GPUs. If the model lies on one of them, Trainer multiplies the batch and wraps
 # the model in `nn.DataParallel`, which cuts every tensor in two along its first axis. That is right for text. For
 # Qwen2-VL it is wrong, because `pixel_values` has a row for each *patch*, not for each picture.
 #
-# A CPU shows no GPUs, so below PyTorch is told that there are two. All the rest is Trainer's own code, given a batch
-# of 4. Then our batch is cut in two as `DataParallel` cuts it, and one half goes through the model.
+# This notebook needs no GPU, so PyTorch is told that there are two. All the rest is Trainer's own code, with a batch
+# size of 4. Then our batch is cut in two as `DataParallel` cuts it, and one half goes through the model.
 
 # %%
 places = {"on one device": {"": "cpu"}, "spread over two": {"model.visual": 0, "model.language_model": 1}}
@@ -125,7 +125,7 @@ counted
 # **Symptom.** The vision tower trains at a learning rate of 1e-5 and hardly changes. No error, no warning.
 #
 # **Cause.** A bf16 number has 8 significant bits: near .04 the next one is .0002 away. Adam moves a weight by about the
-# learning rate, and a step of less than half that gap is rounded back to where it came from, at *every* step.
+# learning rate, and a step of less than half that gap is rounded away, *every* time.
 #
 # Below, AdamW repeats one real gradient of the vision tower. This is the best case, since all batches agree.
 
@@ -136,7 +136,7 @@ tower(**batch).loss.backward()
 weights = [weight for weight in tower.model.visual.parameters() if weight.grad is not None]
 walks = pd.concat({f"weights in {dtype}": bugs.walk(weights, learning_rate, steps, dtype)
                    for dtype in (torch.float32, bf16)}, axis=1)
-axes = walks.xs("way", level=1, axis=1).plot(style=["-", "--"], xlabel="steps", ylabel="way, in learning rates")
+axes = walks.xs("way", level=1, axis=1).plot(style=["-", "--"], xlabel="steps", ylabel="distance, in learning rates")
 plots.finish(axes.figure)
 
 # %%
@@ -147,7 +147,7 @@ print(f"{(half_gap > learning_rate).float().mean():.1%} of the weights are too c
       f"After {steps} steps {in_bf16:.1%} have moved in bf16, {in_fp32:.1%} in fp32.")
 
 # %% [markdown]
-# **A library does it too.** PEFT makes LoRA weights in fp32. TRL casts them to bf16 where the base is quantized.
+# **A library does it too.** PEFT makes LoRA weights in fp32. TRL casts them to bf16 if the base is quantized.
 #
 # **Fix.** Store in fp32 whatever trains, and check it just before the training starts. LoRA's weights are few, so this
 # costs little.
@@ -187,19 +187,19 @@ pd.DataFrame(begins).T.rename_axis("tensors that train")
 # **Cause.** The names have changed between versions: the tower was `visual` and is `model.visual` now.
 # `save_pretrained` writes the *old* names, so that older programs can read the file, and `from_pretrained` translates
 # them back. But Trainer resumes with a plain `load_state_dict(strict=False)`, which skips every name that it does not
-# find. `load_best_model_at_end` does the same. There is a warning, if the log level lets it through.
+# find. `load_best_model_at_end` does the same. There is a warning, if the log level shows it.
 #
 # **Fix.** Save and load what trains under the names that the model has, and refuse a file with any other names. That is
 # what `BoxTrainer` does, in the second row.
 #
 # ## 5 · Autocast is not true bf16
 #
-# **Symptom.** Out of memory although `bf16=True`; or a run "in mixed precision" that is none.
+# **Symptom.** Out of memory although `bf16=True`; or a run "in mixed precision" that is not.
 #
 # **Cause.** `bf16=True` casts *inside the matrix products*. It changes no weight: a model loaded in fp32 stays in fp32.
 # A model loaded in bf16 stays in bf16, and so do its gradients and Adam's moments, so there are no fp32 master weights,
-# whatever the flag says (bug 3). Adam's second moment then cannot shrink: .999 of a bf16 number rounds back to that
-# number.
+# whatever the flag says (bug 3). Adam's second moment then cannot shrink: .999 of a bf16 number rounds to that number
+# again.
 
 # %%
 ways = {"fp32": (torch.float32, False), "fp32 + autocast": (torch.float32, True),
@@ -215,11 +215,11 @@ pd.DataFrame({way: bugs.one_step(load(dtype=dtype), batch, autocast) for way, (d
 #
 # ## 6 · fp16 gives `nan`
 #
-# **Symptom.** The loss is `nan`, or a fine model writes `!!!!!!`: where all logits are `nan`, the first token wins.
+# **Symptom.** The loss is `nan`, or a good model writes `!!!!!!`: where all logits are `nan`, the first token wins.
 #
-# **Cause.** fp16 ends at 65504; bf16 reaches as far as fp32. Large language models carry a few very large numbers in
-# their residual stream. The tiny model does not, so here it gets a larger stream: everything that is written into it is
-# multiplied by a factor. Each layer normalizes what it reads, so the model still computes the same function.
+# **Cause.** The largest number in fp16 is 65504; bf16 reaches as far as fp32. Large language models have a few very
+# large numbers in their residual stream. The tiny model does not, so here its stream is made larger: everything that is
+# added to it is multiplied by a factor. Each layer normalizes its input, so the model still computes the same function.
 
 # %%
 def in_range(factor, dtype):
@@ -239,7 +239,7 @@ pd.DataFrame({(f"stream × {factor}", name): in_range(factor, dtype) for factor 
 #
 # ## 7 · The evaluation shows 0 %
 #
-# **Symptom.** Not one box is counted. Read the completions before you blame the model: two causes lie outside of it.
+# **Symptom.** Not one box is counted. Read the completions before you blame the model: here are two other causes.
 #
 # **Cause A: the end was never trained.** Padding is masked out of the loss. Where the end token is also the padding
 # token (`pad_token = eos_token`, a popular line), the end is masked everywhere. Below, the head forgets `<|im_end|>`
@@ -261,13 +261,13 @@ print("check_end_token:     ", bugs.outcome(collate.check_end_token, masked, end
 pd.DataFrame(table).T
 
 # %% [markdown]
-# An evaluation that demands one box finds none, and one that takes the first box hides the fault.
+# An evaluation that expects exactly one box counts none of these. One that takes the first box hides the fault.
 #
 # **Fix.** Look at the labels, not at the text: `check_end_token` refuses a batch without an end. And count the
 # completions that stop (`stopped` in `predictions.jsonl`).
 #
 # **Cause B: the wrong tokens were stripped.** `skip_special_tokens=True` removes the box tokens too, and a pattern that
-# needs them finds nothing.
+# needs them matches nothing.
 
 # %%
 lines = predict.generate_lines(load(), processor, list(rows), PROMPT, greedy)
@@ -280,7 +280,7 @@ pd.DataFrame({name: {"one box by a strict pattern": sum(bool(one_box.fullmatch(t
 
 # %% [markdown]
 # **Fix.** `predict` keeps the special tokens; `parse_text` reads a box with or without them, and lists what it
-# rejected. Format and parser stand in one file, and a test sends boxes there and back.
+# rejected. Format and parser are in one file, and a test sends boxes there and back.
 #
 # ## 8 · Memory that is not given back
 #
@@ -311,5 +311,7 @@ print("an error that is kept, after free_memory():", "still in memory" if alive(
 # %% [markdown]
 # **Fix.** Build what a run needs inside a function and let it go out of scope, or `del` the names; then
 # `model.free_memory()` collects the rings and gives PyTorch's cache back to the GPU. Where a cell has shown the model,
-# `%xdel model` takes it out of `Out` too. The last error goes when another one comes. `nvidia-smi` shows what PyTorch
-# has *reserved*, `torch.cuda.memory_allocated()` what is in use.
+# `%xdel model` takes it out of `Out` too. IPython keeps the last error until the next one. `nvidia-smi` shows what
+# PyTorch has *reserved*, `torch.cuda.memory_allocated()` what is in use.
+#
+# Next: [06_quantization_and_trainable_params](06_quantization_and_trainable_params.ipynb), on what NF4 and LoRA cost.

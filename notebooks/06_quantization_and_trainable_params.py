@@ -9,7 +9,7 @@
 # 2. Block size and double quantization: bytes against error
 # 3. What is quantized, what must not be, and a skip list that skips nothing
 # 4. The error of each layer, and what it does to the completion
-# 5. Memory, measured and at 7B
+# 5. Memory at 7B
 # 6. LoRA's rank, against trainable weights and against IoU
 # 7. Merging into NF4, into the dequantized weights, into the full-precision base: which boxes move?
 
@@ -60,14 +60,14 @@ packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
 assert torch.equal(packed.flatten(), (codes.flatten()[::2] * 16 + codes.flatten()[1::2]).to(torch.uint8))
 assert torch.equal(state.absmax, scales.flatten()) and torch.equal(dequantize_4bit(packed, state), by_hand)
 pd.DataFrame({"weight": weight[0, :6], "÷ scale": (weight / scales)[0, :6], "level's number": codes[0, :6],
-              "level": levels[codes[0, :6]], "level × scale": by_hand[0, :6]}).round(4).T
+              "level": levels[codes[0, :6]], "level × scale": by_hand[0, :6]}).round(4).astype(object).T
 
 # %% [markdown]
-# The assertions say it: bytes, scales and values are those of bitsandbytes, for all 256 weights.
+# The assertions hold: bytes, scales and values are those of bitsandbytes, for all 256 weights.
 #
 # **Why these levels?** Weights are roughly normal, so most of them are near zero. "NF" stands for *normal float*: the
-# levels are quantiles of the normal distribution, dense near zero. Below they are compared with sixteen even steps, on
-# a matrix of the language model.
+# levels are quantiles of the normal distribution, dense near zero. Below they are drawn over the weights of a matrix of
+# the language model, and compared with sixteen even steps. The error is relative to the size of the weights.
 
 # %%
 def off(changed, exact):
@@ -88,7 +88,7 @@ plots.finish(axes.figure)
 # %%
 for name, sixteen in (("NF4's levels", levels), ("sixteen even steps", torch.linspace(-1, 1, 16))):
     nearest = sixteen[torch.bucketize(scaled, (sixteen[1:] + sixteen[:-1]) / 2)]
-    print(f"{name} are {off(nearest, scaled):.1f} % off")
+    print(f"{name}: error {off(nearest, scaled):.1f} %")
 
 # %% [markdown]
 # ## 2 · Block size and double quantization
@@ -126,7 +126,7 @@ for skip in (["model.visual", "lm_head"], ["visual", "lm_head"], ["model.visual"
 pd.DataFrame(found).T.rename_axis("NF4 layers, skipping")
 
 # %% [markdown]
-# Nothing warns, so `check_precision` compares what was really quantized with what should be, and stops a run.
+# Nothing warns. So `check_precision` compares what was really quantized with what should be, and stops a run.
 #
 # ## 4 · The error of each layer, and of the completion
 #
@@ -138,9 +138,9 @@ errors = pd.Series({name: off(dequantize_4bit(*quantize_4bit(weight.float(), blo
 errors.groupby(model.tower_of).describe()[["count", "mean", "min", "max"]].round(1)
 
 # %% [markdown]
-# About the same everywhere: that is NF4's doing. What it does to the result depends on the model, so it is measured:
-# how far are the logits off that choose the tokens of the true completions? `get_memory_footprint` counts the bytes of
-# the weights (of NF4 without the scales).
+# About the same everywhere, because every block has its own scale. What that does to the result depends on the model,
+# so it is measured: how far off are the logits that choose the tokens of the true completions? `get_memory_footprint`
+# counts the bytes of the weights (of NF4 without the scales).
 
 # %%
 rows, processor = rows_and_processor(scale, path, train=8 * steps, selection=1, val=pictures)
@@ -156,12 +156,13 @@ for way, config in ways.items():
 pd.DataFrame(stored).T.round(1)
 
 # %% [markdown]
-# NF4 is no free lunch, and int8 is much closer. But the adapter is trained *on top of* this rounded base, and learns
-# around its errors. Section 7 comes back to that.
+# NF4 costs something, and int8 is much closer. But the adapter is trained *on top of* this rounded base, and learns to
+# make up for its errors. Section 7 comes back to that. To quantize the vision tower too saves much in this tiny model;
+# at 7B it would save little.
 #
 # ## 5 · Memory at 7B
 #
-# Of 7B the published shapes are enough, on PyTorch's `meta` device, where they take no memory:
+# For 7B the published shapes are enough. On PyTorch's `meta` device they take no memory:
 
 # %%
 seven, stage = seven_b(), RECIPES["r1-llm-only"][0]
@@ -175,14 +176,14 @@ gigabytes |= {"NF4, and LoRA of rank 64 with Adam": gigabytes["NF4"] + 16 * lora
 pd.DataFrame({f"GB, {weights / 1e9:.2f} billion weights": gigabytes}).round(1)
 
 # %% [markdown]
-# What trains takes 16 bytes a weight: weight, gradient and Adam's two moments in fp32. All weights would need several
-# GPUs, before any activation. The row above is QLoRA.
+# A weight that trains takes 16 bytes: weight, gradient and Adam's two moments in fp32. To train all weights takes
+# several GPUs, before any activation. The row above that one is QLoRA.
 #
 # ## 6 · LoRA's rank
 #
 # A layer's adapter has $r\,(\text{inputs} + \text{outputs})$ weights, so the number of trainable weights grows in
-# proportion to the rank. What does rank buy? Each rank trains for the same few steps on the same pictures, on the NF4
-# base, with $\alpha = 2r$, so that $\alpha / r$ stays the same.
+# proportion to the rank. What does a higher rank bring? Each rank trains for the same few steps on the same pictures,
+# on the NF4 base, with $\alpha = 2r$, so that $\alpha / r$ stays the same.
 
 # %%
 truth, scratch = data.truth_rows(rows["val"]), Path(tempfile.mkdtemp())
@@ -258,22 +259,22 @@ for kind, base in bases.items():
 pd.DataFrame(table).T.rename_axis("merged into")
 
 # %% [markdown]
-# * **NF4** loses most of a small adapter. The weights lay on the levels, and what is less than half a step to the next
-#   level rounds back to where it was.
+# * **NF4** loses most of a small adapter. The weights were on the levels, and a change of less than half a step to the
+#   next level is rounded away.
 # * **Dequantized** keeps all of it, on the base that it was trained on. This is the pipeline's default.
 # * **Full precision** keeps all of it too, but on a base that the adapter was not trained on.
 #
 # A box that moves is not yet a loss: the last column says whether boxes get worse on average. Below are some boxes as
-# trained (upper row) and merged into NF4 (lower row):
+# trained (above) and merged into NF4 (below):
 
 # %%
-plots.before_after(rows["val"].select(range(4)), truth, before, lines["NF4"])
+plots.before_after(rows["val"].select(range(4)), truth, before, lines["NF4"], title="trained (above), NF4 (below)")
 
 # %% [markdown]
-# ## What to take along
+# ## What to remember
 #
 # * NF4 is sixteen levels and one scale for 64 weights, about 4.1 bits a weight with double quantization.
 # * It rounds every matrix by about the same relative error. What that does to the completion has to be measured.
-# * Check what was really quantized and what really trains. Both fail silently, by names.
-# * LoRA's rank costs memory in proportion, and little of it. The frozen base and the activations are the bill.
+# * Check what was really quantized and what really trains. Both go wrong silently, by names that match nothing.
+# * LoRA's memory grows with its rank, and is small beside that of the frozen base.
 # * Never merge into 4 bits. Merge into the *dequantized* weights, and compare boxes before and after.

@@ -9,7 +9,7 @@
 # 1. The limit: what a step needs, and how fast a matrix product is
 # 2. Training, one change after the other
 # 3. Where the time goes
-# 4. A vision tower that does not train can look at each picture once
+# 4. A vision tower that does not train can encode each picture once
 # 5. Inference: one by one, in batches, and constrained
 # 6. 7B on a GPU
 
@@ -115,7 +115,9 @@ pd.DataFrame({"pictures/s": ladder, "× stock": ladder / ladder["stock"], "MFU, 
 # * **Gradient checkpointing** recomputes activations to save memory. Where memory suffices, do without.
 # * **Larger batches** give the machine larger matrices. The update is the same, since fewer gradients are accumulated.
 #
-# How much each change brings depends on the machine. Section 6 shows the same changes on a GPU.
+# How much each change brings depends on the machine, and a rate of so few steps is a rough one: only large differences
+# mean something. Our trainer by itself is not meant to be faster: it adds exact checkpoints. Section 6 shows what the
+# changes bring on a GPU.
 #
 # ## 3 · Where the time goes
 #
@@ -125,16 +127,17 @@ pd.DataFrame({"pictures/s": ladder, "× stock": ladder / ladder["stock"], "MFU, 
 tuned = adapted("r4-joint", nf4()).train()
 with profile() as profiler:
     tuned(**batch).loss.backward()
-spent = pd.Series({event.key.removeprefix("aten::"): event.self_cpu_time_total / 1000
+attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+spent = pd.Series({event.key.replace(attention, "attention").removeprefix("aten::"): event.self_cpu_time_total / 1000
                    for event in profiler.key_averages()}).sort_values()
 axes = spent.tail(8).plot.barh(xlabel="ms of a step of 8 pictures")
 plots.finish(axes.figure)
 
 # %% [markdown]
-# Matrix products (`mm`, `addmm`, `bmm`) are what the limit counts. All the rest is overhead: copies between dtypes,
-# element-wise operations, softmax. On a GPU the project fuses most of it (`helpers/speed.py`).
+# Matrix products (`mm`, `addmm`) and attention are what the limit counts. All the rest is overhead: element-wise
+# operations and copies between dtypes. On a GPU the project fuses most of it (`helpers/speed.py`).
 #
-# ## 4 · A tower that does not train can look at each picture once
+# ## 4 · A tower that does not train can encode each picture once
 #
 # In r1 and in r3's second stage the vision tower is frozen, and the pictures are the same in each epoch. So its
 # features are computed once, before the training, and cached in a file. That does not work with augmentation, where

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Deployment: a server, a page, and a million photos
 #
-# A run ends with a merged model: one folder that loads like any other. How is it put to use? All code cells below run
-# for real, on this machine:
+# A run ends with a merged model: one folder that loads like any other. How is it put to use? Every code cell below
+# really starts what it shows, on this machine:
 #
 # 1. What must travel with the weights
 # 2. A server that speaks OpenAI's protocol, and a client
@@ -55,10 +55,11 @@ from helpers.use.photos import predict_photos
 # %% [markdown]
 # ## 1 · What must travel with the weights
 #
-# If you name no model, a small one is made here with the pipeline's steps, and far too few of them. Its boxes are poor;
-# how it is used is the same.
+# If you name no model, a small one is trained here, for far too few steps. Its boxes are poor, but it is used like any
+# other.
 
 # %%
+pd.set_option("display.max_colwidth", 200)
 scratch = Path(tempfile.mkdtemp())
 if model is None:
     rows, processor = rows_and_processor(train=8 * steps, selection=1, val=1)
@@ -73,9 +74,9 @@ made_with = check(folder)
 pd.Series(made_with, name=f"{folder.name}/parity.json").astype(str).to_frame()
 
 # %% [markdown]
-# `parity.json` says what the boxes depend on besides the weights: the prompt, the pixel budget, tokenizer and chat
-# template, the format of a box. Every way to use a model reads it first, and refuses a folder that does not fit it with
-# one sentence. Here somebody has changed the pixel budget:
+# `parity.json` says what the boxes depend on besides the weights: the prompt, the pixel budget, the tokenizer with its
+# chat template, the format of a box. Everything that uses a model reads it first, and refuses a folder that does not
+# match it, with one sentence. Here somebody has changed the pixel budget:
 
 # %%
 shutil.copytree(folder, scratch / "other-budget")
@@ -130,8 +131,8 @@ boxes_of(ours, photo)
 # %% [markdown]
 # ## 3 · The same boxes?
 #
-# The server is right if it says what the model says. So each file goes to the server, and to the model in this process,
-# alone in its batch. Nothing may differ: not the resizing, not the chat template, not the parser.
+# The server is right if its completions are those of the model. So each file goes to the server, and to the model in
+# this process, alone in its batch. Nothing may differ: not the resizing, not the chat template, not the text.
 
 # %%
 vlm, processor, prompt = load_model(folder)
@@ -141,13 +142,13 @@ same = sum(boxes_of(ours, photos[line["image_id"]])[0] == line["text"] for line 
 print(f"the server's text is the model's text, to the last character, in {same} of {len(photos)} pictures")
 
 # %% [markdown]
-# Two things to know about other servers and other ways. Many servers strip special tokens (vLLM does, unless a request
-# says `skip_special_tokens: false`); `parse_text` reads boxes with or without them. And in batches, as the pipeline and
-# `make predict` run inference, a box can differ slightly: a sum taken in another order rounds differently in bf16.
+# Two things to know. Many servers strip special tokens (vLLM does, unless a request says `skip_special_tokens: false`);
+# `parse_text` reads boxes with or without them. And in batches, as in the pipeline and in `make predict`, a box can
+# differ slightly: in bf16 a sum in another order is rounded differently.
 #
 # ## 4 · Requests that are wrong
 #
-# A server stands in front of strangers. Each of these requests goes to both servers, and at the end a good one, to see
+# Strangers can send a server anything. Each of these requests goes to both servers, and at the end a good one, to see
 # that they are still alive.
 
 # %%
@@ -158,20 +159,18 @@ bad = {"not a picture": {"url": data_url(b"hello")}, "a picture cut off": {"url"
        "an address inside the network": {"url": "http://127.0.0.1:9/x.jpg"},
        "another model": {"model": "gpt-4o"}, "another prompt": {"text": "Where is the bar code?"}, "a good one": {}}
 good = {"url": data_url(photo), "text": made_with["prompt"], "model": folder.name}
-replies = pd.DataFrame({what: {"transformers serve": reply(stock, **good | request),
-                               "make serve": reply(ours, **good | request)} for what, request in bad.items()}).T
-pd.set_option("display.max_colwidth", 110)
-replies
+pd.DataFrame({what: {"transformers serve": reply(stock, **good | request),
+                     "make serve": reply(ours, **good | request)} for what, request in bad.items()}).T
 
 # %% [markdown]
-# `transformers serve` answers most of these with a bare 500, and opens a file on its own disk if a request names one.
-# `make serve` says whose fault it is, in one sentence. It opens no files and no addresses, serves one model under one
+# `transformers serve` replies to most of these with a bare 500, and opens a file on its own disk if a request names
+# one. `make serve` says in one sentence what is wrong. It opens no files and no addresses, serves one model under one
 # name, and takes the one prompt that the model was trained with.
 #
 # ## 5 · How long callers wait
 #
-# One model, one queue: the server generates in batches. What has come while one batch was generated, up to 16 pictures,
-# is the next one.
+# One model, one queue: the server generates in batches. The requests that arrive during one batch, up to 16, are the
+# next one.
 
 # %%
 def timed(content):
@@ -211,18 +210,18 @@ pd.DataFrame(waiting).T.rename_axis("callers at the same time").round(2)
 # * Keep it away from strangers, or read about `--api-key`, `--allowed-local-media-path` and `--allowed-media-domains`
 #   first.
 #
-# What an operator needs of `make serve`: at most 128 requests are in work, and one more gets a 429; a body has at most
-# 20 MiB and a minute, a picture 50 million pixels. With `SERVE_API_KEY` in the environment a request needs that key.
-# `GET /health` is for a load balancer, `GET /metrics` for Prometheus (waits, refusals by status, sizes of batches,
-# memory). At a SIGTERM nothing new is taken, what is in work is completed, and the exit status is 0. `compose.yaml`
-# starts server and page in containers.
-#
 # Compare such a server with the model, text against text, as section 3 does. The client takes any address.
+#
+# What an operator should know about `make serve`: it works on at most 128 requests, and one more gets a 429. A body may
+# have 20 MiB and take a minute to arrive, a picture may have 50 million pixels. With `SERVE_API_KEY` in the environment
+# a request needs that key. `GET /health` is for a load balancer, `GET /metrics` for Prometheus (waits, refusals by
+# status, sizes of batches, memory). After a SIGTERM the server takes no new requests, completes the others, and exits
+# with 0. `compose.yaml` starts server and page in containers.
 #
 # ## 6 · A page to try it
 #
 # `make app` opens a page at http://127.0.0.1:7860: a photo goes in; out come the boxes with the model's confidence, the
-# text, and the crops. This is what it finds in a few pictures (true boxes solid, predictions dashed):
+# text, and the crops. These are the model's boxes in a few pictures (true boxes solid, predictions dashed):
 
 # %%
 plots.gallery(val.select(range(4)), data.truth_rows(val), local)
@@ -231,9 +230,10 @@ plots.gallery(val.select(range(4)), data.truth_rows(val), local)
 # ## 7 · Many photos
 #
 # `make predict INPUT=photos OUTPUT=boxes` takes a folder, a zip, a list of paths or URLs, a bucket or a data set. Each
-# picture's line is appended to a file as it comes, with a stamp of the picture's name, size and time. A killed command
-# that is started again keeps the lines that are whole, and predicts what is missing or was replaced. Here 70 files, two
-# of them not pictures, are predicted twice; in between, one file is replaced.
+# picture's line is appended to a file as soon as it is there, with a `stamp`, a hash of the picture's name, size and
+# time. A command that was killed and is started again keeps the whole lines, and predicts what is missing or was
+# replaced. Here the command runs twice on 70 files, two of which are not pictures; in between, one of these two is
+# replaced by a picture.
 
 # %%
 (scratch / "photos").mkdir()
@@ -253,19 +253,19 @@ pd.DataFrame({"a picture": lines[0], "not a picture": lines[5]})
 # pictures in their own resolution. Where one GPU is not enough, Ray Data runs the same function, an actor a GPU:
 #
 # ```sh
-# make predict INPUT=photos OUTPUT=boxes ARGS=--ray                              # all GPUs of this machine
-# make predict INPUT=s3://bucket/photos OUTPUT=/shared/boxes ARGS='--ray auto'   # or of the cluster it belongs to
+# make predict INPUT=photos OUTPUT=boxes ARGS=--ray                             # all GPUs of this machine
+# make predict INPUT=s3://bucket/photos OUTPUT=/shared/boxes ARGS='--ray auto'  # or of its cluster
 # ```
 #
-# Only names and lines pass through Ray's object store: each actor reads and opens its pictures itself, so that a broken
-# one is a line with the reason, and no lost block. The actors work on batches of about one size. The work of a lost
-# machine goes to the others, and Ray's `CheckpointConfig` notes whose lines are written: the same command goes on.
+# Only names and lines pass through Ray's object store. Each actor reads and opens its pictures itself, so a broken one
+# becomes a line with the reason and costs no other picture. The batches are of about one size. The work of a lost
+# machine goes to the others, and Ray's `CheckpointConfig` records which pictures are done, so the same command goes on.
 #
 # ## 8 · Copies to give away
 #
-# `make export MODEL=FOLDER` writes the merged model in bf16 once more and a 4-bit copy beside it, each with
-# `parity.json` and a model card made from its run's manifest and scores. Nothing is uploaded unless you say
-# `PUSH=user/name`. The 4-bit copy is these calls, and it needs no setting when it is loaded again:
+# `make export MODEL=FOLDER` writes a copy of the merged model in bf16 and one in 4 bits, each with `parity.json` and a
+# model card made from its run's manifest and scores. Nothing is uploaded unless you give `PUSH=user/name`. These calls
+# make the 4-bit copy, and it needs no setting when it is loaded again:
 
 # %%
 four_bits = models.load(folder, quantization_config=nf4())
@@ -282,7 +282,7 @@ shutil.rmtree(scratch, ignore_errors=True)
 #
 # ## What to remember
 #
-# * Prompt, pixel budget and tokenizer are part of a model. They stand in `parity.json`, and every use reads them first.
+# * Prompt, pixel budget and tokenizer are part of a model. They are in `parity.json`, and every use reads them first.
 # * Test a server with the model's own completions, text against text, and with requests that are wrong.
 # * Boxes come back in thousandths of the picture *as shown*: apply EXIF before you draw or cut.
-# * Long jobs are killed. Lines that name their picture and are whole or absent make a second start harmless.
+# * Long jobs get killed. If each line names its picture and is whole or absent, a second start does no harm.

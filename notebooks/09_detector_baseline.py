@@ -1,13 +1,13 @@
 # %% [markdown]
 # # The honest alternative: a plain detector
 #
-# A vision-language model that writes boxes as text is a long way round to a box. Would a plain object detector have
-# served better? This notebook trains **RT-DETR v2** on the same rows, scores it with the same evaluator on the same
+# To write boxes as text with a vision-language model (VLM) is a long way to a box. Would a plain object detector do
+# better? This notebook trains **RT-DETR v2** on the same rows, scores it with the same evaluator on the same
 # pictures, and counts what each costs.
 #
 # 1. The same rows, other labels
 # 2. Training
-# 3. Boxes, and which of them to believe
+# 3. Boxes, and which of them to keep
 # 4. After a longer training
 # 5. Side by side: scores, milliseconds, weights, license
 # 6. When to take which
@@ -59,8 +59,8 @@ from helpers.topics.training import PROMPT, load
 # ## 1 · The same rows, other labels
 #
 # The VLM's label is a text: a name and integers in 0–1000, one token after the other. The detector's label is four real
-# numbers for each box (center, width and height in 0–1) and a class. Its image processor makes them, and squeezes the
-# picture to a square: boxes in 0–1 do not change by that.
+# numbers for each box (center, width and height in 0–1) and a class. Its image processor makes them, and resizes the
+# picture to a square. That does not change boxes in 0–1.
 
 # %%
 budget = {name: SCALES[scale][name] for name in ("min_pixels", "max_pixels")}
@@ -86,7 +86,7 @@ print(f"picture  {first['width']} × {first['height']} → {tuple(batch['pixel_v
 #
 # RT-DETR has a convolutional backbone, which gives feature maps at three scales, and an encoder, which mixes them. The
 # best places become *queries*, and a decoder refines each to a box with a score. There is no text, there are no
-# anchors, and doubles need not be suppressed, because training matches queries and true boxes one to one. All boxes
+# anchors, and duplicates need not be suppressed, because training matches queries and true boxes one to one. All boxes
 # come out of one pass; the VLM needs one pass a token.
 #
 # The trainer is transformers' own. The model computes its loss itself: matching, classes, distance of the corners, and
@@ -122,12 +122,12 @@ print(f"{epochs} epochs on {len(rows['train'])} pictures took {took:.0f} s ({run
 plots.loss_curves({"RT-DETR": trainer.state.log_history}, smooth=9)
 
 # %% [markdown]
-# ## 3 · Boxes, and which of them to believe
+# ## 3 · Boxes, and which of them to keep
 #
 # A detector gives a box for *every* query, with a score, and most of them are worth nothing. A mean IoU that could pick
-# the best of twenty guesses would flatter it. So a threshold decides what counts as a box: it is chosen on `selection`,
-# by F1, and used on `val`. Where all boxes of a picture stay below it, the picture counts as IoU 0. Only AP takes all
-# boxes, ranked by their scores; that is what it is for.
+# the best of twenty guesses would be too high. So a threshold decides what counts as a box: it is chosen on
+# `selection`, by F1, and used on `val`. A picture whose boxes are all below it counts as IoU 0. Only AP takes all
+# boxes, ranked by their scores, so it follows in section 5.
 
 # %%
 def scored(vlm, image_processor):
@@ -147,7 +147,7 @@ metrics = reports.write_metrics(scratch, {"fine-tuned": found, "constant box": c
 if keep:
     rtdetr.save_pretrained(scratch / "model")
     processor.save_pretrained(scratch / "model")
-reports.metrics_table(metrics).rename(index={"fine-tuned": "detector"})
+reports.metrics_table(metrics).drop(columns=["AP", "never stopped"]).rename(index={"fine-tuned": "detector"})
 
 # %% [markdown]
 # ## 4 · After a longer training
@@ -155,7 +155,7 @@ reports.metrics_table(metrics).rename(index={"fine-tuned": "detector"})
 # Detectors of this family learn slowly from random weights: DETR's authors had success with ten to fifteen thousand
 # pictures and had not tried fewer ([their words](https://github.com/facebookresearch/detr/issues/125)). So the same
 # small detector was also trained for longer on the embedded pictures, with augmentation. Its weights are in
-# `09_detector/`:
+# `09_detector/`. Is it better? Only if the interval does not contain 0.
 
 # %%
 story = json.loads((detector.LONGER / "trained.json").read_text())
@@ -171,7 +171,7 @@ plots.gallery(rows["val"].select(with_tables), truth["val"], longer)
 # %% [markdown]
 # ## 5 · Side by side
 #
-# **Scores.** The rows of the VLM are those of `results.json`, from whole runs on the same `val`.
+# **Scores.** The rows of the VLM are those of `results.json`, from whole runs on the same `val`. AP is over all boxes.
 
 # %%
 ledger = json.loads((detector.LONGER.parents[1] / "results.json").read_text())["rows"]
@@ -179,13 +179,13 @@ table = {name.partition("/")[2]: {"mean IoU": evaluate.with_interval(row["mean_i
          for name, row in ledger.items() if name.startswith(f"{scale}/")}
 for name, one, ap_of_all in ((f"RT-DETR, {epochs} epochs", score, ap), ("RT-DETR, longer", longer_score, longer_ap)):
     summary = one["summary"]
-    table[name] = {"mean IoU": evaluate.with_interval(summary["mean_iou"]), "F1": round(summary["f1"]["value"], 4),
-                   "AP": round(ap_of_all["value"], 4)}
-pd.DataFrame(table).T
+    table[name] = {"mean IoU": evaluate.with_interval(summary["mean_iou"]), "F1": summary["f1"]["value"],
+                   "AP": ap_of_all["value"]}
+pd.DataFrame.from_dict(table, orient="index").round(3)
 
 # %% [markdown]
-# **Speed.** Both models on this machine, the picture's processing included. The VLM is the base, which takes as long a
-# token as a fine-tuned one.
+# **Speed.** Both models on this machine, with the processing of the pictures. The VLM is the base, which takes as long
+# for a token as a fine-tuned model.
 
 # %%
 vlm = load(path=vlm_path)
@@ -208,7 +208,7 @@ print(f"The detector is {faster.iloc[1]:.0f} times as fast for one picture, {fas
 cost.round(1)
 
 # %% [markdown]
-# **License and care.**
+# **License and use.**
 #
 # | | RT-DETR v2 | YOLOv8n, as Open Food Facts runs it | Qwen2-VL-7B, fine-tuned |
 # |---|---|---|---|
@@ -227,8 +227,8 @@ Markdown(f"""Here {best} has a mean IoU of **{table[best]["mean IoU"]}**. The de
 {table["RT-DETR, longer"]["mean IoU"]} after the longer training.""")
 
 # %% [markdown]
-# From random weights and a thousand pictures, a detector does not become good in minutes. It needs a pre-trained start,
-# or more pictures and patience.
+# From random weights and a thousand pictures, a detector does not become good in minutes. It needs a pre-trained model
+# to start from, or more pictures and more time.
 #
 # **Take a detector** where the classes are fixed, where pictures come by the million or must be processed on a CPU or a
 # phone, where a score must rank boxes, and where there is a pre-trained one to start from. For nutrition tables alone,
@@ -238,14 +238,15 @@ Markdown(f"""Here {best} has a mean IoU of **{table[best]["mean IoU"]}**. The de
 # the next step reads the table anyway and one model should do both, or where boxes need the meaning of a text and not
 # only its look.
 #
-# **What this comparison cannot say**: the small detector started from random weights and the tiny VLM from a
-# pre-trained base, and both saw rendered packs. For real photos run it at full scale, where both start pre-trained:
+# **What this comparison cannot say**: which is better on real photos. The small detector started from random weights
+# and the tiny VLM from a pre-trained base, and both were trained on rendered packs. At full scale both start
+# pre-trained:
 #
 # ```sh
-# papermill 09_detector_baseline.ipynb out.ipynb -p scale 7b -p detector_id PekingU/rtdetr_v2_r18vd \
-#     -p epochs 40 -p learning_rate 5e-5 -p keep ../runs/detector
+# papermill notebooks/09_detector_baseline.ipynb out.ipynb --cwd notebooks -p scale 7b \
+#     -p detector_id PekingU/rtdetr_v2_r18vd -p epochs 40 -p learning_rate 5e-5 -p keep ../runs/detector
 # make compare A=r4-joint B=runs/detector
 # ```
 #
-# `keep` holds the detector (`model/`), its boxes in the same lines as every run's `predictions.jsonl`, and
-# `metrics.json`, which `make compare` reads.
+# The folder `keep` then has the detector (`model/`), its boxes in the same format as every run's `predictions.jsonl`,
+# and `metrics.json`, which `make compare` reads.

@@ -38,7 +38,7 @@ RULES = (
     Rule("too-thin-picture", f"one side over {MOST_ASPECT} times the other: the model takes none", "row dropped"),
     Rule("exif-as-shown", "EXIF turns the picture; width and height are those as shown", "kept, turned on reading"),
     Rule("exif-as-stored", "EXIF turns the picture; width and height are those as stored", "boxes turned with it"),
-    Rule("exif-undecided", "EXIF turns the picture; width and height do not tell", "boxes taken as shown"),
+    Rule("exif-undecided", "EXIF turns the picture; width and height fit either way", "boxes taken as shown"),
     Rule("wrong-size", "width and height are not those of the picture", "replaced by the picture's"),
     Rule("not-a-box", "not four finite numbers", "box dropped"),
     Rule("inverted-box", "second corner before the first", "corners sorted"),
@@ -52,7 +52,7 @@ RULES = (
     Rule("barcode-in-two-splits", "the same barcode in two splits", "row stays in val, then selection, then train"),
     Rule("picture-in-two-splits", "the same picture in two splits", "row stays in val, then selection, then train"),
     Rule("no-box-left", "its boxes cannot be read or lie outside: whether it shows a table is unknown", "row dropped"),
-    Rule("no-table", "no box, or empty ones alone", "kept: a picture without a table"),
+    Rule("no-table", "no box, or only empty ones", "kept: a picture without a table"),
 )
 
 

@@ -92,7 +92,7 @@ def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> st
     differences = {pair.replace(" - ", " minus "): value for pair, value in pairs.items() if best in pair.split(" - ")}
     if "collators" in ledger and scale == "tiny":
         both = ledger["collators"]
-        name = f"loss on the answer alone minus on all text ({both['recipe']}, {both['seeds']} seeds each)"
+        name = f"loss on the completion alone minus on all text ({both['recipe']}, {both['seeds']} seeds each)"
         differences[name] = both["difference"]
     lines += ["", *(f"- {name}: {with_interval(value)}, {significance(value)}, n = {value['n']}"
                     for name, value in differences.items())]

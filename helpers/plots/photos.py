@@ -36,7 +36,7 @@ def draw_boxes(axes: Axes, image: Image, truth: ArrayLike = (), predicted: Array
             axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, clip_on=False, path_effects=_HALO, **style))
             if (x1 - x0) * (y1 - y0) == 0:
                 axes.scatter((x0 + x1) / 2, (y0 + y1) / 2, 40, PREDICTION, "x", clip_on=False)
-    axes.set_title(title, fontsize=7 if "\n" in title else 9)
+    axes.set_title(title, fontsize=8 if "\n" in title else 9)
     axes.set_axis_off()
 
 
@@ -65,15 +65,16 @@ def gallery(rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[d
 
     `rows` have "image_id" and "image"; `truth` and `predictions` are those of `score` and may hold more pictures.
     """
-    return panels(_captioned(rows, truth, predictions), columns=6, names=BOTH, title=title)
+    names = BOTH if predictions is not None else (BOTH[0], "")
+    return panels(_captioned(rows, truth, predictions), columns=6, names=names, title=title)
 
 
 def before_after(rows: Iterable[dict], truth: Sequence[dict], before: Sequence[dict], after: Sequence[dict], *,
-                 path: Path | None = None) -> Shown:
+                 title: str = "before (above) and after (below)", path: Path | None = None) -> Shown:
     """The pictures of `rows` twice: above with the boxes predicted before, below with those after."""
     rows = list(rows)
     both = _captioned(rows, truth, before) + _captioned(rows, truth, after)
-    return panels(both, columns=len(rows), names=BOTH, title="before (above) and after (below)", path=path)
+    return panels(both, columns=len(rows), names=BOTH, title=title, path=path)
 
 
 def _captioned(rows: Iterable[dict], truth: Sequence[dict], predictions: Sequence[dict] | None
