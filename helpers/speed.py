@@ -194,16 +194,18 @@ def _lora_forward(self: LoraLayer, x: torch.Tensor, *args, **kwargs) -> torch.Te
 
 
 def fuse_lora(tuned: nn.Module) -> int:
-    """Give every LoRA layer of a model the pass above, and return how many there are; plain LoRA on linear layers.
+    """Give every plain LoRA layer of a model the pass above, and return how many there are.
 
-    Layers that transformers calls one after the other with one x share it.
+    What adds something else than B A x (DoRA and PEFT's other variants, a bias) keeps PEFT's own. Layers that
+    transformers calls one after the other with one x share it.
     """
-    layers = [layer for layer in tuned.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in tuned.modules() if isinstance(layer, LoraLayer)
+              and not layer.lora_variant and not any(layer.lora_bias.values())]
     for layer in layers:
         layer.forward, layer.sharing, layer.ready = MethodType(_lora_forward, layer), (layer,), {}
     for parent in list(tuned.modules()):
         for names in SHARING:
-            group = tuple(layer for name in names if isinstance(layer := getattr(parent, name, None), LoraLayer))
+            group = tuple(layer for name in names if (layer := getattr(parent, name, None)) in layers)
             if len(group) == len(names) and sum(max(layer.r.values()) for layer in group) <= MOST_RANKS:
                 ready: dict = {}
                 for layer in group:
