@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import parity
 from helpers.model import compute_dtype
-from helpers.runs import read_json, write_json
+from helpers.runs import read_json
 from helpers.settings import ParameterError
 from helpers.use import load, page, serve
 

@@ -116,9 +116,9 @@ def threshold_for_precision(records: list[dict], precision: float = 0.95) -> dic
 
 
 def keep_confident(predictions: list[dict], threshold: float) -> list[dict]:
-    """The predictions without the boxes whose confidence is under the threshold (or not a number)."""
+    """The predictions without the boxes whose confidence is under the threshold."""
     kept = []
     for line in predictions:
-        keep = [i for i, value in enumerate(line["confidences"]) if value is not None and value >= threshold]
+        keep = [i for i, value in enumerate(line["confidences"]) if value >= threshold]
         kept.append(line | {name: [line[name][i] for i in keep] for name in ("labels", "boxes", "confidences")})
     return kept

@@ -35,7 +35,7 @@ def interval(statistic: Callable, *columns: ArrayLike, n: int | None = None, rat
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def ends(drawn: ArrayLike) -> list[float]:
+def ends(drawn: np.ndarray | list[float]) -> list[float]:
     """Low and high end of the 95 % interval of bootstrap results [R]; NaN (a ratio without a box) is left out."""
     return np.nanquantile(drawn, [ALPHA / 2, 1 - ALPHA / 2]).tolist()
 

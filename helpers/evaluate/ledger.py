@@ -32,15 +32,15 @@ PUBLISHED = {"base": 0.098, "r1-llm-only": 0.835, "r2-vision-only": 0.833, "r3-t
 def collect(runs_dir: str | Path = "runs") -> dict:
     """The ledger of the runs in `runs_dir`: `{"rows": {"scale/row": entry}, "comparisons": {"scale/a - b": interval}}`.
 
-    An entry has `run`, `commit`, `command`, `machine` (lists, one for each seed), `mean_iou` (over seeds and pictures),
-    `spread` (standard deviation of a picture's IoU) and the other metrics, means over the seeds.
+    An entry has `run`, `commit`, `command`, `machine` (lists, one for each seed), `mean_iou` (over seeds and pictures)
+    and the other metrics, means over the seeds.
     """
     ledger: dict = {"rows": {}, "comparisons": {}}
     runs = find_runs(runs_dir)
     for scale in sorted({run["scale"] for run in runs}):
         groups = group_seeds([run for run in runs if run["scale"] == scale])
-        rows = {_row_name(name, group): group for name, group in groups.items()
-                if "fine-tuned" in group[0]["metrics"]["scores"]}
+        rows = {group[0]["recipe"] if name in (group[0]["recipe"], "r3-stage2") else name: group
+                for name, group in groups.items() if "fine-tuned" in group[0]["metrics"]["scores"]}
         for which in ("constant box", "base"):
             having = [run for group in groups.values() for run in group if which in run["metrics"]["scores"]]
             if having:
@@ -50,7 +50,7 @@ def collect(runs_dir: str | Path = "runs") -> dict:
             if rows[a][0]["metrics"]["truth"]["hash"] == rows[b][0]["metrics"]["truth"]["hash"]:
                 seeds = min(len(rows[a]), len(rows[b]))
                 values = _ious(rows[a][:seeds], "fine-tuned") - _ious(rows[b][:seeds], "fine-tuned")
-                ledger["comparisons"][f"{scale}/{a} - {b}"] = _rounded(over_seeds(values) | _spread(values))
+                ledger["comparisons"][f"{scale}/{a} - {b}"] = _rounded(over_seeds(values))
     return ledger
 
 
@@ -70,29 +70,19 @@ def group_seeds(runs: list[dict]) -> dict[str, list[dict]]:
     return {group[0]["run"]: group for group in groups.values()}
 
 
-def _row_name(name: str, group: list[dict]) -> str:
-    return group[0]["recipe"] if name in (group[0]["recipe"], "r3-stage2") else name
-
-
 def _ious(group: list[dict], which: str) -> np.ndarray:
     """IoU of each run and picture [S, P], of runs of one truth; pictures without a table take no part."""
     return np.array([[one["iou"] for one in run["metrics"]["scores"][which]["per_picture"] if one["iou"] is not None]
                      for run in group])
 
 
-def _spread(values: np.ndarray) -> dict:
-    """The standard deviation over pictures of `values` [S, P], mean over the seeds."""
-    return {"spread": float(values.std(axis=1, ddof=1).mean()) if values.shape[1] > 1 else None}
-
-
 def _entry(group: list[dict], which: str) -> dict:
-    values = _ious(group, which)
     summaries = [run["metrics"]["scores"][which]["summary"] for run in group]
     each = {metric: [summary[metric]["value"] for summary in summaries] for metric in SHOWN}
     return {
         **{key: [run[key] for run in group] for key in ("run", "commit", "command", "machine", "seed")},
-        "mean_iou": _rounded(over_seeds(values) if len(group) > 1 else summaries[0]["mean_iou"]),
-        **_rounded(_spread(values) | {name: None if None in one else float(np.mean(one)) for name, one in each.items()})
+        "mean_iou": _rounded(over_seeds(_ious(group, which)) if len(group) > 1 else summaries[0]["mean_iou"]),
+        **_rounded({name: None if None in one else float(np.mean(one)) for name, one in each.items()}),
     }
 
 

@@ -188,9 +188,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--push", metavar="USER/NAME", help="upload to the Hub, private: NAME and NAME-nf4")
     parser.add_argument("--compare", action="store_true", help="run both copies on val, for the cards")
     chosen = parser.parse_args(arguments)
-    with load.one_sentence(), on_hub(chosen.push):
-        places = {copy: HfApi().create_repo(name, private=True, exist_ok=True) for copy, name in
-                  (("bf16", chosen.push), ("nf4", f"{chosen.push}-nf4")) if chosen.push}  # before any work
+    names = {"bf16": chosen.push, "nf4": f"{chosen.push}-nf4"} if chosen.push else {}
+    with load.one_sentence(), on_hub(chosen.push):  # before any work
+        places = {copy: HfApi().create_repo(name, private=True, exist_ok=True) for copy, name in names.items()}
     with load.one_sentence():
         output = export(chosen.model, chosen.output, chosen.run)
         if chosen.compare:
