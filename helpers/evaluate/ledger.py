@@ -23,7 +23,6 @@ from helpers.runs import read_json, write_json, write_text
 BLOCK = re.compile(r"(?<=<!-- results: make table ARGS=--write -->\n).*?(?=\n<!-- end of results -->)", re.S)
 ROWS = ("constant box", "base", "r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint", "r5-reward")
 SHOWN = (*METRICS.values(), "ap50", "ap75")
-HEADS = {head: METRICS[head] for head in ("median", "detection", "IoU > .5", "IoU > .7", "F1", "AP")}  # of README
 SAME = {*TRAINING, "keep", "constrained"} - {"seed"}  # parameters in which the seeds of one recipe agree
 # Mean IoU at 7B on the first 50 pictures of the real val, two RTX 6000 Ada.
 PUBLISHED = {"base": 0.098, "r1-llm-only": 0.835, "r2-vision-only": 0.833, "r3-two-stage": 0.837, "r4-joint": 0.864}
@@ -95,7 +94,7 @@ def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> st
 
     A row without a run has dashes, or is left out where nothing was published of it either.
     """
-    head = ["", "n", "mean IoU (95 %)", *HEADS, "run", "commit", "7B, published"]
+    head = ["", "n", "mean IoU (95 %)", *METRICS, "run", "commit", "7B, published"]
     lines = [table_line(head), table_line(["---"] * len(head))]
     entries = {row: ledger.get("rows", {}).get(f"{scale}/{row}") for row in rows}
     for row in (row for row in rows if entries[row] or row in PUBLISHED):
@@ -103,7 +102,7 @@ def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> st
         if entry := entries[row]:
             cells[""] += f", {len(entry['run'])} seeds" if len(entry["run"]) > 1 else ""
             cells |= {"n": str(entry["mean_iou"]["n"]), "mean IoU (95 %)": with_interval(entry["mean_iou"])}
-            cells |= {name: number(entry[metric], metric in PERCENT) for name, metric in HEADS.items()}
+            cells |= {name: number(entry[metric], metric in PERCENT) for name, metric in METRICS.items()}
             cells |= {name: ", ".join(dict.fromkeys(map(str, entry[name]))) for name in ("run", "commit")}
         lines.append(table_line(list(cells.values())))
     best = max((row for row in rows if entries[row]), key=lambda row: entries[row]["mean_iou"]["value"], default="")
