@@ -99,8 +99,8 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[None]:
         try:
             lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
-            raise ParameterError(f"another process is at work on {path}; wait for its end, or give this run a "
-                                 "run_name of its own.") from None
+            raise ParameterError(f"another process is at work on {path}; wait for its end, or name another folder "
+                                 "(a run: another run_name).") from None
     together().wait_for_everyone()
     try:
         yield

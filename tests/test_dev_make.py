@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-RECIPES = ["r1-llm-only", "r2-vision-only", "r3-two-stage", "r4-joint", "r5-reward"]
 NOTE = f"""\
 #!{sys.executable}
 import json, sys
@@ -74,8 +73,8 @@ def test_a_failed_run_is_a_failure_and_ends_the_recipes(checkout):
     assert done.returncode != 0 and "r4-joint" not in (checkout / "log").read_text()
 
 
-@pytest.mark.parametrize("odd", ["my photos", "it's", 'the "best" ones', "a $b `c` (d) & e; f, g"])
-def test_paths_with_spaces_quotes_and_dollars_reach_the_programs_as_they_are(checkout, odd):
+def test_paths_with_spaces_quotes_and_dollars_reach_the_programs_as_they_are(checkout):
+    odd = """it's "a" $b `c` (d) & e; f, g"""
     given = [f"{name}={odd} {name.lower()}" for name in ("INPUT", "OUTPUT", "MODEL", "RUN", "A", "B")]
     for target, words in {
         "predict": [f"{odd} input", f"{odd} output", "--model", f"{odd} model"],

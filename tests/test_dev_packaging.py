@@ -1,9 +1,7 @@
 """pyproject.toml is the one list of dependencies: everything imported stands there, and the lock follows from it."""
 
 import ast
-import importlib
-import inspect
-import json
+import importlib.util
 import re
 import sys
 import tomllib
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import yaml
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from helpers.use import serve
@@ -63,20 +60,13 @@ def test_the_data_files_of_the_package_are_declared(repo):
 
 def test_the_image_and_its_services_are_made_of_what_is_there(repo):
     lines = (repo / "Dockerfile").read_text().replace("\\\n", "").splitlines()
-    cuda, ubuntu = re.fullmatch(r"FROM nvidia/cuda:(\d+\.\d+)\.\d+-base-ubuntu([\d.]+)", lines[1]).groups()
+    cuda = re.match(r"FROM nvidia/cuda:(\d+\.\d+)\.", lines[1])[1]
     assert f"\ncuda-toolkit=={cuda}." in (repo / "requirements.lock").read_text()
-    project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
-    assert {"24.04": "3.12"}[ubuntu] in SpecifierSet(project["requires-python"])
     copied = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
     assert copied == ["requirements.lock", "helpers"] and all((repo / source).exists() for source in copied)
-    (install,) = (line.partition("--require-hashes")[2] for line in lines if "pip install" in line)
-    assert f"--require-hashes{install}" in (repo / "Makefile").read_text()  # as `make setup` does
     services = yaml.safe_load((repo / "compose.yaml").read_text())["services"]
-    commands = {name: service["command"].removesuffix(" ${MODEL:-}") for name, service in services.items()}
-    assert commands["server"].split() == json.loads(lines[-1].removeprefix("CMD "))
     for name, port in (("server", 8000), ("page", 7860)):
-        python, option, module, *rest = commands[name].split()
-        assert (python, option, rest) == ("python", "-m", ["--host", "0.0.0.0"])
-        assert f"{port}, arguments)" in inspect.getsource(importlib.import_module(module).main)
-        assert services[name]["ports"] == [f"127.0.0.1:{port}:{port}"]
+        python, option, module, *rest = services[name]["command"].split()
+        assert (python, option, rest) == ("python", "-m", ["--host", "0.0.0.0", "${MODEL:-}"])
+        assert importlib.util.find_spec(module) and services[name]["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert services["server"]["environment"] == [serve.KEY]

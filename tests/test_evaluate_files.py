@@ -12,9 +12,8 @@ from helpers.boxes import pairwise_iou, yxyx_unit_to_xyxy_unit
 from helpers.evaluate import constant_predictions, ledger, score
 from helpers.evaluate.__main__ import main
 from helpers.evaluate.intervals import over_seeds
-from helpers.evaluate.ledger import results_table
+from helpers.evaluate.ledger import group_seeds, results_table
 from helpers.evaluate.reports import compare, find_runs, metrics_table, write_metrics
-from helpers.evaluate.seeds import group_seeds
 
 # Lines of two published files: id, that project's IoU, raw text, true boxes (y first). Rows with one true box, with
 # two and three, and one whose completion has five boxes and was cut by the token limit.

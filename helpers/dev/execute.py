@@ -33,8 +33,8 @@ def execute(py: Path, root: Path) -> str:
 
     Raises PairError when the two sides differ, CellExecutionError when a cell fails.
     """
-    out_of_step, ipynb = check(py), py.with_suffix(".ipynb")
-    if out_of_step:
+    ipynb = py.with_suffix(".ipynb")
+    if out_of_step := check(py):
         raise PairError(out_of_step)
     notebook, commit, start = read_notebook(ipynb), runs.git_revision(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="notebook-") as name:
@@ -94,8 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for py in wanted:
             if py not in pairs:
-                names = ", ".join(str(pair.with_suffix(".ipynb").relative_to(root)) for pair in pairs)
-                raise PairError(f"{py.with_suffix('.ipynb').name} is none of the notebooks; they are {names}.")
+                raise PairError(f"{py.stem} is none of the notebooks: {', '.join(pair.stem for pair in pairs)}.")
             print(f"{py.stem}: running", flush=True)
             print(execute(py, root), flush=True)
     except (PairError, CellExecutionError, DeadKernelError) as error:

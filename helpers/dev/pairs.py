@@ -71,13 +71,11 @@ def state(py: Path) -> tuple[str, str]:
         return "", ""
     stored = notebook.metadata.get("pair", {}).get("cells", [])
     changed = {path: cells for path, cells in sides.items() if hashes(cells) != stored}
-    words = []
-    for path, cells in changed.items():
-        new = [f"cell {number} ({source.splitlines()[0][:50] if source else 'empty'})"
-               for number, ((_, source, _), own) in enumerate(zip(cells, hashes(cells), strict=True), 1)
-               if own not in stored]
-        words.append(f"{', '.join(new) or 'cells moved or removed'} in {path.name}")
-    return ("both" if len(changed) == 2 else next(iter(changed)).suffix[1:]), "; ".join(words)
+    words = [f"cell {number} ({source[:50].partition(chr(10))[0]}) in {path.name}" for path, cells in changed.items()
+             for number, ((_, source, _), own) in enumerate(zip(cells, hashes(cells), strict=True), 1)
+             if own not in stored]
+    side = "both" if len(changed) == 2 else next(iter(changed)).suffix[1:]
+    return side, ", ".join(words) or "cells moved or removed"
 
 
 def check(py: Path) -> str:

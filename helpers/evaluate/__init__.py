@@ -1,6 +1,6 @@
 """Predictions and truth in, matches, metrics and intervals out. Reads files; needs no GPU and no model.
 
-Scores on disk and their tables are in `reports` and `ledger`, several seeds in `seeds`; from the command line:
+Scores on disk and their tables are in `reports` and `ledger`; from the command line:
 
 python -m helpers.evaluate table [RUNS_DIR] [--write | --check]
 python -m helpers.evaluate compare A B

@@ -4,6 +4,7 @@ import contextlib
 import io
 
 import numpy as np
+import pandas as pd
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -30,10 +31,9 @@ def average_precision(records: list[dict], *, resamples: int, seed: int = 0) -> 
         value = _precision(coco, pictures)
         draw = np.random.default_rng(seed).integers(len(pictures), size=(min(resamples, AP_RESAMPLES), len(pictures)))
         drawn = [_precision(coco, [pictures[i] for i in np.sort(some)]) for some in draw]
-    spread = np.array(drawn) if drawn and len(pictures) > 1 else None  # [R, 10]
     result = {}
     for name, rows in names.items():
-        low, high = (None, None) if spread is None else ends(spread[:, rows].mean(axis=1)).tolist()
+        low, high = ends([some[rows].mean() for some in drawn]) if drawn and len(pictures) > 1 else (None, None)
         result[name] = {"value": float(value[rows].mean()), "low": low, "high": high, "n": n}
     return result
 
@@ -77,29 +77,25 @@ def has_confidences(records: list[dict]) -> bool:
     return any(record["predicted"] for record in records) and all(r["confidences"] is not None for r in records)
 
 
-def _confident_boxes(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence [D] and whether the box is right [D] for every predicted box."""
-    confidence = np.concatenate([record["confidences"] for record in records])
-    return confidence, np.concatenate([record["predicted_correct"] for record in records]).astype(float)
+def _confident_boxes(records: list[dict]) -> pd.DataFrame:
+    """A row a predicted box: its confidence, and whether it is right, 0 or 1."""
+    return pd.DataFrame({name: np.concatenate([record[key] for record in records]).astype(float) for name, key in
+                         (("confidence", "confidences"), ("right", "predicted_correct"))})
 
 
 def reliability(records: list[dict]) -> dict | None:
     """Confidence against the share of right boxes (IoU above .5): the data of a reliability diagram.
 
-    Returns `{"bins": [{"low", "high", "confidence", "right", "n"}], "ece"}`, ten bins of equal width and only those
-    that hold a box; `ece` is the expected calibration error, the mean gap weighted by n. None without confidences.
+    Returns `{"bins": [{"confidence", "right", "n"}], "ece"}`, ten bins of equal width and only those that hold a box;
+    `ece` is the expected calibration error, the mean gap weighted by n. None without confidences.
     """
     if not has_confidences(records):
         return None
-    confidence, right = _confident_boxes(records)
-    place = np.minimum((confidence * 10).astype(int), 9)
-    rows = []
-    for i in np.unique(place):
-        inside = place == i
-        rows.append({"low": i / 10, "high": (i + 1) / 10, "confidence": float(confidence[inside].mean()),
-                     "right": float(right[inside].mean()), "n": int(inside.sum())})  # fmt: skip
-    gaps = [abs(row["confidence"] - row["right"]) * row["n"] for row in rows]
-    return {"bins": rows, "ece": sum(gaps) / len(confidence)}
+    boxes = _confident_boxes(records)
+    grouped = boxes.groupby(np.minimum((boxes.confidence * 10).astype(int), 9))
+    bins = grouped.mean().assign(n=grouped.size())
+    gap = (bins.confidence - bins.right).abs() * bins.n
+    return {"bins": bins.to_dict("records"), "ece": float(gap.sum() / len(boxes))}
 
 
 def threshold_for_precision(records: list[dict], precision: float = 0.95) -> dict | None:
@@ -110,21 +106,19 @@ def threshold_for_precision(records: list[dict], precision: float = 0.95) -> dic
     """
     if not has_confidences(records):
         return None
-    confidence, right = _confident_boxes(records)
-    true = sum(len(record["true"]) for record in records)
-    for threshold in np.unique(confidence):
-        kept = confidence >= threshold
-        if right[kept].mean() >= precision:
-            recall = float(right[kept].sum() / true) if true else None
-            measured = {"precision": float(right[kept].mean()), "recall": recall, "kept": int(kept.sum())}
-            return {"threshold": float(threshold)} | measured
+    boxes, true = _confident_boxes(records), sum(len(record["true"]) for record in records)
+    for threshold in np.unique(boxes.confidence):
+        right = boxes.right[boxes.confidence >= threshold]
+        if right.mean() >= precision:
+            return {"threshold": float(threshold), "precision": float(right.mean()),
+                    "recall": float(right.sum() / true) if true else None, "kept": len(right)}
     return None
 
 
 def keep_confident(predictions: list[dict], threshold: float) -> list[dict]:
-    """The predictions without the boxes whose confidence is under the threshold (or not a number)."""
+    """The predictions without the boxes whose confidence is under the threshold."""
     kept = []
     for line in predictions:
-        keep = [i for i, value in enumerate(line["confidences"]) if value is not None and value >= threshold]
+        keep = [i for i, value in enumerate(line["confidences"]) if value >= threshold]
         kept.append(line | {name: [line[name][i] for i in keep] for name in ("labels", "boxes", "confidences")})
     return kept

@@ -18,19 +18,17 @@ def best_constant_box(truth: list[dict]) -> np.ndarray:
     Raises `ValueError` when no picture has a box.
     """
     chosen = commonest_class(truth) if by_class(truth) else None
-    rows = [row["objects"] for row in truth if row["objects"]["bbox"]]
-    boxes = [yxyx_unit_to_xyxy_unit([box for box, name in zip(row["bbox"], row["category_name"], strict=True)
-                                     if chosen in (None, name)]) for row in rows]  # fmt: skip
-    counts = np.array([len(row["bbox"]) for row, own in zip(rows, boxes, strict=True) if len(own)])
-    boxes = [own for own in boxes if len(own)]
-    if not boxes:
+    rows = [(place, len(row["objects"]["bbox"]), *box) for place, row in enumerate(truth) for box, name in
+            zip(row["objects"]["bbox"], row["objects"]["category_name"], strict=True) if chosen in (None, name)]
+    if not rows:
         raise ValueError("no picture has a box; the best constant box needs at least one")
-    stacked = np.concatenate(boxes)  # [all boxes, 4]
-    starts = np.cumsum([0] + [len(b) for b in boxes[:-1]])
+    places, counts = np.array(rows).T[:2]
+    starts = np.flatnonzero(np.diff(places, prepend=-1))  # of each picture with a box
+    stacked = yxyx_unit_to_xyxy_unit(np.array(rows)[:, 2:])  # [all boxes, 4]
 
     def mean_iou(candidates: np.ndarray) -> np.ndarray:
         iou = pairwise_iou(candidates, stacked)  # [candidates, all boxes]
-        return (np.maximum.reduceat(iou, starts, axis=1) / counts).mean(axis=1)
+        return (np.maximum.reduceat(iou, starts, axis=1) / counts[starts]).mean(axis=1)
 
     def loss(box: np.ndarray) -> float:
         if (box[2:] <= box[:2]).any() or (box < 0).any() or (box > 1).any():

@@ -1,7 +1,6 @@
 """How sure a number is: bootstrap intervals over pictures and seeds, and two runs compared on the same pictures."""
 
 import math
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -29,26 +28,16 @@ def interval(statistic: Callable, *columns: ArrayLike, n: int | None = None, rat
     value, low, high = float(statistic(*arrays, axis=-1)), None, None
     if resamples and pictures > 1:
         if rate and value in (0.0, 1.0):
-            low, high = stats.binomtest(round(value * n), n).proportion_ci(1 - ALPHA, method="wilson")
+            low, high = map(float, stats.binomtest(round(value * n), n).proportion_ci(1 - ALPHA, method="wilson"))
         else:
-            low, high = _bootstrap(statistic, arrays, resamples, seed)
-        low, high = float(low), float(high)
+            draw = np.random.default_rng(seed).integers(pictures, size=(resamples, pictures))
+            low, high = ends(statistic(*(column[draw] for column in arrays), axis=-1))
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _bootstrap(statistic: Callable, columns: tuple, resamples: int, seed: int) -> np.ndarray:
-    with warnings.catch_warnings():  # no spread at all is a result here: low = high
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        drawn = stats.bootstrap(
-            columns, statistic, paired=True, vectorized=True, n_resamples=resamples, method="percentile",
-            rng=np.random.default_rng(seed),
-        ).bootstrap_distribution  # fmt: skip
-    return ends(drawn)
-
-
-def ends(drawn: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Low and high end [2, ...] of the 95 % interval of bootstrap results; NaN (a ratio without a box) is left out."""
-    return np.nanquantile(drawn, [ALPHA / 2, 1 - ALPHA / 2], axis=axis)
+def ends(drawn: np.ndarray | list[float]) -> list[float]:
+    """Low and high end of the 95 % interval of bootstrap results [R]; NaN (a ratio without a box) is left out."""
+    return np.nanquantile(drawn, [ALPHA / 2, 1 - ALPHA / 2]).tolist()
 
 
 def ratio(over: np.ndarray, under: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -71,7 +60,7 @@ def over_seeds(values: np.ndarray) -> dict:
     of_seeds = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
     of_pictures = draw.multinomial(pictures, np.full(pictures, 1 / pictures), size=RESAMPLES) / pictures
     low, high = ends(((of_seeds @ stretched) * of_pictures).sum(axis=1))
-    return {"value": float(values.mean()), "low": float(low), "high": float(high), "n": pictures, "seeds": seeds}
+    return {"value": float(values.mean()), "low": low, "high": high, "n": pictures, "seeds": seeds}
 
 
 def paired_bootstrap(per_picture_a: list[dict], per_picture_b: list[dict]) -> dict:
@@ -100,17 +89,10 @@ def paired_bootstrap(per_picture_a: list[dict], per_picture_b: list[dict]) -> di
     else:
         verdict = f"{significance(result)}: the interval contains 0"
     needed = None
-    if len(shared) > 1 and result["value"] != 0:
-        needed = max(1, math.ceil(pictures_needed(result["value"], difference.std(ddof=1))))
+    if len(shared) > 1 and result["value"] != 0:  # by normal approximation
+        both = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)
+        needed = max(1, math.ceil((both * difference.std(ddof=1) / result["value"]) ** 2))
     return {"difference": result, "verdict": verdict, "pictures_needed": needed, "left_out": sorted(set(a) ^ set(b))}
-
-
-def pictures_needed(difference: float, spread: float) -> float:
-    """Pictures that find a true mean `difference` of two runs with a power of 80 %; not rounded.
-
-    `spread`: standard deviation of the difference on one picture. By normal approximation.
-    """
-    return ((stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(0.8)) * spread / difference) ** 2
 
 
 def significance(difference: dict) -> str:

@@ -47,10 +47,9 @@ def match_picture(row: dict, prediction: dict | None, problems: Problems, named:
     A box that is no box (not finite, corners swapped, not four numbers) stays in every count with IoU 0. With `named`
     boxes of different names have an IoU of 0.
     """
-    image_id = row["image_id"]
+    image_id, names = row["image_id"], list(row["objects"]["category_name"])
     true_boxes = [[box[i] for i in (1, 0, 3, 2)] for box in row["objects"]["bbox"]]  # y first to x first
     truth = _countable(true_boxes, f"{image_id}, truth", problems)
-    names = list(row["objects"]["category_name"])
     given = prediction or {"boxes": []}
     if "boxes" not in given:
         parsed = parse_text(given["text"])
@@ -63,7 +62,6 @@ def match_picture(row: dict, prediction: dict | None, problems: Problems, named:
     matched = _assign(iou, iou)
     found = _assign(iou, iou + 10.0 * (iou > FOUND))  # first as many found boxes as can be, then IoU
     partners = {i: j for i, j in found.items() if iou[i, j] > FOUND}
-    right_names = [i in partners and labels[partners[i]] == name for i, name in enumerate(names)]
     ious = [float(iou[i, matched[i]]) if i in matched else 0.0 for i in range(len(truth))]
     return {
         "image_id": image_id,
@@ -71,7 +69,7 @@ def match_picture(row: dict, prediction: dict | None, problems: Problems, named:
         "detected": bool((area(boxes) > 0).any()),
         "box_ious": ious,
         "box_found": [i in partners for i in range(len(truth))],
-        "box_named": right_names,
+        "box_named": [i in partners and labels[partners[i]] == name for i, name in enumerate(names)],
         "box_categories": names,
         "box_areas": area(truth).tolist(),  # shares of the picture
         "rotation": row.get("rotation"),
@@ -89,19 +87,16 @@ def match_picture(row: dict, prediction: dict | None, problems: Problems, named:
 
 def _countable(boxes: list, where: str, problems: Problems) -> np.ndarray:
     """Boxes [N, 4]; what is no box becomes a box without area, so that it still counts. All faults are named."""
-    countable = np.zeros((len(boxes), 4))
-    for i, box in enumerate(boxes):
-        if len(box) != 4 or None in box or not np.isfinite(box).all():
-            problems["boxes with missing or non-finite numbers"].append(f"{where}: {list(box)}")
-        elif box[2] < box[0] or box[3] < box[1]:
-            problems["boxes with swapped corners"].append(f"{where}: {list(box)}")
-        else:
-            countable[i] = box
-            if box[2] == box[0] or box[3] == box[1]:
-                problems["boxes without area"].append(f"{where}: {list(box)}")
-            elif min(box) < -1e-6 or max(box) > 1 + 1e-6:
-                problems["boxes outside the picture"].append(f"{where}: {list(box)}")
-    return countable
+    found = np.array([box if len(box) == 4 else [np.nan] * 4 for box in boxes], float).reshape(-1, 4)
+    finite, sides = np.isfinite(found).all(axis=1), found[:, 2:] - found[:, :2]
+    for kind, wrong in {
+        "boxes with missing or non-finite numbers": ~finite,
+        "boxes with swapped corners": finite & (sides < 0).any(axis=1),
+        "boxes without area": finite & (sides >= 0).all(axis=1) & (sides == 0).any(axis=1),
+        "boxes outside the picture": finite & ((found < -1e-6) | (found > 1 + 1e-6)).any(axis=1),
+    }.items():
+        problems[kind] += [f"{where}: {list(boxes[i])}" for i in np.flatnonzero(wrong)]
+    return np.where(finite[:, None] & (sides >= 0).all(axis=1, keepdims=True), found, 0)
 
 
 def _confidences(given: list | None, count: int, image_id: str, problems: Problems) -> list[float] | None:

@@ -66,11 +66,10 @@ def find_runs(runs_dir: str | Path = "runs") -> list[dict]:
 def load_score(name: str, runs_dir: str | Path = "runs") -> tuple[str, dict]:
     """A run's score by name or folder: `("r4-joint", score)`; "name:base" takes another score than the run's own."""
     run, _, which = name.partition(":")
-    names = [run, "r3-stage2"] if run == "r3-two-stage" else [run]
-    places = [Path(run).expanduser(), Path(runs_dir, run), *(Path(runs_dir, PREFIX + one) for one in names)]
-    folder = next((place for place in places if (place / "metrics.json").is_file()), None)
+    known = Path(runs_dir, PREFIX + ("r3-stage2" if run == "r3-two-stage" else run))
+    folder = next((place for place in (known, Path(run).expanduser()) if (place / "metrics.json").is_file()), None)
     if folder is None:
-        found = ", ".join(known["run"] for known in find_runs(runs_dir)) or "none yet"
+        found = ", ".join(one["run"] for one in find_runs(runs_dir)) or "none yet"
         raise FileNotFoundError(f"no scored run {run!r} in {runs_dir}; the runs there: {found}")
     scores = read_json(folder / "metrics.json")["scores"]
     which = which or next(iter(scores))

@@ -4,17 +4,17 @@ python -m helpers.use.export runs/…-merged [--output FOLDER] [--run FOLDER] [-
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import time
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from transformers import Qwen2VLProcessor
 
 from helpers import data, evaluate, merge, model, parity, predict, runs
@@ -40,7 +40,7 @@ def export(source: str | Path, output: str | Path | None = None, run: str | Path
     source = Path(source).expanduser()
     load.check(source, bf16=True)
     run = run_of(source, run)
-    output = Path(output).expanduser() if output else source.with_name(f"{source.name.removesuffix('-merged')}-export")
+    output = Path(output or source.with_name(f"{source.name.removesuffix('-merged')}-export")).expanduser()
     if not _exported(source, output):
         part = output.with_name(output.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
@@ -147,50 +147,36 @@ def compare(output: str | Path, rows, batch_size: int = 16) -> dict:
     """Run both copies on `rows` (prepared; of the project's schema) and keep what was measured in `COMPARED`.
 
     Returns `{"bf16"|"nf4": {"bytes", "seconds" a picture, "mean_iou", "ap" (both with intervals)},
-    "difference": NF4 minus bf16 in IoU, paired, "same_boxes", "pictures", "device"}`.
+    "difference": NF4 minus bf16 in IoU, paired, "pictures", "device"}`.
     """
-    output, truth = Path(output), data.truth_rows(rows)
-    batches = list(DataLoader(rows, batch_size, collate_fn=list))
+    output, truth, greedy = Path(output), data.truth_rows(rows), {"do_sample": False}
     result: dict[str, Any] = {"pictures": len(rows), "device": runs.machine()}
-    lines, scores = {}, {}
+    scores = {}
     for copy in COPIES:
         vlm, processor, prompt = load.load_model(output / copy)
-        generate = partial(predict.generate_lines, vlm, processor, prompt=prompt, generation={"do_sample": False})
-        generate(batches[0][:4])  # warms up
+        predict.generate_lines(vlm, processor, [rows[0]], prompt, greedy)  # warms up
         start = time.perf_counter()
-        lines[copy] = [line for batch in batches for line in generate(batch)]
+        batches = predict.generate_batches(vlm, processor, rows, range(len(rows)), prompt, greedy, None, batch_size)
+        lines = [line for batch in batches for line in batch]
         seconds = (time.perf_counter() - start) / len(rows)
-        scores[copy] = evaluate.score(truth, lines[copy])
-        summary = scores[copy]["summary"]
-        result[copy] = {"bytes": _bytes(output / copy), "seconds": seconds, "mean_iou": summary["mean_iou"],
-                        "ap": summary["ap"]}
-        del vlm, generate
+        scores[copy] = evaluate.score(truth, lines)
+        result[copy] = {"bytes": _bytes(output / copy), "seconds": seconds,
+                        **{name: scores[copy]["summary"][name] for name in ("mean_iou", "ap")}}
+        del vlm
         model.free_memory()
     paired = evaluate.paired_bootstrap(scores["nf4"]["per_picture"], scores["bf16"]["per_picture"])
-    result |= {"difference": paired["difference"],
-               "same_boxes": sum(a["boxes"] == b["boxes"] for a, b in zip(*lines.values(), strict=True))}
+    result["difference"] = paired["difference"]
     write_json(output / COMPARED, result)
     return result
 
 
-def check_push(name: str) -> None:
-    """Raise ParameterError unless `name` is a Hub id and the Hub knows this machine's token: before any work."""
-    if name.count("/") != 1:
-        raise ParameterError(f"PUSH={name} is no name on the Hub; expected user/name.")
+@contextlib.contextmanager
+def on_hub(name: str) -> Iterator[None]:
+    """What the Hub refuses (offline, no token or a bad one, no right, no such name) as a ParameterError."""
     try:
-        HfApi().whoami()
-    except OSError as error:  # offline, no token, a token that is no longer valid
-        raise ParameterError(f"PUSH={name} cannot be written on the Hub: {load.first_line(error)}") from None
-
-
-def push(name: str, folder: Path) -> str:
-    """Upload `folder` to the model repository `name`, made (private) where there is none; returns its address."""
-    try:
-        address = HfApi().create_repo(name, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=f"{folder.name} and model card")
-        return str(address)
+        yield
     except (OSError, ValueError) as error:
-        raise ParameterError(f"{name} cannot be written on the Hub: {load.first_line(error)}") from None
+        raise ParameterError(f"PUSH={name} cannot be written on the Hub: {load.first_line(error)}") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -202,24 +188,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--push", metavar="USER/NAME", help="upload to the Hub, private: NAME and NAME-nf4")
     parser.add_argument("--compare", action="store_true", help="run both copies on val, for the cards")
     chosen = parser.parse_args(arguments)
+    names = {"bf16": chosen.push, "nf4": f"{chosen.push}-nf4"} if chosen.push else {}
+    with load.one_sentence(), on_hub(chosen.push):  # before any work
+        places = {copy: HfApi().create_repo(name, private=True, exist_ok=True) for copy, name in names.items()}
     with load.one_sentence():
-        if chosen.push:
-            check_push(chosen.push)
         output = export(chosen.model, chosen.output, chosen.run)
         if chosen.compare:
             run = run_of(Path(chosen.model).expanduser(), chosen.run)
             values = read_json(run / "manifest.json")["parameters"]
             splits = data.load_splits(**data.source_of(values), limit={"train": 1, "selection": 1})
             result = compare(output, data.prepare(splits, values["min_pixels"], values["max_pixels"])["val"])
-            for copy in COPIES:
-                found = result[copy]
-                print(f"{copy}: {found['bytes'] / 1e6:.1f} MB, {1000 * found['seconds']:.0f} ms a picture, mean IoU "
-                      f"{evaluate.with_interval(found['mean_iou'])}, AP {evaluate.with_interval(found['ap'])}")
-            print(f"NF4 minus bf16: {evaluate.with_interval(result['difference'])}")
+            print(f"NF4 minus bf16: {evaluate.with_interval(result['difference'])} mean IoU")
             write_cards(output, run)
         print(*(f"{output / copy}: loads with from_pretrained; its card is README.md" for copy in COPIES), sep="\n")
-        if chosen.push:
-            print(push(chosen.push, output / "bf16"), push(f"{chosen.push}-nf4", output / "nf4"), sep="\n")
+    with load.one_sentence(), on_hub(chosen.push):
+        for copy, place in places.items():
+            HfApi().upload_folder(repo_id=place.repo_id, folder_path=output / copy, commit_message=f"{copy}, with card")
+            print(place)
 
 
 if __name__ == "__main__":

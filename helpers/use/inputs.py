@@ -22,6 +22,7 @@ from helpers.settings import ParameterError
 from helpers.use.load import first_line
 
 LARGEST = 2**28  # bytes of a download
+TRIED = 20  # pictures that come through a network, to find one that can be opened; of local files all
 
 
 class Picture(NamedTuple):
@@ -51,42 +52,31 @@ def find_pictures(source: str, split: str, output: Path, private: bool = False) 
         named = _listed([source], Path(), private)
     elif "://" in source or (place.suffix.lower() == ".zip" and place.is_file()):
         named, read = _stored(whole), functools.partial(_read_stored, whole)
-    else:
-        named = _in_folder(place, source, output)
-        if not named:
-            rows = _rows(whole, split)
-            named = [(name, rows._fingerprint, str(i)) for i, name in enumerate(rows["image_id"])]
-            read = functools.partial(_read_row, whole, split)
-    if not named:
-        raise ParameterError(f"INPUT={source} names no pictures (.jpg, .png, .webp, …).")
-    _check_that_one_opens(source, named, read)
-    return [Picture(image_id, runs.key(image_id=image_id, version=version), where)
-            for image_id, version, where in named], read
-
-
-def _check_that_one_opens(source: str, named: Named, read: Reader) -> None:
-    """A look at local files till one opens, at 20 of those that come through a network."""
-    tried = named if Path(named[0][2]).is_absolute() else named[:20]
-    for image_id, _, place in tried:
+    elif not (named := _in_folder(place, output)):
+        rows = _rows(whole, split)
+        named = [(name, rows._fingerprint, str(i)) for i, name in enumerate(rows["image_id"])]
+        read = functools.partial(_read_row, whole, split)
+    why, local = "it names none", named and Path(named[0][2]).is_absolute()
+    for image_id, _, where in named if local else named[:TRIED]:
         try:
-            content = read(place)
-            return open_picture({"bytes": content if isinstance(content, bytes) else None, "path": content}).close()
+            content = read(where)
+            open_picture({"bytes": content if isinstance(content, bytes) else None, "path": content}).close()
+            break
         except Exception as error:  # Pillow's readers raise many kinds
             why = f"{escaped(image_id)}: {first_line(error)}"
-    raise ParameterError(f"INPUT={source} holds no picture that can be opened: {len(tried)} files, such as {why}.")
+    else:
+        raise ParameterError(f"INPUT={source} holds no picture that can be opened ({why}).")
+    return [Picture(image_id, runs.key(image_id=image_id, version=version), where)
+            for image_id, version, where in named], read
 
 
 # --- a folder, a list, a zip or bucket, a data set: (image id, what changes where the picture does, place) ------------
 
 
-def _in_folder(place: Path, source: str, output: Path) -> Named:
-    if not place.exists() and source.startswith((".", "/", "~")):
-        raise ParameterError(f"INPUT={source} is not there; name a folder of photos, a Hub id, or embedded.")
+def _in_folder(place: Path, output: Path) -> Named:
     found = list(files_below(place, links=True)) if place.is_dir() else [place] if place.exists() else []
     own = output.resolve() if place.resolve() in output.resolve().parents else output.resolve() / "crops"
     found = [file for file in found if not file.parent.resolve().is_relative_to(own)]
-    if place.is_dir() and not found:
-        raise ParameterError(f"INPUT={source} is a folder without files; name one of photos, a Hub id, or embedded.")
     files = [file for file in found if is_picture(file)]
     if files and (other := sorted({*found} - {*files})):
         print(f"{len(other):,} files are no pictures by name or content, such as {escaped(other[0].name)}")
@@ -131,9 +121,7 @@ def _rows(source: str, split: str) -> datasets.Dataset:
     try:
         rows = load_raw(source, val_share=1)  # all of a set that has no val
     except DataError as error:
-        here = Path(source).exists()
-        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}" if here else str(error)) \
-            from None
+        raise DataError(f"INPUT={source} holds no picture files, and as a data set: {error}") from None
     if split not in rows or not len(rows[split]):
         there = ", ".join(name for name in rows if len(rows[name]))
         raise ParameterError(f"INPUT={source} has no pictures in the split {split!r}; there is {there or 'none'}.")

@@ -49,7 +49,7 @@ def first_line(error: BaseException) -> str:
 def parse_port(program: str, description: str, port: int, given: list[str] | None) -> argparse.Namespace:
     """`model` (None: the newest), `host` and `port` of a program that opens a finished model at a port.
 
-    A port that cannot be opened ends the program with a sentence: before a model is loaded, which takes minutes at 7B.
+    A port that cannot be opened ends the program: before a model is loaded, which takes minutes at 7B.
     """
     parser = argparse.ArgumentParser(prog=f"python -m helpers.use.{program}", description=description)
     parser.add_argument("model", nargs="?", help="a merged model's folder; the newest in runs/ where it is left out")
@@ -60,9 +60,8 @@ def parse_port(program: str, description: str, port: int, given: list[str] | Non
         family = socket.AF_INET6 if ":" in chosen.host else socket.AF_INET
         socket.create_server((chosen.host, chosen.port or -1), family=family).close()  # 0 would be any port
     except (OSError, OverflowError) as error:  # taken, not allowed, no such host; no such number
-        why = (str(error.strerror).partition(" (")[0] if isinstance(error, OSError)
-               else "a port is a number from 1 to 65535")
-        sys.exit(f"PORT={chosen.port} cannot be opened on {chosen.host} ({why}); name another, like PORT={port + 1}.")
+        sys.exit(f"PORT={chosen.port} cannot be opened on {chosen.host} ({first_line(error)}); name another from 1 to "
+                 f"65535, like PORT={port + 1}.")
     return chosen
 
 
@@ -73,20 +72,15 @@ def check(model: str | Path, bf16: bool = False) -> dict[str, Any]:
     tokenizer or format than its own processor has now, or weights that are not those that were saved; with `bf16` also
     where it is stored otherwise than a merge writes it.
     """
-    folder = Path(model).expanduser()
+    folder, merged = Path(model).expanduser(), "name a merged model, such as runs/…-r4-joint-merged."
     if not folder.is_dir():
-        raise ParameterError(f"MODEL={model} is no folder; name a merged model, such as runs/…-r4-joint-merged, or run "
-                             "`make demo` and name none.")
-    for file, kind, run in (("adapter_config.json", "an adapter, which needs its base", folder.resolve().parent),
-                            ("manifest.json", "a run, and no model", folder.resolve())):
+        raise ParameterError(f"MODEL={model} is no folder; run `make demo` and name none, or {merged}")
+    for file, kind in (("adapter_config.json", "an adapter, which needs its base"), ("manifest.json", "a run")):
         if (folder / file).exists():
-            merged = run.with_name(f"{run.name.removesuffix('-stage2')}-merged")
-            raise ParameterError(f"MODEL={model} holds {kind}; name the merged model of that run, "
-                                 f"{merged if merged.is_dir() else 'runs/…-merged'}.")
+            raise ParameterError(f"MODEL={model} holds {kind}, and no model; {merged}")
     for file in ("config.json", parity.FILE, "*.safetensors"):
         if not any(folder.glob(file)):
-            raise ParameterError(f"MODEL={model} has no {file}: it is no whole model of this project's; name a merged "
-                                 "one, such as runs/…-r4-joint-merged.")
+            raise ParameterError(f"MODEL={model} has no {file}: it is no whole model of this project's; {merged}")
     try:
         made_with, config = read_json(folder / parity.FILE), read_json(folder / "config.json")
         check_architecture(f"MODEL={model}", config)
@@ -94,10 +88,8 @@ def check(model: str | Path, bf16: bool = False) -> dict[str, Any]:
             raise ParameterError(f"MODEL={model} is quantized or no bf16; name the merged model in bf16 that it was "
                                  "made from.")
         parity.check(folder, parity.record(Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]))
-    except ParameterError:
-        raise
-    except parity.ParityError as error:
-        raise ParameterError(f"MODEL={model} is refused: {error}") from None
+    except (ParameterError, parity.ParityError) as error:
+        raise ParameterError(str(error)) from None
     except (OSError, ValueError, KeyError) as error:  # no right to read, a broken disk, half a file
         raise ParameterError(f"MODEL={model} cannot be read ({first_line(error)}); check its files and rights, or copy "
                              "it again.") from None
@@ -127,8 +119,7 @@ def open_upright(source: str | Path | bytes, most: int | None = None) -> Image.I
     Raises ValueError that says why it cannot be used: also one of more than `most` pixels, before it is decoded.
     """
     try:
-        in_memory = isinstance(source, bytes)
-        with open_picture({"bytes": source if in_memory else None, "path": source}) as picture:
+        with open_picture({"bytes": source if isinstance(source, bytes) else None, "path": source}) as picture:
             if most and picture.width * picture.height > most:
                 raise ValueError(f"{picture.width} x {picture.height} pixels, and {most:,} at most are taken")
             upright = as_rgb(ImageOps.exif_transpose(picture))

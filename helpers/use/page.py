@@ -5,9 +5,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: it sends nothing
 
@@ -18,11 +16,13 @@ from helpers import predict, scenes
 from helpers.use import load
 
 EXAMPLES = (0, 2, 5, 7, 9, 12)  # scenes of val
+# (picture, [(box in pixels, label)]), the raw text, [(crop, label)]
 Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]] | None, str, list[tuple[Image, str]]]
 
 
-def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Found]:
-    """What the page calls with a photo's path: (picture, [(box in pixels, label)]), the raw text, [(crop, label)]."""
+def build_page(model: str | Path) -> gr.Interface:
+    """The page for the merged model in folder `model`, which is checked and loaded first."""
+    vlm, processor, prompt = load.load_model(model)
 
     def find(photo: str | None) -> Found:
         """Find the nutrition tables in a photo."""
@@ -32,18 +32,11 @@ def finder(model: Any, processor: Any, prompt: str) -> Callable[[str | None], Fo
             picture = load.open_upright(photo)
         except ValueError as error:
             raise gr.Error(f"{Path(photo).name}: {error}.", print_exception=False) from None
-        (line,) = predict.generate_lines(model, processor, [load.as_row("photo", picture)], prompt,
-                                         {"do_sample": False})
+        (line,) = predict.generate_lines(vlm, processor, [load.as_row("photo", picture)], prompt, {"do_sample": False})
         drawn = [(load.to_pixels(box, picture.size), f"{label or 'box'} {confidence:.0%}") for box, label, confidence
                  in zip(line["boxes"], line["labels"], line["confidences"], strict=True)]
         return (picture, drawn), line["text"], [(picture.crop(box), label) for box, label in drawn]
 
-    return find
-
-
-def build_page(model: str | Path) -> gr.Interface:
-    """The page for the merged model in folder `model`, which is checked and loaded first."""
-    find = finder(*load.load_model(model))
     folder = Path(tempfile.mkdtemp(prefix="nutrition-examples-"))
     examples = [folder / f"example-{number}.jpg" for number in EXAMPLES]
     for number, file in zip(EXAMPLES, examples, strict=True):

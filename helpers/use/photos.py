@@ -10,7 +10,6 @@ replaced under its name.
 """
 
 import argparse
-import errno
 import json
 import os
 import re
@@ -26,7 +25,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-from filelock import FileLock, Timeout
 from PIL.Image import Image
 
 from helpers import predict, runs
@@ -62,10 +60,8 @@ class Predictor:
             return load.open_upright(self.read(picture.place))
         except ParameterError:  # nothing can be read there any more
             raise
-        except ValueError as error:
-            return str(error)
         except Exception as error:  # each source has its own
-            return f"cannot be read ({type(error).__name__}: {first_line(error)})"
+            return first_line(error)
 
     def generate(self, pictures: list[Picture], opened: list[Image | str]) -> list[dict]:
         """A line a picture, in their order; in batches of pictures of about one size."""
@@ -80,14 +76,14 @@ class Predictor:
         found = {line["image_id"]: line for lines in batches for line in lines}
         lines = []
         for picture, image in zip(pictures, opened, strict=True):
+            line = found.get(picture.stamp) or predict.line("", [], [], self.processor.tokenizer)
+            line |= {"image_id": picture.image_id, "stamp": picture.stamp, "width": 0, "height": 0}
             if isinstance(image, Image):
-                line = found[picture.stamp] | {"width": image.width, "height": image.height}
+                line |= {"width": image.width, "height": image.height}
+                line |= {"crops": save_crops(line, image, self.output)} if self.crops else {}
             else:
-                empty = predict.line("", [], [], self.processor.tokenizer)
-                line = empty | {"width": 0, "height": 0, "error": image}
-            lines.append(line | {"image_id": picture.image_id, "stamp": picture.stamp})
-            if self.crops and isinstance(image, Image):
-                lines[-1]["crops"] = save_crops(lines[-1], image, self.output)
+                line["error"] = image
+            lines.append(line)
         return lines
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
@@ -194,16 +190,12 @@ def predict_photos(source: str, output: Path, model: str | Path, *, split: str =
             return predict_here(missing, options, size)
         return predict_on_ray(missing, options, size, ray, output.absolute() / "ray")
 
-    try:
-        with FileLock(output / ".lock", timeout=0):
-            write_json(output / "job.json", job)
-            predict.write_lines(path, [picture.stamp for picture in pictures], work, name="stamp",
-                                before=[path] if path.exists() else [])
-            shutil.rmtree(output / "ray", ignore_errors=True)
-            return summary(output, coco, parquet)
-    except Timeout:
-        raise ParameterError(f"another command is writing to OUTPUT={output}; wait for its end, or name another "
-                             "folder.") from None
+    with runs.exclusive(output / ".job", wait=False):
+        write_json(output / "job.json", job)
+        predict.write_lines(path, [picture.stamp for picture in pictures], work, name="stamp",
+                            before=[path] if path.exists() else [])
+        shutil.rmtree(output / "ray", ignore_errors=True)
+        return summary(output, coco, parquet)
 
 
 LINE = pa.schema({"image_id": pa.string(), "text": pa.string(), "labels": pa.list_(pa.string()),
@@ -272,9 +264,8 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             counts = predict_photos(source, output, model or load.newest(), **chosen)
         except OSError as error:
-            sys.exit(f"OUTPUT={output} " + (
-                "is on a disk that is full: what is done is kept; free some room, and the same command goes on."
-                if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written ({error.strerror or error})."))
+            sys.exit(f"OUTPUT={output} cannot be written ({error.strerror or error}); what is done is kept, and the "
+                     "same command goes on.")
     print(f"{', '.join(f'{count:,} {name}' for name, count in counts.items())}: {output}/predictions.jsonl")
 
 

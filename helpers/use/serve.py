@@ -10,7 +10,6 @@ was generated is the next batch. After a SIGTERM no new request is taken, and th
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import json
 import os
@@ -49,6 +48,7 @@ READERS = 4  # pictures opened at the same time
 SAMPLING = ("temperature", "top_p", "top_k", "seed")
 OPTIONS = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "user", *SAMPLING)
 NO_CHANGE = [("n", 1), ("skip_special_tokens", False)]  # what is done anyway; the second is what vLLM has to be told
+GONE = "the client has gone."
 ADDRESSES = "POST /v1/chat/completions, GET /v1/models, GET /health and GET /metrics"
 
 WORKING = prometheus_client.Gauge("serve_requests_in_work", "Requests without a reply yet")
@@ -56,11 +56,6 @@ SECONDS = prometheus_client.Histogram("serve_completion_seconds", "From a reques
                                       buckets=(0.1, 0.3, 1, 3, 10, 30, 100))
 SIZES = prometheus_client.Histogram("serve_batch_size", "Pictures generated together", buckets=(1, 2, 4, 8, 16))
 REFUSALS = prometheus_client.Counter("serve_refusals", "Requests without a completion", ["status"])
-
-
-def bad(sentence: str, status: int = 400) -> HTTPException:
-    """What ends a request with a status and one sentence."""
-    return HTTPException(status, sentence)
 
 
 async def read_body(request: Request) -> bytearray:
@@ -71,68 +66,64 @@ async def read_body(request: Request) -> bytearray:
             async for piece in request.stream():
                 content += piece
                 if len(content) > MAX_BYTES:
-                    raise bad(f"the request is larger than {MAX_BYTES // 2**20} MiB; send a smaller picture.", 413)
+                    raise HTTPException(413, f"the request is larger than {MAX_BYTES // 2**20} MiB; send a smaller "
+                                             "picture.")
     except TimeoutError:
-        raise bad(f"the request's body was not there after {MAX_SECONDS} s.", 408) from None
+        raise HTTPException(408, f"the request's body was not there after {MAX_SECONDS} s.") from None
     except ClientDisconnect:
-        raise bad("the client has gone.", 499) from None
+        raise HTTPException(499, GONE) from None
     return content
 
 
 def check_request(body: Any, name: str, prompt: str, tokens: int) -> tuple[Image, int, bool]:
-    """(the picture, the most tokens to generate, whether to stream) of a request. Raises `bad` otherwise.
+    """(the picture, the most tokens to generate, whether to stream) of a request. ValueError says what is wrong.
 
     `name` is the model's name here, `prompt` the one that it was trained with, `tokens` the limit of its completions
     where the request gives none.
     """
     if not isinstance(body, dict):
-        raise bad("the request is not a JSON object with model and messages.")
+        raise ValueError("the request is not a JSON object with model and messages.")
     if body.get("model", name) != name:
-        raise bad(f"the model {str(body['model'])[:200]!r} is not served here, {name!r} alone is.", 404)
+        raise HTTPException(404, f"the model {str(body['model'])[:200]!r} is not served here, {name!r} alone is.")
     for option, value in body.items():
         if option not in OPTIONS and value is not None and (option, value) not in NO_CHANGE:
-            raise bad(f"the option {option[:40]!r} is not known here; send some of {', '.join(OPTIONS)}.")
+            raise ValueError(f"the option {option[:40]!r} is not known here; send some of {', '.join(OPTIONS)}.")
     stream = body.get("stream") or False
     if type(stream) is not bool:
-        raise bad(f"stream is {str(stream)[:40]!r}; send true or false.")
+        raise ValueError(f"stream is {str(stream)[:40]!r}; send true or false.")
     limits = [body[given] for given in ("max_completion_tokens", "max_tokens") if body.get(given) is not None]
     limit, most = [*limits, tokens][0], max(MAX_TOKENS, tokens)
     if type(limit) is not int or not 1 <= limit <= most:
-        raise bad(f"max_tokens is {str(limit)[:40]!r}; send a whole number from 1 to {most}.")
-    url, text = picture_and_text(body.get("messages"))
-    if text.strip() not in ("", prompt):
-        raise bad(f"this model was trained with one prompt; send {prompt!r}, or the picture alone.")
-    return read_picture(url), limit, stream
-
-
-def picture_and_text(messages: Any) -> tuple[str, str]:
-    """(the picture's URL, the text or "") of the one user message that a request must be."""
+        raise ValueError(f"max_tokens is {str(limit)[:40]!r}; send a whole number from 1 to {most}.")
     try:
-        (message,) = messages
+        (message,) = body["messages"]
         parts = message["content"]
         (url,) = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
         (text,) = [part["text"] for part in parts if part["type"] == "text"] or [""]
-        if message["role"] == "user" and len(parts) <= 2 and isinstance(url, str) and isinstance(text, str):
-            return url, text
-    except (TypeError, KeyError, ValueError):
-        pass
-    raise bad("messages cannot be read; send one user message: one image_url, and the model's prompt as text or no "
-              "text.")
+        if message["role"] != "user" or len(parts) > 2 or not (isinstance(url, str) and isinstance(text, str)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise ValueError("messages cannot be read; send one user message: one image_url, and the model's prompt as "
+                         "text or no text.") from None
+    if text.strip() not in ("", prompt):
+        raise ValueError(f"this model was trained with one prompt; send {prompt!r}, or the picture alone.")
+    return read_picture(url), limit, stream
 
 
 def read_picture(url: str) -> Image:
-    """The picture in a data URL, upright and in RGB. Raises `bad` for anything else."""
+    """The picture in a data URL, upright and in RGB. ValueError for anything else."""
     head, comma, written = url.partition(",")
     if not (head.lower().startswith("data:image/") and head.lower().endswith(";base64") and comma):
-        raise bad("the picture must come as a data URL, data:image/jpeg;base64,…; addresses and files are not opened.")
+        raise ValueError("the picture must come as a data URL, data:image/jpeg;base64,…; addresses and files are not "
+                         "opened.")
     try:
         content = base64.b64decode("".join(written.split()), validate=True)  # MIME's has lines
-    except (binascii.Error, ValueError):
-        raise bad("what follows data:image/…;base64, is not base64.") from None
+    except ValueError:
+        raise ValueError("what follows data:image/…;base64, is not base64.") from None
     try:
         return load.open_upright(content, MAX_PIXELS)
     except ValueError as error:
-        raise bad(f"the picture: {error}.") from None
+        raise ValueError(f"the picture: {error}.") from None
 
 
 def completion(line: dict, name: str, stream: bool) -> Response:
@@ -147,64 +138,48 @@ def completion(line: dict, name: str, stream: bool) -> Response:
     return Response(f"data: {json.dumps(body)}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
 
 
-@dataclass(eq=False)
+@dataclass
 class Waiting:
     """A request that is ready for the model."""
 
     request: Request
     inputs: dict  # of `predict.model_inputs`, one row
     limit: int  # tokens
-    line: asyncio.Future  # of `predict`, or the error in its place
+    line: asyncio.Future  # of `predict`
 
 
-class Batches:
-    """Requests that wait for the model. What has come while one batch was generated is the next."""
+def generate(model: Any, processor: Any, batch: list[Waiting]) -> list[dict | Exception]:
+    """Each request's line, or why there is none. All have one limit."""
+    try:
+        encoded = [one for waiting in batch for one in predict.encode_pictures(model, waiting.inputs)]
+        return predict.complete(model, processor, encoded, {"do_sample": False, "max_new_tokens": batch[0].limit}, None)
+    except Exception as error:
+        if len(batch) == 1:
+            return [error]
+    half = len(batch) // 2  # memory has run out, or one of them is to blame
+    return generate(model, processor, batch[:half]) + generate(model, processor, batch[half:])
 
-    def __init__(self, model: Any, processor: Any):
-        self.model, self.processor = model, processor
-        self.waiting: list[Waiting] = []
-        self.arrived, self.thread = asyncio.Event(), ThreadPoolExecutor(1)  # the event loop stays free
 
-    async def complete(self, request: Request, inputs: dict, limit: int) -> dict:
-        """The line of `predict` for one request."""
-        own = Waiting(request, inputs, limit, asyncio.get_running_loop().create_future())
-        self.waiting.append(own)
-        self.arrived.set()
-        line = await own.line
-        if isinstance(line, Exception):
-            raise line
-        return line
-
-    async def work(self) -> None:
-        """For ever: one batch after the other, of requests with the same limit, the oldest first."""
-        while await self.arrived.wait():
-            if len(self.waiting) < BATCH:
-                await asyncio.sleep(WINDOW)
-            batch = [one for one in self.waiting if one.limit == self.waiting[0].limit][:BATCH]
-            self.waiting = [one for one in self.waiting if one not in batch]
-            if not self.waiting:
-                self.arrived.clear()
-            for one in batch:
-                if await one.request.is_disconnected():
-                    one.line.set_result(bad("the client has gone.", 499))
-            batch = [one for one in batch if not one.line.done()]
-            if batch:
-                SIZES.observe(len(batch))
-                lines = await asyncio.get_running_loop().run_in_executor(self.thread, self.generate, batch)
-                for one, line in zip(batch, lines, strict=True):
+async def work(waiting: asyncio.Queue[Waiting], model: Any, processor: Any) -> None:
+    """For ever: generate what waits, in batches. What has come while one batch was generated is the next."""
+    thread, loop = ThreadPoolExecutor(1), asyncio.get_running_loop()  # the event loop stays free
+    while True:
+        batch = [await waiting.get()]
+        if waiting.qsize() < BATCH - 1:
+            await asyncio.sleep(WINDOW)
+        batch += [waiting.get_nowait() for _ in range(min(BATCH - 1, waiting.qsize()))]
+        for one in batch:
+            if await one.request.is_disconnected():
+                one.line.set_exception(HTTPException(499, GONE))
+        for limit in {one.limit for one in batch if not one.line.done()}:
+            alike = [one for one in batch if one.limit == limit and not one.line.done()]
+            SIZES.observe(len(alike))
+            lines = await loop.run_in_executor(thread, generate, model, processor, alike)
+            for one, line in zip(alike, lines, strict=True):
+                if isinstance(line, Exception):
+                    one.line.set_exception(line)
+                else:
                     one.line.set_result(line)
-
-    def generate(self, batch: list[Waiting]) -> list[dict | Exception]:
-        """Each request's line, or why there is none."""
-        try:
-            encoded = [one for waiting in batch for one in predict.encode_pictures(self.model, waiting.inputs)]
-            return predict.complete(self.model, self.processor, encoded,
-                                    {"do_sample": False, "max_new_tokens": batch[0].limit}, None)
-        except Exception as error:
-            if len(batch) == 1:
-                return [error]
-        half = len(batch) // 2  # memory has run out, or one of them is to blame
-        return self.generate(batch[:half]) + self.generate(batch[half:])
 
 
 def build_app(model: str | Path) -> FastAPI:
@@ -212,25 +187,28 @@ def build_app(model: str | Path) -> FastAPI:
     name = Path(model).expanduser().resolve().name
     loaded, processor, prompt = load.load_model(model)
     tokens, key = loaded.generation_config.max_new_tokens, os.environ.get(KEY)
-    batches, places = Batches(loaded, processor), asyncio.Semaphore(IN_WORK)
+    waiting: asyncio.Queue[Waiting] = asyncio.Queue()
+    places = asyncio.Semaphore(IN_WORK)
     readers, lock = ThreadPoolExecutor(READERS), threading.Lock()
 
     def read(content: bytearray) -> tuple[dict, int, bool]:
         try:
             picture, limit, stream = check_request(json.loads(content), name, prompt, tokens)
-        except (ValueError, RecursionError):
-            raise bad("the request's body is not JSON, or is nested too deeply.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            raise HTTPException(400, "the request's body is not JSON, or is nested too deeply.") from None
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
         with lock:  # a tokenizer pads for one thread at a time
             return predict.model_inputs([load.as_row("", picture)], processor, prompt), limit, stream
 
     def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key and not secrets.compare_digest(given.encode(), key.encode()):
-            raise bad("the API key is missing or wrong; send it as Authorization: Bearer KEY.", 401)
+            raise HTTPException(401, "the API key is missing or wrong; send it as Authorization: Bearer KEY.")
 
     @contextlib.asynccontextmanager
     async def working(app: FastAPI) -> AsyncIterator[None]:
-        app.state.work = asyncio.create_task(batches.work())
+        app.state.work = asyncio.create_task(work(waiting, loaded, processor))
         yield
         app.state.work.cancel()
 
@@ -238,14 +216,15 @@ def build_app(model: str | Path) -> FastAPI:
 
     @app.post("/v1/chat/completions", dependencies=[Depends(check_key)])
     async def complete(request: Request) -> Response:
-        start = time.perf_counter()
+        start, loop = time.perf_counter(), asyncio.get_running_loop()
         if places.locked():
-            raise bad(f"{IN_WORK} requests are in work; try again in a moment.", 429)
+            raise HTTPException(429, f"{IN_WORK} requests are in work; try again in a moment.")
         async with places:
             with WORKING.track_inprogress():
                 content = await read_body(request)
-                inputs, limit, stream = await asyncio.get_running_loop().run_in_executor(readers, read, content)
-                line = await batches.complete(request, inputs, limit)
+                inputs, limit, stream = await loop.run_in_executor(readers, read, content)
+                waiting.put_nowait(own := Waiting(request, inputs, limit, loop.create_future()))
+                line = await own.line
         SECONDS.observe(time.perf_counter() - start)
         return completion(line, name, stream)
 
@@ -256,7 +235,7 @@ def build_app(model: str | Path) -> FastAPI:
     @app.get("/health")
     def health() -> dict:
         if app.state.work.done():
-            raise bad("the server generates nothing any more, and its log says why; start it again.", 503)
+            raise HTTPException(503, "the server generates nothing any more, and its log says why; start it again.")
         return {"status": "ok"}
 
     @app.get("/metrics")
