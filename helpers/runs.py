@@ -155,12 +155,8 @@ def open_folder(run: Run, **inputs: Any) -> None:
     """
     fixed = training_values(run) | inputs
     for folder in dict.fromkeys([run.folder, *(stage.folder for stage in run.stages)]):
-        try:
-            with exclusive(folder / "manifest.json"):
-                _open_manifest(run, folder, fixed, inputs)
-        except OSError as error:
-            raise ParameterError(f"{folder} cannot be written ({error.strerror or error}); choose another output_root "
-                                 "or run_name.") from None
+        with exclusive(folder / "manifest.json"):
+            _open_manifest(run, folder, fixed, inputs)
 
 
 def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -181,8 +177,7 @@ def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[s
     }
     if is_main():
         write_json(folder / "manifest.json", manifest)
-    if world_size() > 1:
-        together().wait_for_everyone()
+    together().wait_for_everyone()
     if not (folder / "manifest.json").is_file():
         raise ParameterError(f"{folder} is not seen by all machines: output_root must be a folder they share.")
 

@@ -68,7 +68,7 @@ class ExactTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all visible GPUs, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
         keep_4bit_trainable(self.model)  # it may generate between two steps
-        self.made_with, self.base, self.notice = made_with, base, StopNotice()
+        self.made_with, self.base, self.notice, self.folder = made_with, base, StopNotice(), Path(str(args.output_dir))
         self.kept, args.save_total_limit = args.save_total_limit, None  # no old checkpoint goes before a new is whole
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
@@ -77,10 +77,6 @@ class ExactTrainer(Trainer):
                 let_fail(one)
         for callback in (ProgressBar(), self.notice):
             self.add_callback(callback)
-
-    @property
-    def folder(self) -> Path:
-        return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, errors in a sentence.
@@ -271,7 +267,8 @@ def goes_on(folder: Path) -> str:
 def advice(sft: ExactTrainer) -> str:
     """What to change so that a step takes less memory."""
     changes = []
-    if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
+    kept = [one.kept for one in sft.callback_handler.callbacks if isinstance(one, speed.KeepActivations)]
+    if not sft.args.gradient_checkpointing or any(kept):
         changes.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
     if sft.args.per_device_train_batch_size > 1:
         changes.append("half of batch_size with twice the accumulation makes the same updates")
