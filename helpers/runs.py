@@ -35,12 +35,8 @@ def write_text(path: Path, text: str) -> None:
     """Write all or nothing: a killed process never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + f".part-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -58,9 +58,9 @@ class Run:
     share: tuple[int, int]  # batch size and accumulation of one process: all together make the recipe's update
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self.__dict__.get("values", {}):
-            raise AttributeError(f"a run has no parameter {name}")
-        return self.values[name]
+        if name in self.__dict__.get("values", {}):
+            return self.values[name]
+        raise AttributeError(name)
 
 
 def settle(namespace: dict) -> Run:
@@ -79,7 +79,6 @@ def settle(namespace: dict) -> Run:
     _refuse_sharding()
     choose_gpus(values["gpus"])
     choose_cache(values["hf_home"])
-    _check_cache(values["hf_home"])
     scale = values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
     defaults = SCALES[scale] | (recipes.LOW_MEMORY[scale] if values["memory"] == "low" else {})
     values |= {name: default for name, default in defaults.items() if values[name] is None}
@@ -201,16 +200,22 @@ def choose_gpus(wanted: str | None) -> None:
 def choose_cache(hf_home: str | None) -> None:
     """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
 
-    Must run before the Hub's libraries are imported, or raises ParameterError.
+    Must run before the Hub's libraries are imported. Raises ParameterError where it is too late, and where `datasets`
+    cannot write its cache, where prepared pictures go.
     """
-    if hf_home is None:
-        return
-    wanted = os.path.abspath(os.path.expanduser(hf_home))
-    hub = sys.modules.get("huggingface_hub.constants")
-    if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
-        raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
-                             "kernel, or set HF_HOME before it starts.")
-    os.environ["HF_HOME"] = wanted
+    if hf_home is not None:
+        wanted = os.path.abspath(os.path.expanduser(hf_home))
+        hub = sys.modules.get("huggingface_hub.constants")
+        if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
+            raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
+                                 "kernel, or set HF_HOME before it starts.")
+        os.environ["HF_HOME"] = wanted
+    from huggingface_hub.constants import HF_HOME
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
+    _must_be_writable(cache, f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}",
+                      ", and prepared pictures go there; give hf_home another folder, or HF_DATASETS_CACHE where the "
+                      "downloads shall stay")
 
 
 def _refuse_sharding() -> None:
@@ -297,16 +302,6 @@ def _must_be_writable(folder: Path, given: str, what_else: str) -> None:
         raise ParameterError(f"{given} cannot be written ({error.strerror}: {folder}){what_else}.") from None
 
 
-def _check_cache(hf_home: str | None) -> None:
-    """Raise ParameterError unless `datasets` can write its cache, where prepared pictures go."""
-    from huggingface_hub.constants import HF_HOME
-
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
-    _must_be_writable(cache, f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}",
-                      ", and prepared pictures go there; give hf_home another folder, or HF_DATASETS_CACHE where the "
-                      "downloads shall stay")
-
-
 def _check_output(root: str, recipe: str, scale: str) -> None:
     """Raise ParameterError unless `output_root` can be written and has room for what the recipe leaves there."""
     _must_be_writable(Path(root), f"output_root={root!r}", "; choose another folder")
@@ -359,7 +354,7 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
 
 def _check_base(run: Run) -> None:
     """Raise ParameterError where the base cannot work with this recipe, from its small files alone."""
-    from transformers import PreTrainedConfig, Qwen2VLConfig, Qwen2VLProcessor
+    from transformers import PreTrainedConfig, Qwen2VLProcessor
 
     path, revision, name = run.model_path, run.values["model_revision"], f"model_id={run.values['model_id']!r}"
 
@@ -369,9 +364,9 @@ def _check_base(run: Run) -> None:
         except Exception as error:  # of the file system, the Hub, the network, the tokenizer
             why = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise ParameterError(
-                f"{name} cannot be used ({type(error).__name__}: {why}); check the name, model_revision={revision}, its "
-                "files, the network and HF_TOKEN (a gated model also needs its terms accepted on its page), or give a "
-                "local folder, or scale=tiny.") from None
+                f"{name} cannot be used ({type(error).__name__}: {why}); check the name, model_revision={revision}, "
+                "the files, the network and HF_TOKEN (a gated model also needs its terms accepted on its page), or "
+                "give a local folder, or scale=tiny.") from None
 
     def with_tokenizer(path: str, revision: str | None) -> Any:
         processor = Qwen2VLProcessor.from_pretrained(path, revision=revision)
@@ -391,9 +386,6 @@ def _check_base(run: Run) -> None:
         raise ParameterError(f"{name} is quantized ({stored.get('quant_method')}) and not to bitsandbytes' NF4, the "
                              "one that works here; take the model it was made from.")
     processor = read(with_tokenizer)
-    tokens, size = len(processor.tokenizer), Qwen2VLConfig.from_dict(config).text_config.vocab_size
-    if tokens > size:
-        raise ParameterError(f"{name} has a tokenizer of {tokens} tokens, and a model of {size}; copy it again.")
     if not processor.chat_template:
         raise ParameterError(f"{name} has no chat template; take an Instruct model, or copy its chat_template.jinja.")
 

@@ -98,10 +98,6 @@ class ExactTrainer(Trainer):
             numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
             raise torch.OutOfMemoryError(f"out of GPU memory at step {self.state.global_step + 1} "
                                          f"({numbers.rstrip('.')}): {advice(self)}") from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise predict.dead_worker(error, goes_on(self.folder)) from error
         if self.notice.came:
             raise Stopped(f"{self.notice.came} at step {self.state.global_step} of {self.state.max_steps}: "
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
@@ -199,7 +195,7 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
         they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
         a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
         they do not wait for the head's (with losses of -inf). So the head's GPU is the current one, the count goes
-        there, and the loss comes back to where Trainer adds it up.
+        there, and the loss comes back to where Trainer adds it up. Without outputs: only an evaluation needs them.
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
             inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
@@ -208,10 +204,7 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(place)
         with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
-            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:  # only an evaluation needs them, and TRL runs the model a second time for their logits
-            return computed[0].to(self.args.device), computed[1]
-        return computed.to(self.args.device)
+            return super().compute_loss(model, inputs, False, num_items_in_batch).to(self.args.device)
 
 
 class UpdateShare(Sampler):

@@ -1,4 +1,4 @@
-"""Runs killed at random moments end as undisturbed ones do: the same losses, answers and weights, bit for bit.
+"""Runs killed at random moments end as undisturbed ones do: the same losses, completions and weights, bit for bit.
 
 A small run gets a SIGKILL while it starts, between two steps, while a checkpoint is written, while it predicts, while
 its model is saved or merged, and is started again each time. It may lose no more than the steps since its last whole
@@ -89,7 +89,7 @@ def steps_lost(folders: list[Path]) -> int:
 
 
 def results(recipe: str, root: Path) -> Iterator[tuple[str, object]]:
-    """(What, its value) of all that must be the same: losses, answers, weights."""
+    """(What, its value) of all that must be the same: losses, completions, weights."""
     for folder in stages(recipe, root):
         yield f"losses of {folder.name}", [(line["step"], line["loss"]) for line in read_log(folder / "log.jsonl")]
     for name in ("baseline.jsonl", "predictions.jsonl", "merged.jsonl"):

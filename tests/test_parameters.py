@@ -247,11 +247,6 @@ def test_a_folder_that_is_no_model_is_refused_at_the_start(file, content, said, 
     assert said in refusal(defaults, monkeypatch, f"model_id={folder}")
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(defaults, monkeypatch, hub):
-    hub[0]["text_config"] = read_json(settings.TINY_BASE / "config.json")["text_config"] | {"vocab_size": 500}
-    assert "has a tokenizer of 512 tokens, and a model of 500" in refusal(defaults, monkeypatch, "model_id=a/b")
-
-
 def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
     import torch
 

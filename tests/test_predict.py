@@ -114,24 +114,6 @@ def test_memory_that_runs_out_halves_the_batch(error, room, sizes, vlm, processo
     assert f"out of memory: going on with batches of {sizes[0]}" in capsys.readouterr().out
 
 
-def test_a_process_that_opens_pictures_and_dies_is_named(vlm, processor, rows, tmp_path, monkeypatch):
-    """On a GPU they are processes; here the DataLoader's words are raised where its pieces come in."""
-    encode, calls = predict.encode_pictures, []
-
-    def dies(*given):
-        if calls:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.\nIt is possible that ...")
-        calls.append(given)
-        return encode(*given)
-
-    monkeypatch.setattr(predict, "encode_pictures", dies)
-    with pytest.raises(RuntimeError, match=r"pictures died \(DataLoader worker .pid 7.*/dev/shm.* goes on where"):
-        run(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
-    monkeypatch.undo()
-    lines = run(vlm, processor, rows, tmp_path / "p.jsonl", batch_size=4, max_new_tokens=4)
-    assert [line["image_id"] for line in lines] == rows["image_id"]
-
-
 def test_a_batch_is_the_processors_own(vlm, processor, rows, monkeypatch):
     sizes = [(700, 500), (500, 700), (90, 300), (700, 500), (1000, 80), (333, 333)]
     rows = [row | {"image": row["image"].resize(size)} for row, size in zip(rows, sizes, strict=True)]
