@@ -114,6 +114,15 @@ def test_memory_that_runs_out_halves_the_batch(error, room, sizes, vlm, processo
     assert f"out of memory: going on with batches of {sizes[0]}" in capsys.readouterr().out
 
 
+def test_an_error_that_is_not_of_memory_ends_the_call(vlm, processor, rows, tmp_path, monkeypatch):
+    def dies(*given):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+
+    monkeypatch.setattr(predict, "complete", dies)
+    with pytest.raises(RuntimeError, match="Bus error"):
+        run(vlm, processor, rows, tmp_path / "p.jsonl")
+
+
 def test_a_batch_is_the_processors_own(vlm, processor, rows, monkeypatch):
     sizes = [(700, 500), (500, 700), (90, 300), (700, 500), (1000, 80), (333, 333)]
     rows = [row | {"image": row["image"].resize(size)} for row, size in zip(rows, sizes, strict=True)]
