@@ -136,8 +136,6 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
                     yield lines
             return
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                raise dead_worker(error, "the same command goes on where this one stopped") from error
             if batch_size == 1 or not should_reduce_batch_size(error):
                 raise
         batch_size //= 2
@@ -156,12 +154,6 @@ def room_for(model, tokens: int) -> int:
     numbers = 2 * text.num_hidden_layers * text.num_key_value_heads * head + 3 * text.intermediate_size
     free = cuda.mem_get_info()[0] + cuda.memory_reserved() - cuda.memory_allocated()
     return max(1, int(0.8 * free / (tokens * (numbers + 4 * text.hidden_size) * model.dtype.itemsize)))
-
-
-def dead_worker(error: Exception, next_words: str) -> RuntimeError:
-    """What a DataLoader's error means whose worker died, in one sentence that ends with `next_words`."""
-    return RuntimeError(f"a process that opens pictures died ({str(error).splitlines()[0]}), most often for want of "
-                        f"memory or of room in /dev/shm; {next_words}.")
 
 
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,

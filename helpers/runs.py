@@ -35,12 +35,8 @@ def write_text(path: Path, text: str) -> None:
     """Write all or nothing: a killed process never leaves half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + f".part-{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -155,12 +151,8 @@ def open_folder(run: Run, **inputs: Any) -> None:
     """
     fixed = training_values(run) | inputs
     for folder in dict.fromkeys([run.folder, *(stage.folder for stage in run.stages)]):
-        try:
-            with exclusive(folder / "manifest.json"):
-                _open_manifest(run, folder, fixed, inputs)
-        except OSError as error:
-            raise ParameterError(f"{folder} cannot be written ({error.strerror or error}); choose another output_root "
-                                 "or run_name.") from None
+        with exclusive(folder / "manifest.json"):
+            _open_manifest(run, folder, fixed, inputs)
 
 
 def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[str, Any]) -> None:
@@ -181,8 +173,7 @@ def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[s
     }
     if is_main():
         write_json(folder / "manifest.json", manifest)
-    if world_size() > 1:
-        together().wait_for_everyone()
+    together().wait_for_everyone()
     if not (folder / "manifest.json").is_file():
         raise ParameterError(f"{folder} is not seen by all machines: output_root must be a folder they share.")
 

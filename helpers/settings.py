@@ -3,32 +3,21 @@
 import ast
 import contextlib
 import difflib
-import json
 import math
 import os
 import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from helpers import recipes
 from helpers.messages import check_tokenizer
 from helpers.processes import end_with_a_word, is_main, world_size
-from helpers.recipes import (
-    DISK_GIB,
-    GPU_GIB,
-    LOW_GPU_GIB,
-    LOW_MEMORY,
-    ONE_GPU_GIB,
-    PARAMETERS,
-    RECIPES,
-    REVISIONS,
-    SCALES,
-    Parameter,
-    Stage,
-)
+from helpers.recipes import PARAMETERS, RECIPES, SCALES, Parameter, Stage
 
 PROJECT = "qwen2vl-nutrition-detection"
 TINY_BASE = Path(__file__).parent / "tiny"
@@ -69,10 +58,9 @@ class Run:
     share: tuple[int, int]  # batch size and accumulation of one process: all together make the recipe's update
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self.__dict__["values"][name]
-        except KeyError:
-            raise AttributeError(f"a run has no parameter {name}; it has {', '.join(PARAMETERS)}") from None
+        if name in self.__dict__.get("values", {}):
+            return self.values[name]
+        raise AttributeError(name)
 
 
 def settle(namespace: dict) -> Run:
@@ -91,11 +79,10 @@ def settle(namespace: dict) -> Run:
     _refuse_sharding()
     choose_gpus(values["gpus"])
     choose_cache(values["hf_home"])
-    _check_cache(values["hf_home"])
     scale = values["scale"] = _choose_scale(values["scale"], values["recipe"], values["memory"])
-    defaults = SCALES[scale] | (LOW_MEMORY[scale] if values["memory"] == "low" else {})
+    defaults = SCALES[scale] | (recipes.LOW_MEMORY[scale] if values["memory"] == "low" else {})
     values |= {name: default for name, default in defaults.items() if values[name] is None}
-    values["model_revision"] = values["model_revision"] or REVISIONS.get(values["model_id"])
+    values["model_revision"] = values["model_revision"] or recipes.REVISIONS.get(values["model_id"])
     check(values)
     values["output_root"] = str(Path(values["output_root"]).expanduser())
     _check_output(values["output_root"], values["recipe"], scale)
@@ -103,7 +90,6 @@ def settle(namespace: dict) -> Run:
     name = values["run_name"] or values["recipe"].replace("r3-two-stage", "r3")
     folder = Path(values["output_root"]) / f"{PROJECT}-{name}"
     stages = _stages(values, path, folder)
-    _check_gpus(stages, values["recipe"])
     last = stages[-1].folder if stages else folder
     values["report_to"] = _report_target(values["report_to"], last)
     share = _share(values) if stages else (values["batch_size"], 1)
@@ -163,7 +149,9 @@ def read_given(namespace: dict, known: dict[str, Parameter] = PARAMETERS) -> dic
             raise ParameterError(f"{name} is not a parameter; {hint}The parameters are {', '.join(known)}.")
         is_text = known[name].rule.is_text
         if "In" in namespace:
-            given[name] = _as_text(name, namespace[name]) if is_text else namespace[name]
+            given[name] = namespace[name]
+            if is_text and isinstance(given[name], int):  # papermill has read `-p run_name 2024` as a number
+                given[name] = str(given[name])
         elif not is_text or given[name] == "None":
             given[name] = read_value(given[name])
     namespace.update(given)
@@ -178,14 +166,6 @@ def _name_and_value(argument: str) -> tuple[str, Any]:
     if written.encode(errors="ignore").decode() != written:
         raise ParameterError(f"{argument!r} is not UTF-8 text, so it cannot be written into the run's files.")
     return name, written
-
-
-def _as_text(name: str, value: Any) -> Any:
-    """Text again where papermill has read `-p run_name 2024` as a number; ParameterError where its spelling is lost."""
-    if isinstance(value, float):
-        raise ParameterError(f"{name} is text, and papermill has read it as the number {value}; give it with -r in the "
-                             f"place of -p: -r {name} TEXT.")
-    return str(value) if isinstance(value, int) else value
 
 
 def check(values: dict[str, Any], known: dict[str, Parameter] = PARAMETERS) -> None:
@@ -220,16 +200,22 @@ def choose_gpus(wanted: str | None) -> None:
 def choose_cache(hf_home: str | None) -> None:
     """Make `hf_home` the folder of the Hub's downloads and caches, as HF_HOME would.
 
-    Must run before the Hub's libraries are imported, or raises ParameterError.
+    Must run before the Hub's libraries are imported. Raises ParameterError where it is too late, and where `datasets`
+    cannot write its cache, where prepared pictures go.
     """
-    if hf_home is None:
-        return
-    wanted = os.path.abspath(os.path.expanduser(hf_home))
-    hub = sys.modules.get("huggingface_hub.constants")
-    if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
-        raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
-                             "kernel, or set HF_HOME before it starts.")
-    os.environ["HF_HOME"] = wanted
+    if hf_home is not None:
+        wanted = os.path.abspath(os.path.expanduser(hf_home))
+        hub = sys.modules.get("huggingface_hub.constants")
+        if hub is not None and os.path.abspath(hub.HF_HOME) != wanted:
+            raise ParameterError(f"hf_home={hf_home!r} comes too late: this process uses {hub.HF_HOME}; restart the "
+                                 "kernel, or set HF_HOME before it starts.")
+        os.environ["HF_HOME"] = wanted
+    from huggingface_hub.constants import HF_HOME
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
+    _must_be_writable(cache, f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}",
+                      ", and prepared pictures go there; give hf_home another folder, or HF_DATASETS_CACHE where the "
+                      "downloads shall stay")
 
 
 def _refuse_sharding() -> None:
@@ -243,15 +229,22 @@ def _refuse_sharding() -> None:
 
 
 def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
-    """`auto` -> `7b` where the visible GPUs have room for this recipe, else `tiny`; says which and why."""
+    """`auto` -> `7b` where the visible GPUs have room for this recipe, else `tiny`; says which and why.
+
+    Raises ParameterError where 7B has no room, and where rewards would train one model over several GPUs: TRL's
+    GRPOTrainer cannot.
+    """
     import torch
 
-    need, least = (LOW_GPU_GIB if memory == "low" else GPU_GIB)[recipe], LOW_GPU_GIB[recipe]
+    need, least = (recipes.LOW_GPU_GIB if memory == "low" else recipes.GPU_GIB)[recipe], recipes.LOW_GPU_GIB[recipe]
     needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
-    alone = ONE_GPU_GIB[memory].get(recipe, 0)
+    alone = recipes.ONE_GPU_GIB[memory].get(recipe, 0)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
-    room = (min(sizes) if world_size() > 1 else sum(sizes)) if sizes else 0
+    if len(cards) > 1 and world_size() == 1 and any(stage.reward for stage in RECIPES[recipe]):
+        raise ParameterError(f"recipe={recipe} trains on one GPU a process, and this one shows {len(cards)}; give "
+                             "gpus=0, or start a process a GPU (accelerate launch).")
+    room = (min if world_size() > 1 else sum)(sizes or [0])
     seen = f"{len(sizes)} GPU(s) with {room:.0f} GiB" if sizes else "no GPU"
     if room < need <= sum(sizes):
         seen += f" for each process (one process, started without a launcher, uses all {sum(sizes):.0f})"
@@ -268,16 +261,6 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
         seen += f", and {old[0]} has no instructions for bf16" if old else ""
         print(f"scale auto -> {scale}: {recipe} at 7B needs {needs}, and there is {seen}.")
     return scale
-
-
-def _check_gpus(stages: list[StageRun], recipe: str) -> None:
-    """Raise ParameterError where rewards would train one model over several GPUs: TRL's GRPOTrainer cannot."""
-    import torch
-
-    shown = torch.cuda.device_count() if world_size() == 1 else 1
-    if shown > 1 and any(one.stage.reward for one in stages):
-        raise ParameterError(f"recipe={recipe} trains on one GPU a process, and this one shows {shown}; give gpus=0, "
-                             "or start a process a GPU (accelerate launch).")
 
 
 def divide(batch_size: int, accumulation: int, processes: int) -> tuple[int, int] | None:
@@ -319,20 +302,10 @@ def _must_be_writable(folder: Path, given: str, what_else: str) -> None:
         raise ParameterError(f"{given} cannot be written ({error.strerror}: {folder}){what_else}.") from None
 
 
-def _check_cache(hf_home: str | None) -> None:
-    """Raise ParameterError unless `datasets` can write its cache, where prepared pictures go."""
-    from huggingface_hub.constants import HF_HOME
-
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets").expanduser()
-    _must_be_writable(cache, f"hf_home={hf_home!r}" if hf_home else f"HF_HOME={HF_HOME}",
-                      ", and prepared pictures go there; give hf_home another folder, or HF_DATASETS_CACHE where the "
-                      "downloads shall stay")
-
-
 def _check_output(root: str, recipe: str, scale: str) -> None:
     """Raise ParameterError unless `output_root` can be written and has room for what the recipe leaves there."""
     _must_be_writable(Path(root), f"output_root={root!r}", "; choose another folder")
-    need = DISK_GIB.get(scale, {}).get(recipe, 0.5)
+    need = recipes.DISK_GIB.get(scale, {}).get(recipe, 0.5)
     free = shutil.disk_usage(root).free / 2**30
     if free < need:
         raise ParameterError(f"output_root={root!r} has {free:.1f} GiB free, and recipe={recipe} at scale={scale} "
@@ -345,17 +318,14 @@ def _report_target(report_to: str, folder: Path) -> str:
     WANDB_DISABLED=true, which transformers has given up, keeps `auto` from W&B as WANDB_MODE=disabled does.
     """
     off = os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on")
-    mode = "disabled" if off else os.environ.get("WANDB_MODE")
-    netrc = Path.home() / ".netrc"
+    mode, netrc = os.environ.get("WANDB_MODE"), Path.home() / ".netrc"
     logged_in = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and b"wandb" in netrc.read_bytes())
-    if report_to == "wandb" and off:
-        raise ParameterError(f"report_to=wandb, and WANDB_DISABLED={os.environ['WANDB_DISABLED']} forbids it: unset "
-                             "it, or choose auto, tensorboard or none.")
-    if report_to == "wandb" and not (logged_in or mode in ("offline", "disabled")):
-        raise ParameterError("report_to=wandb finds no credentials: set WANDB_API_KEY or run `wandb login`, or set "
-                             "WANDB_MODE=offline, or choose tensorboard or none.")
+    if report_to == "wandb" and (off or not (logged_in or mode in ("offline", "disabled"))):
+        found = f"WANDB_DISABLED={os.environ['WANDB_DISABLED']}" if off else "no credentials"
+        raise ParameterError(f"report_to=wandb finds {found}: set WANDB_API_KEY or run `wandb login`, or set "
+                             "WANDB_MODE=offline, without WANDB_DISABLED; or choose tensorboard or none.")
     if report_to == "auto":
-        report_to = "wandb" if mode == "offline" or (logged_in and mode != "disabled") else "tensorboard"
+        report_to = "wandb" if not off and (mode == "offline" or (logged_in and mode != "disabled")) else "tensorboard"
     os.environ.setdefault("WANDB_PROJECT", PROJECT)
     os.environ.setdefault("WANDB_DIR", str(folder))
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
@@ -383,17 +353,30 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
 
 
 def _check_base(run: Run) -> None:
-    """Raise ParameterError where the base cannot work with this recipe, from its small files alone.
+    """Raise ParameterError where the base cannot work with this recipe, from its small files alone."""
+    from transformers import PreTrainedConfig, Qwen2VLProcessor
 
-    Those are config.json, the processor's, and the heads of a local folder's safetensors.
-    """
     path, revision, name = run.model_path, run.values["model_revision"], f"model_id={run.values['model_id']!r}"
-    local = Path(path).is_dir()
-    file = Path(path) / "config.json" if local else _hub_config(path, revision)
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ParameterError(f"{name} has a config.json that cannot be read ({error}); copy it again.") from None
+
+    def read(load: Callable[..., Any]) -> Any:
+        try:
+            return load(path, revision=revision)
+        except Exception as error:  # of the file system, the Hub, the network, the tokenizer
+            why = (str(error).strip() or type(error).__name__).split("\n")[0]
+            raise ParameterError(
+                f"{name} cannot be used ({type(error).__name__}: {why}); check the name, model_revision={revision}, "
+                "the files, the network and HF_TOKEN (a gated model also needs its terms accepted on its page), or "
+                "give a local folder, or scale=tiny.") from None
+
+    def with_tokenizer(path: str, revision: str | None) -> Any:
+        processor = Qwen2VLProcessor.from_pretrained(path, revision=revision)
+        check_tokenizer(processor.tokenizer)
+        return processor
+
+    if (Path(path) / "adapter_config.json").exists():
+        raise ParameterError(f"{name} holds an adapter, which transformers would load in place of the model; name a "
+                             "folder without adapter_config.json.")
+    config, _ = read(PreTrainedConfig.get_config_dict)
     check_architecture(name, config)
     stored = config.get("quantization_config")
     if stored and run.stages:
@@ -402,55 +385,7 @@ def _check_base(run: Run) -> None:
     if stored and not (stored.get("load_in_4bit") and stored.get("bnb_4bit_quant_type") == "nf4"):
         raise ParameterError(f"{name} is quantized ({stored.get('quant_method')}) and not to bitsandbytes' NF4, the "
                              "one that works here; take the model it was made from.")
-    if local:
-        _check_files(name, Path(path))
-    _check_processor(name, path, revision)
-
-
-def _hub_config(model_id: str, revision: str | None) -> Path:
-    """The model's config.json from the Hub, in the cache. ParameterError where it cannot be had: a test of access."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model_id, "config.json", revision=revision))
-    except Exception as error:
-        why = str(error).strip().split("\n")[0]
-        raise ParameterError(
-            f"model_id={model_id!r} at revision {revision or 'main'} cannot be had from the Hub "
-            f"({type(error).__name__}: {why}); check the name, the network and HF_TOKEN (a gated model also needs its "
-            "terms accepted on its page), or give a local folder, or scale=tiny.") from None
-
-
-def _check_files(name: str, folder: Path) -> None:
-    """Raise ParameterError where a folder's safetensors are not all there, or one of them was cut."""
-    from safetensors import SafetensorError, safe_open
-
-    if (folder / "adapter_config.json").exists():
-        raise ParameterError(f"{name} holds an adapter, which transformers would load in place of the model; name a "
-                             "folder without adapter_config.json.")
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    for file in sorted(names):
-        try:
-            with safe_open(folder / file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ParameterError(f"{name} is not whole: {file} cannot be read ({error}); copy it again, in "
-                                 "safetensors.") from None
-
-
-def _check_processor(name: str, path: str, revision: str | None) -> None:
-    """Raise ParameterError unless the base has a processor that can write prompts and completions."""
-    from transformers import Qwen2VLConfig, Qwen2VLProcessor
-
-    try:
-        processor = Qwen2VLProcessor.from_pretrained(path, revision=revision)
-        check_tokenizer(processor.tokenizer)
-        size = Qwen2VLConfig.from_pretrained(path, revision=revision).text_config.vocab_size
-        if len(processor.tokenizer) > size:
-            raise ValueError(f"its tokenizer has {len(processor.tokenizer)} tokens, and the model {size}")
-    except Exception as error:
-        why = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise ParameterError(f"{name} has no processor that can be used: {why}.") from None
+    processor = read(with_tokenizer)
     if not processor.chat_template:
         raise ParameterError(f"{name} has no chat template; take an Instruct model, or copy its chat_template.jinja.")
+

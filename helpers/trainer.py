@@ -68,7 +68,7 @@ class ExactTrainer(Trainer):
         args._n_gpu = min(args.n_gpu, 1)  # Trainer counts all visible GPUs, and would use DataParallel on them
         super().__init__(model, args=args, **kwargs)
         keep_4bit_trainable(self.model)  # it may generate between two steps
-        self.made_with, self.base, self.notice = made_with, base, StopNotice()
+        self.made_with, self.base, self.notice, self.folder = made_with, base, StopNotice(), Path(str(args.output_dir))
         self.kept, args.save_total_limit = args.save_total_limit, None  # no old checkpoint goes before a new is whole
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(own)
@@ -77,10 +77,6 @@ class ExactTrainer(Trainer):
                 let_fail(one)
         for callback in (ProgressBar(), self.notice):
             self.add_callback(callback)
-
-    @property
-    def folder(self) -> Path:
-        return Path(str(self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer's own, with a folder cleared of half checkpoints, W&B's run continued, errors in a sentence.
@@ -102,10 +98,6 @@ class ExactTrainer(Trainer):
             numbers = str(error).partition(" Of the allocated")[0]  # behind it PyTorch's advice, which is not ours
             raise torch.OutOfMemoryError(f"out of GPU memory at step {self.state.global_step + 1} "
                                          f"({numbers.rstrip('.')}): {advice(self)}") from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise predict.dead_worker(error, goes_on(self.folder)) from error
         if self.notice.came:
             raise Stopped(f"{self.notice.came} at step {self.state.global_step} of {self.state.max_steps}: "
                           f"checkpoint-{self.state.global_step} is saved, and the same command goes on from there.")
@@ -203,7 +195,7 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
         they stay on the CPU. With a model spread over several GPUs two things of TRL 1.16 are put right: it divides
         a loss on the head's GPU by a count on the first one, and it starts its Triton kernels on the current GPU, where
         they do not wait for the head's (with losses of -inf). So the head's GPU is the current one, the count goes
-        there, and the loss comes back to where Trainer adds it up.
+        there, and the loss comes back to where Trainer adds it up. Without outputs: only an evaluation needs them.
         """
         if inputs["input_ids"].is_cuda and self.model.config.vision_config._attn_implementation == "sdpa":
             inputs["image_cu_seqlens"] = get_vision_cu_seqlens(inputs["image_grid_thw"].cpu())
@@ -212,10 +204,7 @@ class BoxTrainer(ExactTrainer, SFTTrainer):
         if isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(place)
         with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
-            computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if return_outputs:  # only an evaluation needs them, and TRL runs the model a second time for their logits
-            return computed[0].to(self.args.device), computed[1]
-        return computed.to(self.args.device)
+            return super().compute_loss(model, inputs, False, num_items_in_batch).to(self.args.device)
 
 
 class UpdateShare(Sampler):
@@ -271,7 +260,8 @@ def goes_on(folder: Path) -> str:
 def advice(sft: ExactTrainer) -> str:
     """What to change so that a step takes less memory."""
     changes = []
-    if not all(getattr(module, "gradient_checkpointing", True) for module in sft.model.modules()):
+    kept = [one.kept for one in sft.callback_handler.callbacks if isinstance(one, speed.KeepActivations)]
+    if not sft.args.gradient_checkpointing or any(kept):
         changes.append("gradient_checkpointing=True keeps fewer activations, and goes on from the last checkpoint")
     if sft.args.per_device_train_batch_size > 1:
         changes.append("half of batch_size with twice the accumulation makes the same updates")

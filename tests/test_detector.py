@@ -53,10 +53,9 @@ def test_it_learns_and_finds_the_same_boxes_from_its_folder(rows, tmp_path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     again, its_processor = detector.load(tmp_path / "model")
-    assert detector.predict(model, processor, rows["val"]) == detector.predict(again, its_processor, rows["val"])
-    few = detector.predict(again, its_processor, rows["val"], batch_size=5, least=0.5)
-    assert [line["image_id"] for line in few] == rows["val"]["image_id"]
-    assert all(value >= 0.5 for line in few for value in line["confidences"])
+    found = detector.predict(again, its_processor, rows["val"])
+    assert found == detector.predict(model, processor, rows["val"])
+    assert [line["image_id"] for line in found] == rows["val"]["image_id"]
 
 
 def test_a_detector_of_other_classes_gets_a_new_head_and_keeps_the_rest(tmp_path):

@@ -1,8 +1,8 @@
-"""Runs killed at random moments end as undisturbed ones do: the same losses, answers and weights, bit for bit.
+"""Runs killed at random moments end as undisturbed ones do: the same losses, completions and weights, bit for bit.
 
 A small run gets a SIGKILL while it starts, between two steps, while a checkpoint is written, while it predicts, while
 its model is saved or merged, and is started again each time. It may lose no more than the steps since its last whole
-checkpoint. The tests do a part of this; `make test-all` does all of it with every recipe.
+checkpoint.
 """
 
 import os
@@ -25,8 +25,8 @@ from helpers.trainer import is_complete, last_checkpoint, read_log
 SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",
          "predict_batch_size=2", "max_new_tokens=64", "reward_steps=4", "report_to=none")
-SEED = os.environ.get("KILL_TEST", "")  # set by `make test-all`
-MOMENTS = ("start", "step", "checkpoint", "step", "evaluation", "saving") if SEED else ("step", "checkpoint", "saving")
+SEED = os.environ.get("KILL_TEST", "")  # another one: other moments
+MOMENTS = ("start", "step", "checkpoint", "step", "evaluation", "saving")
 PATIENCE = 600  # seconds until a run that does not end counts as hung
 LONGEST_WAIT = {"start": 8.0, "step": 0.3, "checkpoint": 0.03, "evaluation": 0.6, "saving": 0.4}
 
@@ -89,7 +89,7 @@ def steps_lost(folders: list[Path]) -> int:
 
 
 def results(recipe: str, root: Path) -> Iterator[tuple[str, object]]:
-    """(What, its value) of all that must be the same: losses, answers, weights."""
+    """(What, its value) of all that must be the same: losses, completions, weights."""
     for folder in stages(recipe, root):
         yield f"losses of {folder.name}", [(line["step"], line["loss"]) for line in read_log(folder / "log.jsonl")]
     for name in ("baseline.jsonl", "predictions.jsonl", "merged.jsonl"):
@@ -100,7 +100,7 @@ def results(recipe: str, root: Path) -> Iterator[tuple[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [name for name, stages in RECIPES.items() if stages] if SEED else ["r4-joint"])
+@pytest.mark.parametrize("recipe", [name for name, stages in RECIPES.items() if stages])
 def test_sigkill_at_random_moments_loses_nothing(recipe, tmp_path):
     draw, kills = random.Random(f"{SEED} {recipe}"), 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -125,22 +125,19 @@ def test_a_repacked_layer_is_neither_trained_nor_merged_and_the_sentence_says_wh
             refused()
 
 
-def test_nf4_holds_the_language_model_and_nothing_else():
-    vlm = base("nf4")
+def test_nf4_is_in_the_language_model_and_nowhere_else():
+    vlm, plain = base("nf4"), base()
     layers = model.check_precision(vlm, "nf4")
     depth = vlm.config.text_config.num_hidden_layers
     assert len(layers) == 7 * depth and all(name.startswith("model.language_model.layers.") for name in layers)
     assert model.dtypes_by_tower(vlm)["vision"] == "bfloat16"
-    assert model.parameters_by_tower(vlm) == model.parameters_by_tower(base()), "two weights in a byte count as two"
-    assert sum(row["total"] for row in model.parameters_by_tower(vlm).values()) == base().num_parameters() < 8e6
-    assert model.check_precision(base("bf16"), "bf16") == []
-
-
-def test_the_old_skip_list_quantises_the_vision_tower_and_is_caught():
-    with pytest.raises(ValueError, match=r"model\.visual\..* is NF4 and should not be"):
-        model.check_precision(base("nf4", skip=("visual", "lm_head")), "nf4")
-    with pytest.raises(ValueError, match="is not NF4 and should be"):
-        model.check_precision(base("bf16"), "nf4")
+    assert model.parameters_by_tower(vlm) == model.parameters_by_tower(plain), "two weights in a byte count as two"
+    assert sum(row["total"] for row in model.parameters_by_tower(vlm).values()) == plain.num_parameters() < 8e6
+    assert model.check_precision(plain, "bf16") == []
+    for wrong, said in ((base("nf4", skip=("visual", "lm_head")), r"model\.visual\..* is NF4 and should not be"),
+                        (plain, "is not NF4 and should be")):
+        with pytest.raises(ValueError, match=said):
+            model.check_precision(wrong, "nf4")
 
 
 def test_lora_covers_every_linear_layer_of_both_towers():
@@ -266,27 +263,20 @@ def test_room_is_what_this_process_may_take_and_what_others_leave(monkeypatch):
     assert speed._room() == 14
 
 
-@pytest.mark.parametrize(("gpus", "capability", "installed", "chosen"), [
-    (0, {"amx_bf16": True}, True, "eager"), (0, {"avx2": True}, True, "sdpa"),
-    (1, (9, 0), True, "flash_attention_2"), (1, (9, 0), False, "sdpa"), (1, (7, 5), True, "sdpa"),
-])  # fmt: skip
-def test_attention_is_flash_where_it_is_installed_and_the_gpu_has_it(monkeypatch, gpus, capability, installed, chosen):
+@pytest.mark.parametrize("gpus, capability, installed, dtype, attention", [
+    (0, {"amx_bf16": True, "avx512_bf16": True}, True, torch.bfloat16, "eager"),
+    (0, {"bf16": True}, True, torch.bfloat16, "eager"),
+    (0, {"avx512_bf16": True, "amx_bf16": False}, True, torch.float32, "sdpa"),
+    (0, {"avx2": True}, True, torch.float32, "sdpa"),
+    (1, (9, 0), True, torch.bfloat16, "flash_attention_2"), (1, (9, 0), False, torch.bfloat16, "sdpa"),
+    (1, (7, 5), True, torch.bfloat16, "sdpa"),
+])
+def test_dtype_and_attention_are_what_the_machine_is_fast_with(monkeypatch, gpus, capability, installed, dtype,
+                                                               attention):
     show_gpus(monkeypatch, gpus, capability)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {} if gpus else capability)
     monkeypatch.setattr(model, "is_flash_attn_2_available", lambda: installed)
-    assert model.attention() == chosen
-
-
-@pytest.mark.parametrize(("gpus", "has", "chosen"), [
-    (0, {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32), (0, {"avx2": True}, torch.float32),
-    (0, {"avx512_bf16": True, "amx_bf16": False}, torch.float32), (0, {"amx_bf16": True}, torch.bfloat16),
-    (0, {"bf16": True}, torch.bfloat16),
-    (1, {"avx2": True}, torch.bfloat16),
-])  # fmt: skip
-def test_bf16_is_computed_in_where_the_machine_multiplies_matrices_in_it(monkeypatch, gpus, has, chosen):
-    show_gpus(monkeypatch, gpus)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert model.compute_dtype() == chosen
+    assert (model.compute_dtype(), model.attention()) == (dtype, attention)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

@@ -5,11 +5,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import papermill
 import pytest
 from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
+from transformers import Qwen2VLProcessor
 
 from helpers import runs, settings
 from helpers.recipes import PARAMETERS, RECIPES, REVISIONS, SCALES
@@ -67,9 +69,6 @@ def test_r5_goes_on_with_the_adapter_of_a_stage_that_is_r1s_own(defaults, monkey
     assert (labels.learning_rate, rewards.learning_rate) == (0.002, 3e-5)
     assert runs.training_values(run, labels.stage) == runs.training_values(alone)
     assert runs.training_values(run, rewards.stage)["reward_beta"] == 0
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(ParameterError, match="r5-reward trains on one GPU a process, and this one shows 2; give"):
-        settings._check_gpus(run.stages, "r5-reward")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_r5_goes_on_with_the_adapter_of_a_stage_that_is_r1s_own(defaults, monkey
         ("gpus=a", ["gpus='a'", "0,1"]),
         ("max_pixels=784", ["min_pixels", "max_pixels=784"]),
         ("model_id=./nowhere", ["./nowhere", "config.json"]),
-        ("model_id=nobody/nothing", ["nobody/nothing", "Hub"]),
+        ("model_id=nobody/nothing", ["nobody/nothing", "HF_TOKEN"]),
         ("output_root=/proc/nowhere", ["output_root='/proc/nowhere'", "cannot be written"]),
         ("scale=7b", ["scale=7b", "needs 22 GiB", "no GPU", "scale=tiny"]),
         ("run_name=../x", ["run_name='../x'"]),
@@ -131,7 +130,7 @@ def injected(**values) -> dict:
     namespace = {"In": ["", cell], "other": 3}
     exec(cell, namespace)
     read = settings.read_given(namespace)
-    assert all(namespace[name] == value or value != value for name, value in read.items())
+    assert all(namespace[name] == value for name, value in read.items())
     return read
 
 
@@ -139,9 +138,8 @@ def test_papermills_numbers_become_text_again_where_they_can_and_are_refused_whe
     assert injected(run_name=2024, prompt=123, model_id=True) == {"run_name": "2024", "prompt": "123",
                                                                   "model_id": "True"}
     assert injected(run_name=None, memory=None, epochs=1.5) == {"run_name": None, "memory": None, "epochs": 1.5}
-    for value in (1e5, float("nan"), float("inf")):
-        with pytest.raises(ParameterError, match=rf"^run_name is text, .* number {value}; .* -r run_name TEXT\.$"):
-            injected(run_name=value)
+    with pytest.raises(ParameterError, match="^run_name=100000.0 is not valid: expected text of letters"):
+        settings.check({"run_name": injected(run_name=1e5)["run_name"]}, {"run_name": PARAMETERS["run_name"]})
 
 
 @pytest.mark.parametrize("text", ["2024", "007", "1e5", "nan", "True", "0x10", "2024-01-01", "yes", "1_000",
@@ -196,21 +194,22 @@ def base(folder, **config):
 
 
 @pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub of models with the tiny base's config.json: what is changed in it, and a list of what was asked for."""
-    config, asked = {}, []
+def hub(monkeypatch):
+    """A Hub of models that are the tiny base: what is changed in their config.json, and a list of what was read."""
+    config, read = {}, []
 
-    def download(*arguments, revision):
-        asked.append((*arguments, revision))
-        write_json(tmp_path / "config.json", read_json(settings.TINY_BASE / "config.json") | config)
-        return str(tmp_path / "config.json")
+    def config_of(path, revision):
+        read.append((path, revision))
+        return read_json(Path(path if Path(path).is_dir() else settings.TINY_BASE) / "config.json") | config, {}
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    return config, asked
+    processor = Qwen2VLProcessor.from_pretrained(settings.TINY_BASE)
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", config_of)
+    monkeypatch.setattr("transformers.Qwen2VLProcessor.from_pretrained", lambda path, revision: processor)
+    return config, read
 
 
 def test_another_architecture_and_a_quantized_base_are_refused_from_the_config_alone(defaults, monkeypatch, hub):
-    config, asked = hub
+    config, read = hub
     for kind in ("qwen2_5_vl", None):
         config["model_type"] = kind
         said = refusal(defaults, monkeypatch, "model_id=a/b")
@@ -222,37 +221,30 @@ def test_another_architecture_and_a_quantized_base_are_refused_from_the_config_a
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     assert "is quantized (awq) and not to bitsandbytes' NF4" in refusal(
         defaults, monkeypatch, "model_id=a/b", "recipe=base")
-    assert set(asked) == {("a/b", "config.json", None)}
+    assert set(read) == {("a/b", None)}
 
 
 def test_the_model_is_pinned_and_another_one_is_not(defaults, monkeypatch, hub, tmp_path):
-    monkeypatch.setattr(settings, "_check_processor", lambda *arguments: None)
     ((name, pinned),) = REVISIONS.items()
     for words, revision in (((), pinned), (("model_revision=v2",), "v2")):
         assert settle(defaults, monkeypatch, f"model_id={name}", *words).model_revision == revision
-        assert hub[1][-1] == (name, "config.json", revision)
+        assert hub[1][-1] == (name, revision)
     assert settle(defaults, monkeypatch, "model_id=some/one-else").model_revision is None
     base(tmp_path / "mirror")
     run = settle(defaults, monkeypatch, f"model_id={tmp_path}/mirror")
-    assert run.model_revision is None and run.model_path == f"{tmp_path}/mirror" and len(hub[1]) == 3
+    assert run.model_revision is None and run.model_path == f"{tmp_path}/mirror"
 
 
-def test_a_folder_that_is_not_a_whole_model_is_refused_at_the_start(defaults, monkeypatch, tmp_path):
-    whole = (settings.TINY_BASE / "model.safetensors").read_bytes()
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    for number, (file, content, said) in enumerate([  # None: the file is missing
-        ("model.safetensors", None, "is not whole: model.safetensors cannot be read"),
-        ("model.safetensors", whole[:-1], "is not whole: model.safetensors cannot be read"),
-        ("model.safetensors", pointer, "is not whole: model.safetensors cannot be read"),
-        ("model.safetensors.index.json", b'{"weight_map": {"a": "b"}}', "b cannot be read"),
-        ("adapter_config.json", b"{}", "holds an adapter"),
-        ("config.json", b"{", "config.json that cannot be read"),
-        ("chat_template.jinja", None, "has no chat template"),
-        ("tokenizer.json", None, "its tokenizer writes 00,01,02 as []"),  # transformers makes one of nothing
-    ]):
-        folder = base(tmp_path / str(number))
-        (folder / file).write_bytes(content) if content else (folder / file).unlink()
-        assert said in refusal(defaults, monkeypatch, f"model_id={folder}")
+@pytest.mark.parametrize("file, content, said", [  # None: the file is missing
+    ("adapter_config.json", "{}", "holds an adapter"),
+    ("config.json", "{", "not a valid JSON file"),
+    ("chat_template.jinja", None, "has no chat template"),
+    ("tokenizer.json", None, "its tokenizer writes 00,01,02 as []"),  # transformers makes one of nothing
+])
+def test_a_folder_that_is_no_model_is_refused_at_the_start(file, content, said, defaults, monkeypatch, tmp_path):
+    folder = base(tmp_path / "folder")
+    (folder / file).write_text(content) if content else (folder / file).unlink()
+    assert said in refusal(defaults, monkeypatch, f"model_id={folder}")
 
 
 def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
@@ -276,6 +268,9 @@ def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
     assert [settings._choose_scale("auto", "r4-joint", memory) for memory in (None, "low")] == ["tiny", "7b"]
     with pytest.raises(ParameterError, match=r"needs 22 GiB of GPU memory \(14 with memory=low\), and this machine sh"):
         settings._choose_scale("7b", "r4-joint", None)
+    with pytest.raises(ParameterError, match="r5-reward trains on one GPU a process, and this one shows 2; give"):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        settings._choose_scale("tiny", "r5-reward", None)
     card.major, card.name = 7, "T4"
     with pytest.raises(ParameterError, match="T4 has no instructions"):
         settings._choose_scale("7b", "r4-joint", "low")
@@ -291,9 +286,9 @@ def test_the_curve_goes_to_wandb_only_where_that_asks_for_no_login(monkeypatch, 
         for name, value in given.items():
             monkeypatch.setenv(name, value)
         assert settings._report_target("auto", tmp_path) == chosen
-    with pytest.raises(ParameterError, match="report_to=wandb, and WANDB_DISABLED=true forbids it"):
+    with pytest.raises(ParameterError, match="report_to=wandb finds WANDB_DISABLED=true: set WANDB_API_KEY"):
         settings._report_target("wandb", tmp_path)
     monkeypatch.delenv("WANDB_DISABLED")
     monkeypatch.delenv("WANDB_MODE")
-    with pytest.raises(ParameterError, match="WANDB_API_KEY"):
+    with pytest.raises(ParameterError, match="report_to=wandb finds no credentials"):
         settings._report_target("wandb", tmp_path)

@@ -131,10 +131,10 @@ def test_constrained_decoding_and_the_best_step_by_iou():
 
 
 @pytest.mark.slow
-def test_r2_changes_the_vision_tower_alone_and_its_longest_answer_belongs_to_the_run(trained):
+def test_r2_changes_the_vision_tower_alone_and_its_longest_completion_belongs_to_the_run(trained):
     with pytest.raises(runs.ParameterError, match="max_new_tokens=20 would cut completions: .* 58"):
         run("recipe=r2-vision-only", "max_new_tokens=20")
-    assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its answers and the training
+    assert not list(Path("runs").glob("*/manifest.json"))  # before the base, its completions and the training
     trained("r2-vision-only")
     folder = f"{PREFIX}r2-vision-only"
     check_scores(folder)

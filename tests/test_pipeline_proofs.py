@@ -6,65 +6,49 @@ from pipeline_runner import run
 from helpers import merge
 
 pytestmark = pytest.mark.slow
-
-
-def stops(words: str, *edits: tuple[str, str], recipe: str = "r4-joint") -> None:
-    with pytest.raises(ValueError, match=words):
-        run(f"recipe={recipe}", "train_limit=48", "learning_rate=0.01", edits=edits)
-
-
-def test_a_quantized_vision_tower():
-    stops(r"model\.visual.* is NF4 and should not be", ('["model.visual", "lm_head"]', '["visual", "lm_head"]'))
-
-
-def test_a_tower_that_should_train_and_does_not():
-    stops("no weights of the vision tower train",
-          ("target_modules=stage.lora_targets", 'target_modules=stage.lora_targets.replace("visual", "vision")'))
-
-
-def test_a_tower_that_trains_and_should_not():
-    stops("of the vision tower train, and this stage trains language alone",
-          ("return get_peft_model(base, lora)",
-           "tuned = get_peft_model(base, lora)\n    base.model.visual.requires_grad_(True)\n    return tuned"),
-          recipe="r1-llm-only")
-
-
-def test_trainable_weights_in_bf16():
-    stops("trains in torch.bfloat16", ("model.trainable_to_fp32(tuned)", "pass"))
-
-
-def test_bf16_weights_in_the_vision_recipe():
-    stops("trains in torch.bfloat16", ("model.trainable_to_fp32(tuned)", "pass"),
-          ("base.model.visual.float().requires_grad_(True)", "base.model.visual.bfloat16().requires_grad_(True)"),
-          recipe="r2-vision-only")
-
-
-def test_an_end_token_outside_the_labels():
-    stops(r"no <\|im_end\|> in its labels",
-          ("collator = collate.Collator(processor, run.prompt, run.loss_scope)",
-           'processor.chat_template = processor.chat_template.replace("<|im_end|>", "")\n'
-           "collator = collate.Collator(processor, run.prompt, run.loss_scope)"))
-
-
-def test_adapter_keys_that_find_no_place():
-    rename = """from safetensors.torch import load_file, save_file
+RENAMES = """from safetensors.torch import load_file, save_file
     file = run.folder / "adapter" / "adapter_model.safetensors"
     weights = {name.replace("visual", "vision"): weight for name, weight in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     parity.write(file.parent, made_with, parity.base_of(last.base))
     """
-    predicts = "predictions = predict_val(load_trained"
-    stops("keys fit only the file or only the model", (predicts, rename + predicts))
+IN_BF16 = ("model.trainable_to_fp32(tuned)", "pass")
+MERGES, PREDICTS = "merged, difference = merge.merge_adapter(adapted, batch)", "predictions = predict_val(load_trained"
+COLLATES = "collator = collate.Collator(processor, run.prompt, run.loss_scope)"
+BROKEN = {  # the recipe, what the run says, edits of its source
+    "a quantized vision tower": (
+        "r4-joint", r"model\.visual.* is NF4 and should not be",
+        ('["model.visual", "lm_head"]', '["visual", "lm_head"]')),
+    "a tower that should train and does not": (
+        "r4-joint", "no weights of the vision tower train",
+        ("target_modules=stage.lora_targets", 'target_modules=stage.lora_targets.replace("visual", "vision")')),
+    "a tower that trains and should not": (
+        "r1-llm-only", "of the vision tower train, and this stage trains language alone",
+        ("return get_peft_model(base, lora)",
+         "tuned = get_peft_model(base, lora)\n    base.model.visual.requires_grad_(True)\n    return tuned")),
+    "LoRA in bf16": ("r4-joint", "trains in torch.bfloat16", IN_BF16),
+    "the vision tower in bf16": (
+        "r2-vision-only", "trains in torch.bfloat16", IN_BF16,
+        ("base.model.visual.float().requires_grad_(True)", "base.model.visual.bfloat16().requires_grad_(True)")),
+    "an end token outside the labels": (
+        "r4-joint", r"no <\|im_end\|> in its labels",
+        (COLLATES, 'processor.chat_template = processor.chat_template.replace("<|im_end|>", "")\n' + COLLATES)),
+    "adapter keys that find no place": (
+        "r4-joint", "keys fit only the file or only the model", (PREDICTS, RENAMES + PREDICTS)),
+    "a merge that forgets the adapter": (
+        "r4-joint", "the merge is wrong",
+        (MERGES, "adapted.merge_and_unload = lambda **kwargs: adapted.unload()\n    " + MERGES)),
+}  # fmt: skip
 
 
-def test_a_merge_that_forgets_the_adapter():
-    stops("the merge is wrong",
-          ("merged, difference = merge.merge_adapter(adapted, batch)",
-           "adapted.merge_and_unload = lambda **kwargs: adapted.unload()\n"
-           "    merged, difference = merge.merge_adapter(adapted, batch)"))
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_stops_the_run(what):
+    recipe, said, *edits = BROKEN[what]
+    with pytest.raises(ValueError, match=said):
+        run(f"recipe={recipe}", "train_limit=48", "learning_rate=0.01", edits=edits)
 
 
-def test_a_merged_file_that_differs(monkeypatch):
+def test_a_merged_file_that_differs_stops_the_run(monkeypatch):
     save_whole = merge.save_whole
 
     def saved_and_changed(merged, *arguments):
@@ -72,4 +56,5 @@ def test_a_merged_file_that_differs(monkeypatch):
         merged.lm_head.weight.data[0] += 1
 
     monkeypatch.setattr(merge, "save_whole", saved_and_changed)
-    stops("is not the weight that was saved")
+    with pytest.raises(ValueError, match="is not the weight that was saved"):
+        run("recipe=r4-joint", "train_limit=48")

@@ -13,12 +13,7 @@ from helpers.scenes import THINGS
 from helpers.tiny import TINY_DIR, check, train
 from helpers.tiny.build import SPECIAL_TOKENS, VOCAB_SIZE, make_model, make_processor, save
 from helpers.tiny.pictures import load_pool
-from helpers.tiny.prompts import (
-    by_name,
-    corpus,
-    made_up_name,
-    prompt_for,
-)
+from helpers.tiny.prompts import by_name, corpus, made_up_name, prompt_for
 
 HASHES = json.loads((Path(__file__).parent / "scene_hashes.json").read_text())["tiny"]
 

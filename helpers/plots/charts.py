@@ -33,27 +33,20 @@ def iou_curves(runs: Mapping[str, Sequence[dict]], truth: Sequence[dict], *, pat
 
 
 def loss_curves(logs: Mapping[str, Sequence[dict]], *, smooth: int = 1, path: Path | None = None) -> Shown:
-    """Training loss by step for each run or stage, and its loss on held-out rows where that was logged.
+    """Training loss by step for each run or stage.
 
-    `logs`: name -> lines such as `trainer.state.log_history` holds, with "step" and "loss" or "eval_loss"; other
-    lines are passed over. `smooth` > 1 draws the running mean over that many lines, where there are so many, above
-    the pale curve itself.
+    `logs`: name -> lines such as `trainer.state.log_history` holds; those without "loss" are passed over. `smooth` > 1
+    draws the running mean over that many lines, where there are so many, above the pale curve itself.
     """
     figure, axes = plt.subplots(figsize=(5, 3))
     for i, (name, log) in enumerate(logs.items()):
-        logged = [(line["step"], line["loss"]) for line in log if "loss" in line]
-        if not logged:
-            raise ValueError(f"the log of {name} has no line with 'loss'; train with logging_steps above 0")
-        steps, loss = np.array(logged).T
+        steps, loss = np.array([(line["step"], line["loss"]) for line in log if "loss" in line]).T
         style = {"color": COLOURS[i % 6], "linestyle": LINES[i % 6]}
         if 1 < smooth <= len(loss):
             axes.plot(steps, loss, alpha=0.35, linewidth=1, **style)
             loss = np.convolve(loss, np.ones(smooth) / smooth, mode="valid")
             steps = steps[(smooth - 1) // 2 :][: len(loss)]
         axes.plot(steps, loss, linewidth=1.6, label=name, **style)
-        held_out = [(line["step"], line["eval_loss"]) for line in log if "eval_loss" in line]
-        if held_out:
-            axes.plot(*np.array(held_out).T, "s", color=style["color"], markersize=4, label=f"{name}, held out")
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
     axes.legend()
     return finish(figure, path)

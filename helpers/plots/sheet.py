@@ -80,17 +80,9 @@ def figure(image: dict[str, Any] | None, boxes: Iterable[tuple], caption: str) -
     return {"caption": caption, "source": source, "boxes": places}
 
 
-class Heard(io.StringIO):
-    """What is printed, kept, and printed all the same."""
-
-    def write(self, written: str) -> int:
-        sys.__stdout__.write(written)  # type: ignore[union-attr]
-        return super().write(written)
-
-
 def main() -> None:
     """Load, audit, write the page; a fault in what was given ends in one sentence and exit status 1."""
-    start, values, heard = time.monotonic(), dict(GIVEN), Heard()
+    start, values = time.monotonic(), dict(GIVEN)
     rules = {name: PARAMETERS[name] for name in GIVEN if name != "page"} | {"page": Parameter(text("a file"))}
     try:
         read_given(values, rules)
@@ -99,14 +91,14 @@ def main() -> None:
             raise ParameterError("dataset_id is missing; name a folder or file, such as dataset_id=path/to/export.")
         choose_cache(values["hf_home"])
         datasets.disable_progress_bars()
-        with contextlib.redirect_stdout(heard):
+        with contextlib.redirect_stdout(io.StringIO()) as said:
             raw = data.load_raw(**data.source_of(values))
             audit = data.audit(raw)
             cleaned = data.clean(raw, audit)
-        for line in audit.table().itertuples():
-            print(f"audit: {line.count} × {line.fault}: {line.action}")
-        said = [line.removeprefix("data: ") for line in heard.getvalue().splitlines() if line]
-        write_sheet(Path(values["page"]), values["dataset_id"], raw, audit, cleaned, said)
+        print(said.getvalue(), *(f"audit: {line.count} × {line.fault}: {line.action}\n"
+                                 for line in audit.table().itertuples()), sep="", end="")
+        lines = [line.removeprefix("data: ") for line in said.getvalue().splitlines() if line]
+        write_sheet(Path(values["page"]), values["dataset_id"], raw, audit, cleaned, lines)
     except (ParameterError, data.DataError, OSError) as error:
         sys.exit(str(error))
     print(f"{values['page']}: open it and look at the boxes ({time.monotonic() - start:.0f} s)")

@@ -39,27 +39,21 @@ def looks(model: nn.Module, processor, rows: Iterable[dict], thing: str) -> list
     The model must have been loaded with `attn_implementation="eager"`: others give no weights. Raises ValueError where
     no box is written at all.
     """
-    found = []
-    for row in rows:
-        true, prompt = boxes_of(row, thing), f"Detect the bounding box of the {thing}."
-        written = look(model, processor, row, prompt) if len(true) else None
-        if written:
-            box, maps = written
-            iou = pairwise_iou(true, box[None])[:, 0]
-            found.append(Look(row["image"], box, true[iou.argmax()], iou.max(), maps))
+    shown = ((row, boxes_of(row, thing)) for row in rows)
+    found = [one for row, true in shown if len(true) and (one := look(model, processor, row, true, thing))]
     if not found:
         raise ValueError(f"find={thing!r}: no box was written for it; take another thing, or more pictures.")
     return found
 
 
 @torch.inference_mode()
-def look(model: nn.Module, processor, row: dict, prompt: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The first box that is written for a row's picture, and its `Look.maps`; None where no box is.
+def look(model: nn.Module, processor, row: dict, true: np.ndarray, thing: str) -> Look | None:
+    """The first box that is written for a row's picture, which shows `thing` in the boxes `true`; None where none is.
 
     A number's first digit is chosen at the token before it, "(" or ","; its attention is taken, in a second pass over
     prompt and completion.
     """
-    batch = predict.model_inputs([row], processor, prompt)
+    batch = predict.model_inputs([row], processor, f"Detect the bounding box of the {thing}.")
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "image_id"}
     length = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)
@@ -71,8 +65,8 @@ def look(model: nn.Module, processor, row: dict, prompt: str) -> tuple[np.ndarra
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": on_picture.int()}
     attentions = model(**inputs, output_attentions=True, logits_to_keep=1).attentions  # layers x [1, heads, T, T]
     maps = torch.stack([layer[0, :, places].float().mean(0)[:, on_picture[0]] for layer in attentions])
-    rows, columns = (inputs["image_grid_thw"][0, 1:] // 2).tolist()
-    return boxes[0], maps.reshape(len(maps), 4, rows, columns).cpu().numpy()
+    grid, iou = (inputs["image_grid_thw"][0, 1:] // 2).tolist(), pairwise_iou(true, boxes[:1])[:, 0]
+    return Look(row["image"], boxes[0], true[iou.argmax()], iou.max(), maps.unflatten(2, grid).cpu().numpy())
 
 
 def coordinate_places(pieces: list[str], start: int) -> list[int]:

@@ -1,10 +1,9 @@
 """A data set looked at: its boxes as a table; and faults put there on purpose, to see that the audit finds each."""
 
-from __future__ import annotations
-
 import io
+from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import pandas as pd
@@ -35,13 +34,8 @@ def box_table(splits: Mapping[str, Sequence[Mapping[str, Any]]]) -> pd.DataFrame
     return table.assign(**sizes, **pixels)
 
 
-class Planted(NamedTuple):
-    """One fault put there on purpose: the rule that should find it, where, and what was done."""
-
-    fault: str
-    split: str
-    index: int  # type: ignore[assignment]  # hides the method of tuples, as Fault does
-    done: str
+# One fault put there on purpose: the rule that should find it, where, and what was done.
+Planted = namedtuple("Planted", "fault split index done")
 
 
 def plant_each(sound: dict[str, Any]) -> tuple[datasets.DatasetDict, list[Planted]]:
@@ -54,50 +48,45 @@ def plant_each(sound: dict[str, Any]) -> tuple[datasets.DatasetDict, list[Plante
         picture = as_rgb(ImageOps.exif_transpose(opened))
     sound = {name: sound[name] for name in FEATURES} | _saved(picture) | _boxed(BOX)
     sound["meta"] = sound["meta"] | {"barcode": sound["meta"]["barcode"] or "0000000000000"}
-    val, train = _faults_in_a_row(picture), _faults_between_splits(picture, sound)
-    rows = [sound | {"image_id": f"planted-{i}", "meta": sound["meta"] | {"barcode": str(i)}} for i in range(len(val))]
-    rows = [row | change for row, (_, _, change) in zip(rows, val, strict=True)]
-    across = [sound | {"image_id": f"planted-train-{i}"} | change for i, (_, _, change) in enumerate(train)]
-    splits = {"train": across, "selection": [], "val": [*rows, sound]}
-    planted = [Planted(fault, split, index, done) for split, faults in (("val", val), ("train", train))
-               for index, (fault, done, _) in enumerate(faults)]
-    return datasets.DatasetDict(
-        {name: datasets.Dataset.from_list(rows, features=FEATURES) if rows else empty_split()
-         for name, rows in splits.items()}
-    ), planted
+    splits: dict[str, list[dict]] = {"train": [], "selection": [], "val": []}
+    planted = []
+    for split, fault, done, change in _faults(picture, sound["meta"]):
+        index = len(splits[split])
+        own = {"train": {"image_id": f"planted-train-{index}"},
+               "val": {"image_id": f"planted-{index}", "meta": sound["meta"] | {"barcode": str(index)}}}[split]
+        splits[split].append(sound | own | change)
+        planted.append(Planted(fault, split, index, done))
+    splits["val"].append(sound)
+    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows, features=FEATURES) if rows else empty_split()
+                                 for name, rows in splits.items()}), planted
 
 
-def _faults_in_a_row(picture: Image.Image) -> list[tuple[str, str, dict[str, Any]]]:
-    """(the rule, what is done, the fields that change) for each fault that one row alone can have."""
+def _faults(picture: Image.Image, meta: dict[str, Any]) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """(split, the rule, what is done, the fields that change) for each fault; those of train lie between the splits."""
     half = _saved(picture)["image"]["bytes"]
     half = {"bytes": half[: len(half) // 2], "path": None}
     return [
-        ("unreadable-picture", "the file ends half-way", {"image": half}),
-        ("too-thin-picture", "804 x 4 pixels", _saved(picture.resize((804, 4)))),
-        ("exif-as-shown", "stored lying, width and height as shown", _saved(picture, 6, as_shown=True)),
-        ("exif-as-stored", "stored lying, width and height as stored", _saved(picture, 6)),
-        ("exif-undecided", "stored upside down", _saved(picture, 3)),
-        ("wrong-size", "width one pixel too large", {"width": picture.width + 1}),
-        ("not-a-box", "a coordinate that is no number", _boxed(BOX, [0.1, 0.2, float("nan"), 0.6])),
-        ("inverted-box", "top and bottom swapped", _boxed([0.5, 0.2, 0.1, 0.6])),
-        ("out-of-range-box", "right edge at 1.3", _boxed([0.1, 0.2, 0.5, 1.3])),
-        ("empty-box", "top and bottom both at .1", _boxed(BOX, [0.1, 0.2, 0.1, 0.6])),
-        ("no-box-left", "its only box lies outside", _boxed([1.1, 0.2, 1.4, 0.6])),
-        ("repeated-box", "the same box twice", _boxed(BOX, BOX)),
-        ("unknown-category", "a box without a name", {"objects": objects_of([BOX, BOX], ["nutrition-table", ""])}),
-        ("category-mismatch", "the id of another name", {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),
-        ("repeated-id", "the id of the first that can be read", {"image_id": "planted-2"}),
-        ("no-table", "no box", _boxed()),
-        ("missing-id", "an empty id", {"image_id": ""}),
-    ]
-
-
-def _faults_between_splits(picture: Image.Image, sound: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """The same for faults that a row of train has because of the sound one in val."""
-    own = sound["meta"] | {"barcode": "of its own"}
-    return [
-        ("barcode-in-two-splits", "barcode of val, picture of its own", _saved(ImageOps.mirror(picture))),
-        ("picture-in-two-splits", "picture of val, barcode of its own", {"meta": own}),
+        ("val", "unreadable-picture", "the file ends half-way", {"image": half}),
+        ("val", "too-thin-picture", "804 x 4 pixels", _saved(picture.resize((804, 4)))),
+        ("val", "exif-as-shown", "stored lying, width and height as shown", _saved(picture, 6, as_shown=True)),
+        ("val", "exif-as-stored", "stored lying, width and height as stored", _saved(picture, 6)),
+        ("val", "exif-undecided", "stored upside down", _saved(picture, 3)),
+        ("val", "wrong-size", "width one pixel too large", {"width": picture.width + 1}),
+        ("val", "not-a-box", "a coordinate that is no number", _boxed(BOX, [0.1, 0.2, float("nan"), 0.6])),
+        ("val", "inverted-box", "top and bottom swapped", _boxed([0.5, 0.2, 0.1, 0.6])),
+        ("val", "out-of-range-box", "right edge at 1.3", _boxed([0.1, 0.2, 0.5, 1.3])),
+        ("val", "empty-box", "top and bottom both at .1", _boxed(BOX, [0.1, 0.2, 0.1, 0.6])),
+        ("val", "no-box-left", "its only box lies outside", _boxed([1.1, 0.2, 1.4, 0.6])),
+        ("val", "repeated-box", "the same box twice", _boxed(BOX, BOX)),
+        ("val", "unknown-category", "a box without a name", _boxed(BOX, BOX, names=["nutrition-table", ""])),
+        ("val", "category-mismatch", "the id of another name",
+         {"objects": _boxed(BOX)["objects"] | {"category_id": [3]}}),
+        ("val", "repeated-id", "the id of the first that can be read", {"image_id": "planted-2"}),
+        ("val", "no-table", "no box", _boxed()),
+        ("val", "missing-id", "an empty id", {"image_id": ""}),
+        ("train", "barcode-in-two-splits", "barcode of val, picture of its own", _saved(ImageOps.mirror(picture))),
+        ("train", "picture-in-two-splits", "picture of val, barcode of its own",
+         {"meta": meta | {"barcode": "of its own"}}),
     ]
 
 
@@ -110,6 +99,6 @@ def _saved(picture: Image.Image, orientation: int = 1, as_shown: bool = False) -
     return {"image": {"bytes": file.getvalue(), "path": None}, "width": width, "height": height}
 
 
-def _boxed(*yxyx: list[float], name: str = "nutrition-table") -> dict[str, Any]:
-    """The field `objects` with these boxes alone."""
-    return {"objects": objects_of(list(yxyx), [name] * len(yxyx))}
+def _boxed(*yxyx: list[float], names: Sequence[str] = ()) -> dict[str, Any]:
+    """The field `objects` with these boxes alone, nutrition tables without `names`."""
+    return {"objects": objects_of(list(yxyx), list(names) or ["nutrition-table"] * len(yxyx))}

@@ -92,14 +92,14 @@ class Collator:
 
 
 @torch.inference_mode()
-def predict(model, image_processor, rows, batch_size: int = 32, least: float = 0.01) -> list[dict]:
-    """The boxes of every row's picture as lines of predictions.jsonl, all those of a confidence of at least `least`."""
+def predict(model, image_processor, rows) -> list[dict]:
+    """The boxes of every row's picture as lines of predictions.jsonl, all those of a confidence of at least .01."""
     model.eval()
     lines = []
-    for start in range(0, len(rows), batch_size):
-        few = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+    for start in range(0, len(rows), 32):
+        few = [rows[i] for i in range(start, min(start + 32, len(rows)))]
         pixels = image_processor([row["image"].convert("RGB") for row in few], return_tensors="pt")["pixel_values"]
-        found = image_processor.post_process_object_detection(model(pixels.to(model.device)), threshold=least)
+        found = image_processor.post_process_object_detection(model(pixels.to(model.device)), threshold=0.01)
         lines += [line(row["image_id"], one, model.config.id2label) for row, one in zip(few, found, strict=True)]
     return lines
 
