@@ -13,6 +13,7 @@ import finished_model
 import fsspec
 import pyarrow.parquet
 import pytest
+import requests
 from PIL import Image
 
 from helpers import data, predict
@@ -307,6 +308,30 @@ def test_a_bucket_whose_rights_end_says_so_and_the_same_command_goes_on(model, p
     run(source, out, model)
     written = (out / "predictions.jsonl").read_text().split("\n")
     assert len(written) == 6 and set(kept) < set(written) and set(lines_of(out)) == set(GOOD)
+
+
+def test_a_bucket_is_read_and_what_cannot_be_is_said(model, photos, alone, tmp_path, monkeypatch):
+    s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b",
+                        "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    files, out = s3fs.S3FileSystem(), tmp_path / "out"
+    files.mkdir("photos")
+    files.put(f"{photos}/", "photos/some", recursive=True)
+    run("s3://photos/some", out, model)
+    lines = lines_of(out)
+    assert set(lines) == {*GOOD, *BAD} and all(lines[name]["text"] == line["text"] for name, line in alone.items())
+    said = refusal("s3://elsewhere", out, "--model", model)
+    assert "INPUT=s3://elsewhere cannot be listed (The specified bucket does not exist)" in said
+    assert "(it names none)" in refusal("s3://photos/none", out, "--model", model)
+    found, read = find_pictures("s3://photos/some", "val", out)
+    requests.post(f"http://{host}:{port}/moto-api/reset-auth", data="0").raise_for_status()  # now no key is good
+    with pytest.raises(ParameterError, match="^INPUT=s3://photos/some cannot be read any more .*; check your rights"):
+        read(found[0].place)
+    assert "INPUT=s3://photos/some cannot be listed" in refusal("s3://photos/some", out, "--model", model)
+    server.stop()
 
 
 def test_a_batch_that_is_too_large_is_made_smaller_for_good(model, photos, tmp_path, monkeypatch):
