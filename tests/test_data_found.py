@@ -146,7 +146,7 @@ NAMES = [  # the files, the name in x.xml, the file that is meant or parts of th
 def test_a_picture_is_found_by_its_name_from_strict_to_loose(files, name, expected, tmp_path, capsys):
     for file in files:
         write(tmp_path / file, "")
-    wanted = [Found(name, [], "", [], file=tmp_path / "x.xml", stem="x")]
+    wanted = [Found(name, [], "", [], file=tmp_path / "x.xml", alone=True)]
     if isinstance(expected, list):
         with pytest.raises(DataError) as error:
             Pictures(tmp_path).find(wanted)

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
 
-from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text, read_yaml
+from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text, read_yaml, refusing
 
 if TYPE_CHECKING:  # they import from here
     from helpers.data.matching import Found, Pictures
@@ -115,19 +115,16 @@ def _statements(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
     other_task = file.parents[1].name == "ImageSets" and file.parent.name != "Main"  # of VOC: Segmentation, Layout
     if file.suffix == ".txt" and split in (*_KNOWN, "trainval") and not other_task:
         yield split, file
-    config = read_yaml(file) or {}
-    if "names" not in config:
-        return
-    for name in ("train", "val", "valid", "test"):
-        entries = config.get(name) or []
-        for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
-            if not isinstance(entry, str):
-                raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
-            place = _below(root, file.parent, config.get("path"), entry)
-            if place is None and entry.endswith(".txt"):
-                raise DataError(f"{file}: {name} is {entry!r}, which is not there; expected a list of pictures")
-            if place:
-                yield split_name(name), place
+    config = read_yaml(file)
+    for name in ("train", "val", "valid", "test") if "names" in config else ():
+        with refusing(f"{file}: {name}", "a folder, or a list of folders or of pictures"):
+            entries = config.get(name) or []
+            for entry in [entries] if isinstance(entries, str) else entries:
+                place = _below(root, file.parent, config.get("path"), entry)
+                if place is None and entry.endswith(".txt"):
+                    raise FileNotFoundError(f"{entry!r} is not there")
+                if place:
+                    yield split_name(name), place
 
 
 def _below(root: Path, base: Path, path: Any, entry: str) -> Path | None:
