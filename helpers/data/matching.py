@@ -50,6 +50,8 @@ class Found:
         """The row of the schema; `boxes` are [y0, x0, y1, x1] in 0-1 by now."""
         width, height = self.head.shown if self.head else self.size
         meta, path = self.meta if isinstance(self.meta, dict) else {}, str(self.path)
+        names = [CATEGORIES[name] if type(name) is int and 0 <= name < len(CATEGORIES) else str(name)
+                 for name in self.names]
         by_path = self.content is None and path == escaped(path)  # Arrow stores UTF-8 alone
         return {
             "image_id": escaped(str(self.image_id)),
@@ -57,12 +59,8 @@ class Found:
             "width": width,
             "height": height,
             "meta": {key: "" if meta.get(key) is None else str(meta[key]) for key in FEATURES["meta"]},
-            "objects": objects_of(self.boxes or [], [escaped(_named(name)) for name in self.names]),
+            "objects": objects_of(self.boxes or [], [escaped(name) for name in names]),
         }
-
-
-def _named(name: Any) -> str:
-    return CATEGORIES[name] if type(name) is int and 0 <= name < len(CATEGORIES) else str(name)
 
 
 def _plain(name: str) -> str:

@@ -86,6 +86,12 @@ def categories_of(names: Iterable[str]) -> tuple[str, ...]:
     return CATEGORIES if own <= set(CATEGORIES) else tuple(sorted(own))
 
 
+def categories_in(splits: Iterable[datasets.Dataset]) -> tuple[str, ...]:
+    """The categories of the data set whose splits these are."""
+    objects = [entry or {} for split in splits for entry in split["objects"]]
+    return categories_of(name for entry in objects for name in entry.get("category_name") or [])
+
+
 def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
     """The `objects` of a row from boxes [y0, x0, y1, x1] in 0-1 and names; an unknown name has the id -1.
 

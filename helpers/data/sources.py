@@ -6,7 +6,6 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,17 +217,8 @@ def _cached(found: list[Found], cache_dir: str | None) -> datasets.Dataset:
         raise DataError(f"none of the {len(found)} pictures exists, such as {found[0].path}; expected picture files "
                         "there")
     rows = tuple(one.row() for one in found)
-    return datasets.Dataset.from_generator(
-        _rows,
-        features=FEATURES,
-        gen_kwargs={"rows": rows},
-        cache_dir=cache_dir,
-        fingerprint=Hasher.hash(["files", rows, stamps]),
-    )
-
-
-def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
-    yield from rows
+    new = Hasher.hash(["files", rows, stamps])
+    return datasets.Dataset.from_generator(lambda: iter(rows), FEATURES, cache_dir, fingerprint=new)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

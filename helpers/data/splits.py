@@ -200,15 +200,12 @@ def groups_of(split: datasets.Dataset) -> pd.Series:
     images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
     sizes = [_size(image) for image in images]
     shared = {size for size, count in Counter(sizes).items() if size and count > 1}  # the other files are not read
-    contents = [("content", _hash(image) if size in shared else number)
-                for number, (image, size) in enumerate(zip(images, sizes, strict=True))]  # fmt: skip
-    groups = DisjointSet([*keys, *contents])
-    for key, content in zip(keys, contents, strict=True):
-        groups.merge(key, content)
-    first = {}
-    for key in sorted(set(keys)):
-        first.setdefault(groups[key], key)
-    return pd.Series([first[groups[key]] for key in keys], dtype=object)
+    groups, first = DisjointSet(keys), {}
+    for key, image, size in zip(keys, images, sizes, strict=True):
+        if size in shared:
+            content = hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).digest()
+            groups.merge(key, first.setdefault(content, key))
+    return pd.Series([min(groups.subset(key)) for key in keys], dtype=object)
 
 
 def _size(image: dict[str, Any] | None) -> int:
@@ -216,10 +213,6 @@ def _size(image: dict[str, Any] | None) -> int:
     if not image or (image["bytes"] is None and not Path(image["path"] or "").is_file()):
         return 0
     return len(image["bytes"]) if image["bytes"] is not None else Path(image["path"]).stat().st_size
-
-
-def _hash(image: dict[str, Any]) -> str:
-    return hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).hexdigest()
 
 
 def product_of(image_id: str) -> str:
