@@ -133,7 +133,7 @@ BAD = [  # format, file, what stands in it, parts of the sentence
     ("COCO", "annotations.json", coco(annotations=[]), ["objects.bbox is empty in all 3 pictures"]),
     ("COCO", "annotations.json", coco(annotations=[LOST]),
      ["annotations, such as 4", "an image_id that no picture has"]),
-    ("COCO", "annotations.json", coco(images=[{"id": 0}]), ["entry 1: not COCO (KeyError: 'file_name')"]),
+    ("COCO", "annotations.json", coco(images=[{"id": 0}]), ["entry 1 cannot be read (KeyError: 'file_name')"]),
     ("YOLO", "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt: line 2", "'0 .5 .5'", "class cx cy"]),
     ("YOLO", "data.yaml", "names: [a\n", ["data.yaml cannot be read", "expected names: [...]"]),
     ("YOLO", "data.yaml", "names: 3\n", ["data.yaml cannot be read", "a list of class names"]),
@@ -141,7 +141,7 @@ BAD = [  # format, file, what stands in it, parts of the sentence
     ("Pascal VOC", "Annotations/b.xml", "<annotation><filename>b.jpg</filename>", ["b.xml: not whole"]),
     ("CVAT", "annotations.xml", "<annotations><track/></annotations>", ["entry 1", "it has tracks of a video"]),
     ("Qwen2.5-VL", "all.json", [{"image": "a.jpg", "suffix": ""}, {"suffix": ""}],
-     ["all.json, entry 2", "it names no picture"]),
+     ["all.json: entry 2", "it names no picture"]),
     ("CSV", "labels.csv", "filename,class,xmin,ymin,xmax,ymax\n", ["labels.csv (has ['filename'"]),
     ("COCO", "a.parquet", b"PAR1", ["a.parquet: not whole"]),
 ]

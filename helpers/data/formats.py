@@ -37,15 +37,14 @@ def read(kind: str, pictures: Pictures, files: dict[Path, Any], **options: Any) 
     """The annotated pictures of `files`, which `annotated` gave for this key of `FORMATS`, with boxes as `settled`."""
     found: list[Found] = []
     for file, content in files.items():
-        own: list[Found] = []
+        before = len(found)
         try:
-            own.extend(FORMATS[kind].read(file, content))
+            for one in FORMATS[kind].read(file, content):
+                one.file, one.split = file, one.split or split_of(file.parent if one.alone else file, pictures.root)
+                found.append(one)
         except Exception as error:  # what a broken entry raises depends on where it is broken
-            raise DataError(f"{file}, entry {len(own) + 1}: not {kind} ({type(error).__name__}: {error}); expected "
-                            f"{FORMATS[kind].mark}") from error
-        for one in own:
-            one.file, one.split = file, one.split or split_of(file.parent if one.alone else file, pictures.root)
-        found += own
+            raise DataError(f"{file}: entry {len(found) - before + 1} cannot be read ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())}); expected {kind}: {FORMATS[kind].mark}") from error
     for one, path in zip(found, pictures.find(found), strict=True):
         one.path = path
     found = with_silent(found, pictures) if kind == "YOLO" else found
@@ -70,23 +69,18 @@ def settled(found: list[Found], where: str, box_format: str | None = None, unlab
         left_out(silent, len(found), where, "are listed without a box, which may mean no table or not labelled yet; "
                  "give unlabelled='negative' or 'skip'")
     found = [one for one in found if one.boxes is not None or unlabelled == "negative"]
-    reasons = {one: why for one in found if (why := _unreadable(one))}
-    left_out([f"{one.image_id} ({one.file.name}: {why})" for one, why in reasons.items()], len(found), where,
-             "have boxes that cannot be read")
-    found = [one for one in found if one not in reasons]
+    bad = {one: [box for box in one.boxes or [] if numbers_of(box) is None] for one in found}
+    for one in found:
+        if len(one.boxes or []) != len(one.names):
+            bad[one] = [f"{len(one.boxes or [])} boxes and {len(one.names)} names of classes"]
+    left_out([f"{one.image_id} ({one.file.name}: {str(boxes[0])[:120] or 'an empty text'})"
+              for one, boxes in bad.items() if boxes], len(found), where, "have boxes that cannot be read")
+    found = [one for one in found if not bad[one]]
     for kind in dict.fromkeys(one.kind for one in found):
         own = [one for one in found if one.kind == kind]
         for one, boxes in zip(own, to_unit(own, kind, box_format, where), strict=True):
             one.boxes = boxes
     return _once([one for one in found if one.boxes is not None], where)
-
-
-def _unreadable(one: Found) -> str:
-    """Why the boxes of a picture cannot be read, or ""."""
-    boxes = one.boxes or []
-    if len(boxes) != len(one.names):
-        return f"{len(boxes)} boxes and {len(one.names)} names of classes"
-    return next((str(box)[:120] or "an empty text" for box in boxes if numbers_of(box) is None), "")
 
 
 def _once(found: list[Found], where: str) -> list[Found]:
@@ -123,7 +117,6 @@ def same_pictures(some: list[Found], others: list[Found]) -> bool:
 
 
 # --- what a file holds ------------------------------------------------------------------------------------------------
-
 
 SIGNS = ('"bbox', '"objects"', '"annotations"', '"shapes"', '"regions"', "<annotation")  # of annotations
 
@@ -252,8 +245,7 @@ def read_coco(file: Path, found: dict[str, Any]) -> Iterator[Found]:
                     [names.get(number, f"class {number}") for number in classes], _size(picture), meta=picture)
     lost = [note.get("id") for others in notes.values() for note in others]
     if len(lost) * 2 > len(found["annotations"]):
-        raise DataError(f"{file}: {len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has; "
-                        "expected an id of images")  # fmt: skip
+        raise ValueError(f"{len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has")
     if lost:
         print(f"data: {file}: {len(lost)} annotations belong to no picture of images, such as {lost[0]}: not used")
 
@@ -480,16 +472,11 @@ def _cvat_box(shape: ElementTree.Element) -> Any:
 _SIDES = ("images", "labels", "labeltxt", "jpegimages", "annotations")  # folders that labels and pictures differ by
 
 
-class Labels(NamedTuple):
-    """What there is to know of a YOLO label file beside its lines."""
+def yolo_labels(pictures: Pictures) -> dict[Path, tuple]:
+    """The label files, those beside a picture or where its own should lie; none where none has a box.
 
-    picture: str  # its name
-    names: dict[int, str] | None  # of the classes; None: there is no file with names
-    poses: bool
-
-
-def yolo_labels(pictures: Pictures) -> dict[Path, Labels]:
-    """The label files: those beside a picture or where its own should lie; none where none has a box."""
+    Each with its picture's name, the names of the classes (None without a file of them), and whether it has poses.
+    """
     of_key, labels, root = defaultdict(list), {}, pictures.root
     for path in pictures.files:
         of_key[_key(path, root)].append(path)
@@ -499,7 +486,7 @@ def yolo_labels(pictures: Pictures) -> dict[Path, Labels]:
         folders = {part.lower() for part in label.relative_to(root).parts[:-1]}
         own = of_key.get(_key(label, root), [])
         if own or folders & {"labels", "labeltxt"} or (label.parent in places and _has_box(label)):
-            labels[label] = Labels(str(own[0] if len(own) == 1 else Path(*_key(label, root))), names, poses)
+            labels[label] = str(own[0] if len(own) == 1 else Path(*_key(label, root))), names, poses
     return labels if names is not None or any(map(_has_box, labels)) else {}
 
 
@@ -538,11 +525,12 @@ def _is_number(word: str) -> bool:
     return numbers_of([word, 0, 0, 0]) is not None
 
 
-def read_yolo(label: Path, known: Labels) -> Iterator[Found]:
+def read_yolo(label: Path, known: tuple) -> Iterator[Found]:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or a list of names.
 
     Also polygons and oriented boxes (the box around them), a confidence after the box, and DOTA's labelTxt in pixels.
     """
+    picture, names, poses = known
     boxes: list[Any] = []
     classes, kind = [], "cxcywh-unit"
     for number, words in enumerate(_lines(label), 1):
@@ -553,16 +541,16 @@ def read_yolo(label: Path, known: Labels) -> Iterator[Found]:
         if len(words) > 8 and not _is_number(words[8]):  # DOTA: four corners in pixels, the name, how difficult
             kind, name, box = "xyxy-pixels", words[8], around(words[:8])
         elif len(words) > 4 and all(map(_is_number, words)):
-            name = known.names.get(int(float(words[0])), "") if known.names else f"class {words[0]}"
+            name = names.get(int(float(words[0])), "") if names else f"class {words[0]}"
             if not name:
-                box = f"line {number} is of class {words[0]}, which is not among {list((known.names or {}).values())}"
-            elif len(words) < 7 or known.poses:
+                box = f"line {number} is of class {words[0]}, which is not among {list(names.values())}"
+            elif len(words) < 7 or poses:
                 box = words[1:5]
             elif len(words) % 2:
                 box = around(words[1:])
         boxes.append(box)
         classes.append(name)
-    yield Found(known.picture, boxes, kind, classes, alone=True)
+    yield Found(picture, boxes, kind, classes, alone=True)
 
 
 def with_silent(found: list[Found], pictures: Pictures) -> list[Found]:
