@@ -133,6 +133,8 @@ BAD = [  # format, file, what stands in it, parts of the sentence
     ("COCO", "annotations.json", coco(annotations=[]), ["objects.bbox is empty in all 3 pictures"]),
     ("COCO", "annotations.json", coco(annotations=[LOST]),
      ["annotations, such as 4", "an image_id that no picture has"]),
+    ("COCO", "annotations.json", coco(images=[{"id": None, "file_name": "a.jpg"}]),
+     ["entry 1 cannot be read (TypeError: id is None)"]),
     ("COCO", "annotations.json", coco(images=[{"id": 0}]), ["entry 1 cannot be read (KeyError: 'file_name')"]),
     ("YOLO", "labels/a.txt", "0 .5 .5 .2 .2\n0 .5 .5\n", ["a.txt: line 2", "'0 .5 .5'", "class cx cy"]),
     ("YOLO", "data.yaml", "names: [a\n", ["data.yaml cannot be read", "expected names: [...]"]),

@@ -234,15 +234,20 @@ def _four(one: Any, *keys: str) -> list[Any]:
 
 def read_coco(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """COCO JSON (`images`, `annotations`, `categories`): one file, or one a split; [x, y, width, height] in pixels."""
-    names = {str(category["id"]): str(category["name"]) for category in found.get("categories") or []}
+    def number(item: dict[str, Any], key: str) -> str:
+        if not isinstance(item[key], int | str):
+            raise TypeError(f"{key} is {item[key]!r}")
+        return str(item[key])
+
+    names = {number(category, "id"): str(category["name"]) for category in found.get("categories") or []}
     notes = defaultdict(list)
     for note in found["annotations"]:
-        notes[str(note["image_id"])].append(note)
+        notes[number(note, "image_id")].append(note)
     for picture in found["images"]:
-        own = notes.pop(str(picture["id"]), [])
-        classes = [str(note["category_id"]) for note in own]
+        own = notes.pop(number(picture, "id"), [])
+        classes = [number(note, "category_id") for note in own]
         yield Found(picture["file_name"], [_coco_box(note) for note in own] or None, "xywh-pixels",
-                    [names.get(number, f"class {number}") for number in classes], _size(picture), meta=picture)
+                    [names.get(one, f"class {one}") for one in classes], _size(picture), meta=picture)
     lost = [note.get("id") for others in notes.values() for note in others]
     if len(lost) * 2 > len(found["annotations"]):
         raise ValueError(f"{len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has")
