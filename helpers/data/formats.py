@@ -512,8 +512,8 @@ def _class_names(files: list[Path]) -> tuple[dict[int, str] | None, bool]:
     names = config["names"].split(",") if isinstance(config["names"], str) else config["names"]
     with refusing(file, "names: a list of class names, or a map from number to name"):
         named = names.items() if isinstance(names, dict) else enumerate(names)
-        return {int(number): str(name).strip() for number, name in named}, "kpt_shape" in config
-    return None, False
+        names = {int(number): str(name).strip() for number, name in named}
+    return names, "kpt_shape" in config
 
 
 def _has_box(label: Path) -> bool:
