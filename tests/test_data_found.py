@@ -7,24 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_exports import (
-    BOXES,
-    HEIGHT,
-    TEN,
-    WIDTH,
-    centred,
-    coco,
-    corners,
-    export,
-    load_clean,
-    pixels,
-    refused,
-    save_picture,
-    words,
-    write,
-    xywh,
-    yxyx,
-)
+import tiny_exports as tiny
+from tiny_exports import BOXES, HEIGHT, TEN, WIDTH, pixels, refused, write, yxyx
 
 from helpers import data
 from helpers.data.frames import ANY, to_unit
@@ -55,13 +39,13 @@ def thousandths(box: tuple) -> list[float]:
 
 
 RIGHT: dict[str, tuple[str, Written, Head, tuple[int, int]]] = {  # what the format says, a box as written, the sizes
-    "as the format says": ("xywh-pixels", lambda box: xywh(pixels(box)), UPRIGHT, SIZE),
-    "as text": ("xywh-pixels", lambda box: [f"{v:.4f}" for v in xywh(pixels(box))], UPRIGHT, SIZE),
-    "shares for pixels": ("xywh-pixels", xywh, UPRIGHT, SIZE),
+    "as the format says": ("xywh-pixels", lambda box: tiny.xywh(pixels(box)), UPRIGHT, SIZE),
+    "as text": ("xywh-pixels", lambda box: [f"{v:.4f}" for v in tiny.xywh(pixels(box))], UPRIGHT, SIZE),
+    "shares for pixels": ("xywh-pixels", tiny.xywh, UPRIGHT, SIZE),
     "corners for sizes": ("xywh-pixels", pixels, UPRIGHT, (0, 0)),
     "corners for a centre": ("cxcywh-unit", list, UPRIGHT, (0, 0)),
-    "pixels for shares": ("cxcywh-unit", lambda box: centred(pixels(box)), UPRIGHT, (0, 0)),
-    "nothing said: sizes": ("", lambda box: xywh(pixels(box)), UPRIGHT, (0, 0)),
+    "pixels for shares": ("cxcywh-unit", lambda box: tiny.centred(pixels(box)), UPRIGHT, (0, 0)),
+    "nothing said: sizes": ("", lambda box: tiny.xywh(pixels(box)), UPRIGHT, (0, 0)),
     "nothing said: corners in shares": ("", list, UPRIGHT, (0, 0)),
     "nothing said: thousandths of a large picture": ("xyxy", thousandths, LARGE, (0, 0)),
     "nothing said: pixels of a small picture": ("xyxy", pixels, UPRIGHT, (0, 0)),
@@ -71,7 +55,7 @@ RIGHT: dict[str, tuple[str, Written, Head, tuple[int, int]]] = {  # what the for
     "EXIF 6, all as shown": ("xyxy-pixels", pixels, Head(LYING, 6), SIZE),
     "EXIF 6, the size as stored, boxes as shown": ("xyxy-pixels", pixels, Head(LYING, 6), LYING),
     "EXIF 8, all as stored": ("xyxy-pixels", lambda box: pixels(before_exif_8(box), *LYING), Head(LYING, 8), LYING),
-    "EXIF 6 in shares": ("cxcywh-unit", centred, Head(LYING, 6), (0, 0)),
+    "EXIF 6 in shares": ("cxcywh-unit", tiny.centred, Head(LYING, 6), (0, 0)),
 }
 
 
@@ -146,7 +130,7 @@ NAMES = [  # the files, the name in x.xml, the file that is meant or parts of th
 def test_a_picture_is_found_by_its_name_from_strict_to_loose(files, name, expected, tmp_path, capsys):
     for file in files:
         write(tmp_path / file, "")
-    wanted = [Found(name, [], "", [], file=tmp_path / "x.xml", stem="x")]
+    wanted = [Found(name, [], "", [], file=tmp_path / "x.xml", alone=True)]
     if isinstance(expected, list):
         with pytest.raises(DataError) as error:
             Pictures(tmp_path).find(wanted)
@@ -180,7 +164,7 @@ def rewritten(change: Callable[[dict], object]) -> Callable[[Path], object]:
 def polygons(found: dict) -> None:
     for note in found["annotations"]:
         x, y, w, h = note.pop("bbox")
-        note["segmentation"] = [corners((x, y, x + w, y + h))[:4], corners((x, y, x + w, y + h))[4:]]
+        note["segmentation"] = [tiny.corners((x, y, x + w, y + h))[:4], tiny.corners((x, y, x + w, y + h))[4:]]
 
 
 def masks(found: dict) -> None:
@@ -198,13 +182,13 @@ def stray(root: Path) -> None:
     write(root / "settings.json", "{")
     write(root / "results.csv", "epoch,loss\n1,2\n")
     write(root / "notes.xml", "<project/>")
-    save_picture(root / "runs/detect/labels.jpg", 1)
+    tiny.save_picture(root / "runs/detect/labels.jpg", 1)
     write(root / "runs/detect/labels.txt", "0 .5 .5 .1 .1\n")
 
 
 def beside(root: Path, **changed: str) -> None:
     for name, ((_, box),) in TEN.items():
-        write(root / f"labels/{name}.txt", changed.get(f"label_{name}", words(0, *centred(box))))
+        write(root / f"labels/{name}.txt", changed.get(f"label_{name}", tiny.words(0, *tiny.centred(box))))
 
 
 def shorten(root: Path, count: int) -> None:
@@ -218,7 +202,7 @@ SETS: dict[str, tuple[Callable[[Path], object], list[str] | int]] = {  # a chang
     "as it is": (lambda root: None, 10),
     "polygons": (rewritten(polygons), 10),
     "masks": (rewritten(masks), 10),
-    "UTF-16": (lambda root: write(root / "annotations.json", json.dumps(coco(TEN)).encode("utf-16")), 10),
+    "UTF-16": (lambda root: write(root / "annotations.json", json.dumps(tiny.coco(TEN)).encode("utf-16")), 10),
     "no names of classes": (rewritten(lambda found: found.pop("categories")), 10),
     "stray files": (stray, 10),
     "a copy of the file": (lambda root: shutil.copy(root / "annotations.json", root / "backup.json"), 10),
@@ -245,17 +229,17 @@ SETS: dict[str, tuple[Callable[[Path], object], list[str] | int]] = {  # a chang
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_is_read_right_or_refused_by_name(name, tmp_path):
     change, expected = SETS[name]
-    change(export(tmp_path, "COCO", TEN))
+    change(tiny.export(tmp_path, "COCO", TEN))
     if isinstance(expected, list):
         return refused(tmp_path, *expected)
-    rows = load_clean(tmp_path, unlabelled=None)
+    rows = tiny.load_clean(tmp_path, unlabelled=None)
     assert len(rows) == expected
     for image_id, objects in zip(rows["image_id"], rows["objects"], strict=True):
         np.testing.assert_allclose(objects["bbox"], yxyx(BOXES[int(image_id)]), atol=0.01)
 
 
 def test_a_few_unreadable_or_unlabelled_pictures_of_many_are_left_out_and_said(tmp_path, capsys):
-    export(tmp_path, "COCO", {str(n): TEN[str(n % 10)] for n in range(40)})
+    tiny.export(tmp_path, "COCO", {str(n): TEN[str(n % 10)] for n in range(40)})
     rewritten(lambda found: found["annotations"][12].update(bbox=None) or found["annotations"].pop(20))(tmp_path)
     rows = data.load_raw(str(tmp_path), val_share=1)["val"]
     assert len(rows) == 38 and not {"12", "20"} & set(rows["image_id"])
@@ -273,14 +257,14 @@ def test_a_few_unreadable_or_unlabelled_pictures_of_many_are_left_out_and_said(t
     ({"3": "1 .5 .5 .2 .2"}, ["line 1 is of class 1, which is not among ['table']"]),
 ])
 def test_an_absent_label_of_yolo_is_a_picture_without_a_table_only_beside_labelled_ones(labels, expected, tmp_path):
-    save_picture(tmp_path / "elsewhere/cover.jpg", 99)
+    tiny.save_picture(tmp_path / "elsewhere/cover.jpg", 99)
     write(tmp_path / "classes.txt", "table")
     for name in TEN:
-        save_picture(tmp_path / f"images/{name}.jpg", int(name))
+        tiny.save_picture(tmp_path / f"images/{name}.jpg", int(name))
     for name, text in (dict.fromkeys(TEN, "0 .5 .5 .2 .2") | labels).items():
         if text:
             write(tmp_path / f"labels/{name}.txt", text)
     if isinstance(expected, list):
         return refused(tmp_path, *expected)
-    rows = load_clean(tmp_path, unlabelled=None)
+    rows = tiny.load_clean(tmp_path, unlabelled=None)
     assert len(rows) == 10 and sum(not objects["bbox"] for objects in rows["objects"]) == expected

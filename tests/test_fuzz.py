@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipeline_runner import SOURCE
-from tiny_exports import export, undecoded
+from tiny_exports import FORMATS, export, undecoded
 
 from helpers import data, evaluate
 from helpers.boxes import CATEGORIES
@@ -156,21 +156,21 @@ def accepted_or_refused(root: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("kind", ["own metadata", "COCO boxes in metadata", "COCO", "YOLO", "Pascal VOC"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_broken_annotation_file_is_refused_in_one_line_or_read(kind, tmp_path):
     draw, root, read = random.Random(kind), export(tmp_path / "set", kind), 0
-    files = [file for ending in ("txt", "yaml", "xml", "json", "jsonl") for file in sorted(root.rglob(f"*.{ending}"))]
-    for _ in range(60 * TIMES):
+    files = sorted(file for file in root.rglob("*.*") if file.suffix != ".jpg")
+    for _ in range(15 * TIMES):
         file = draw.choice(files)
         good = file.read_bytes()
         if file.suffix.startswith(".json") and draw.random() < 0.7:
-            lines = broken([json.loads(line) for line in good.splitlines()], draw)
-            file.write_text("\n".join(map(json.dumps, lines)))
+            parts = good.splitlines() if file.suffix == ".jsonl" else [good]
+            file.write_text("\n".join(map(json.dumps, broken(list(map(json.loads, parts)), draw))))
         else:
             file.write_bytes(broken_bytes(good, draw))
         read += accepted_or_refused(root)
         file.write_bytes(good)
-    assert 2 < read < 58 * TIMES
+    assert read < 15 * TIMES
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------

@@ -80,18 +80,23 @@ def test_a_thin_box_keeps_an_area(objects):
     assert len(parsed.labels) == len(objects["bbox"]) and parsed.rejected == []
 
 
-# Lines from the raw outputs of two published models on the real validation pictures, and the boxes in thousandths.
-PUBLISHED = [
+READ = [  # a text, the names in it and the boxes in thousandths
+    # lines from the raw outputs of two published models on the real validation pictures
     ("nutrition-table<box>(265,492),(735,842)>", ["nutrition-table"], [[265, 492, 735, 842]]),
     ("nutrition-table<box>(328,133),(700,806)></box>", ["nutrition-table"], [[328, 133, 700, 806]]),
     ("nutrition-table<box>(19,13),(951,617)", ["nutrition-table"], [[19, 13, 951, 617]]),
-    ("nutrition-table(278,495),(726,625)", ["nutrition-table"], [[278, 495, 726, 625]]),
     ("nutrition-table-small-energy(841,500),(896,672)", ["nutrition-table-small-energy"], [[841, 500, 896, 672]]),
+    # other spellings, and several boxes
+    (unit("a", "(1,2),(3,4)<|box_end|><|box_start|>(5,6),(7,8)"), ["a", "a"], [[1, 2, 3, 4], [5, 6, 7, 8]]),
+    (unit("a", "(1,2),(3,4)") + unit("b", "(5,6),(7,8)") + "<|im_end|>\n", ["a", "b"], [[1, 2, 3, 4], [5, 6, 7, 8]]),
+    ("<ref>a</ref><box>(1,2),(3,4)</box>", ["a"], [[1, 2, 3, 4]]),
+    ("a ( 1 , 2 ) ( 3 , 4 )", ["a"], [[1, 2, 3, 4]]),
+    ("(1,2),(3,4)", [""], [[1, 2, 3, 4]]),
 ]
 
 
-@pytest.mark.parametrize(("text", "labels", "thousandths"), PUBLISHED)
-def test_both_published_spellings(text, labels, thousandths):
+@pytest.mark.parametrize(("text", "labels", "thousandths"), READ)
+def test_every_spelling_is_read_as_written(text, labels, thousandths):
     parsed = parse_text(text)
     assert parsed.labels == labels and parsed.rejected == []
     assert (parsed.boxes_xyxy_unit * 1000).round(9).tolist() == thousandths
@@ -110,48 +115,25 @@ def test_a_published_answer_that_ran_into_the_token_limit():
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "labels", "thousandths"),
-    [
-        (unit("nutrition-table", "(1,2),(3,4)<|box_end|><|box_start|>(5,6),(7,8)"), ["nutrition-table"] * 2, 2),
-        (unit("a", "(1,2),(3,4)") + unit("b", "(5,6),(7,8)") + "<|im_end|>\n", ["a", "b"], 2),
-        ("<ref>a</ref><box>(1,2),(3,4)</box>", ["a"], 1),
-        ("a ( 1 , 2 ) ( 3 , 4 )", ["a"], 1),
-        ("(1,2),(3,4)", [""], 1),
-    ],
-)
-def test_other_spellings_and_several_boxes(text, labels, thousandths):
-    parsed = parse_text(text)
-    assert parsed.labels == labels and parsed.rejected == []
-    assert (parsed.boxes_xyxy_unit * 1000).round(9).tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]][:thousandths]
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("", "no answer"),
-        ("<|im_end|>", "no answer"),
-        (unit("a", "(30,20),(10,40)"), "swapped corners"),
-        (unit("a", "(30,20),(50,10)"), "swapped corners"),
-        (unit("a", "(30,20),(1001,40)"), "outside 0-1000"),
-        (unit("a", "(-1,20),(100,40)"), "outside 0-1000"),
-        (unit("a", "(30,20),(30,40)"), "no area"),
-        (unit("a", "(30,20),(40,"), "not a whole box"),
-        (unit("a", "(0.3,0.2),(0.4,0.5)"), "not a whole box"),
-        ("nutrition-table", "a name without a box"),
-        ('{"bbox_2d": [1, 2, 3, 4]}', "neither name nor box"),
-        ("I see a label.\nIt is nice.", "a name without a box"),
-    ],
-)
+@pytest.mark.parametrize(("text", "why"), [
+    ("", "no answer"),
+    ("<|im_end|>", "no answer"),
+    (unit("a", "(30,20),(10,40)"), "swapped corners"),
+    (unit("a", "(30,20),(50,10)"), "swapped corners"),
+    (unit("a", "(30,20),(1001,40)"), "outside 0-1000"),
+    (unit("a", "(-1,20),(100,40)"), "outside 0-1000"),
+    (unit("a", "(1,20),(1" + "0" * 5000 + ",40)"), "outside 0-1000"),
+    (unit("a", "(30,20),(30,40)"), "no area"),
+    (unit("a", "(30,20),(40,"), "not a whole box"),
+    (unit("a", "(0.3,0.2),(0.4,0.5)"), "not a whole box"),
+    ("nutrition-table", "a name without a box"),
+    ('{"bbox_2d": [1, 2, 3, 4]}', "neither name nor box"),
+    ("I see a label.\nIt is nice.", "a name without a box"),
+])
 def test_what_is_not_used_is_reported(text, why):
     parsed = parse_text(text)
     assert parsed.labels == [] and parsed.boxes_xyxy_unit.shape == (0, 4) and not parsed.empty_answer
-    assert any(why in piece for piece in parsed.rejected), parsed.rejected
-
-
-def test_a_number_of_five_thousand_digits_is_rejected_in_short():
-    parsed = parse_text(unit("a", "(1,20),(1" + "0" * 5000 + ",40)"))
-    assert parsed.labels == [] and "outside 0-1000" in parsed.rejected[0] and len(parsed.rejected[0]) < 150
+    assert any(why in piece and len(piece) < 150 for piece in parsed.rejected), parsed.rejected
 
 
 def test_good_boxes_survive_bad_neighbours():
@@ -165,19 +147,16 @@ def test_denial_before_a_box_is_no_name():
     assert parsed.labels == [""] and not parsed.empty_answer and "denies" in parsed.rejected[0]
 
 
-@pytest.mark.parametrize(
-    ("objects", "message"),
-    [
-        ({"bbox": [[0.1, 0.1, 0.1, 0.5]], "category_name": ["a"]}, "no area"),
-        ({"bbox": [[0.1, 0.1, 0.3, 1.5]], "category_name": ["a"]}, "leaves the picture"),
-        ({"bbox": [[0.1, 0.1, 0.3, 0.5]], "category_name": []}, "1 boxes but 0"),
-        ({"bbox": [[0.1, 0.1, 0.3, 0.5]], "category_name": ["a<|box_end|>"]}, "cannot stand"),
-        ({"bbox": [[0.1, 0.1, 0.3, 0.5]], "category_name": ["No nutrition table"]}, "cannot stand"),
-    ],
-)
-def test_rows_that_the_format_cannot_carry_are_refused(objects, message):
+@pytest.mark.parametrize(("box", "names", "message"), [
+    ([0.1, 0.1, 0.1, 0.5], ["a"], "no area"),
+    ([0.1, 0.1, 0.3, 1.5], ["a"], "leaves the picture"),
+    ([0.1, 0.1, 0.3, 0.5], [], "1 boxes but 0"),
+    ([0.1, 0.1, 0.3, 0.5], ["a<|box_end|>"], "cannot stand"),
+    ([0.1, 0.1, 0.3, 0.5], ["No nutrition table"], "cannot stand"),
+])
+def test_rows_that_the_format_cannot_carry_are_refused(box, names, message):
     with pytest.raises(ValueError, match=message):
-        target_text(objects)
+        target_text({"bbox": [box], "category_name": names})
 
 
 def test_a_prompt_with_a_special_token_is_refused():

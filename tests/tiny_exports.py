@@ -224,7 +224,10 @@ FORMATS = {
 
 
 def export(root: Path, name: str, things: Things = THINGS) -> Path:
-    """A folder with the pictures of `things` and their boxes in the format `name`, a key of `FORMATS`."""
+    """A folder with the pictures of `things` and their boxes in the format `name`, a key of `FORMATS` or `TABLES`."""
+    if name in TABLES:
+        TABLES[name][1](root)
+        return root
     form = FORMATS[name]
     for number, picture in enumerate(things):
         save_picture(root / form.pictures / f"{picture}.jpg", number)

@@ -13,7 +13,7 @@ from helpers.data.audit import RULES, Audit, Fault, audit, clean
 from helpers.data.classes import take_classes
 from helpers.data.embedded import load_embedded, load_extra
 from helpers.data.prepare import prepare
-from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, categories_of
+from helpers.data.schema import FEATURES, SPLIT_NAMES, DataError, categories_in
 from helpers.data.sources import HUB_ID, HUB_REVISION, load_hub, load_local
 from helpers.data.splits import arrange
 
@@ -80,8 +80,7 @@ def source_of(values: dict[str, Any]) -> dict[str, Any]:
 
 def names_in(*splits: datasets.Dataset) -> list[str]:
     """What a completion may name: the classes of the data set whose `splits` these are, sorted."""
-    objects = [entry or {} for split in splits for entry in split["objects"]]
-    return sorted(categories_of(name for entry in objects for name in entry.get("category_name") or []))
+    return sorted(categories_in(splits))
 
 
 def truth_rows(split: datasets.Dataset) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import Image
 
 from helpers.data.pictures import FACTS, Head, picture_facts, turned
-from helpers.data.schema import DataError, categories_of, fingerprint, with_columns, workers
+from helpers.data.schema import DataError, categories_in, fingerprint, with_columns, workers
 
 SMALLEST_SIDE = 1e-3  # of the picture: one step of the completion's 0-1000 grid
 EDGE = 1e-6  # how far float32 rounding may carry a coordinate out of 0-1
@@ -95,21 +95,18 @@ class Audit:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-def _check_size(row: dict[str, Any], facts: dict[str, Any]) -> tuple[Faults, tuple[int, int], bool]:
-    """Faults of width and height: ([(fault, found)], size as shown, whether the boxes follow the stored picture)."""
+def _check_size(row: dict[str, Any], facts: dict[str, Any]) -> tuple[Faults, tuple[int, int], int]:
+    """Faults of width and height: ([(fault, found)], size as shown, the EXIF orientation by which boxes must turn)."""
     stored, orientation = tuple(facts["stored"]), facts["orientation"]
-    shown = Head(stored, orientation).shown
-    declared = (row["width"], row["height"])
-    says = f"orientation {orientation}, stored {stored[0]}x{stored[1]}, row says {declared[0]}x{declared[1]}"
-    faults = []
-    if orientation in range(2, 9):
-        if shown == stored or declared not in (shown, stored):
-            faults.append(("exif-undecided", says))
-        else:
-            faults.append(("exif-as-shown" if declared == shown else "exif-as-stored", says))
+    shown, declared, faults = Head(stored, orientation).shown, (row["width"], row["height"]), []
+    fault = "exif-as-shown" if declared == shown else "exif-as-stored" if declared == stored else "exif-undecided"
+    if orientation > 1:
+        fault = fault if shown != stored else "exif-undecided"
+        faults.append((fault, f"orientation {orientation}, stored {stored[0]}x{stored[1]}, row says "
+                              f"{declared[0]}x{declared[1]}"))
     if declared not in (shown, stored):
         faults.append(("wrong-size", f"row says {declared[0]}x{declared[1]}, the picture is {shown[0]}x{shown[1]}"))
-    return faults, shown, any(name == "exif-as-stored" for name, _ in faults)
+    return faults, shown, orientation if fault == "exif-as-stored" else 1
 
 
 def _check_box(box: list[float]) -> tuple[Faults, list[float] | None]:
@@ -133,7 +130,7 @@ def _check_box(box: list[float]) -> tuple[Faults, list[float] | None]:
 def _check_objects(objects: dict[str, list], turn: int, categories: tuple[str, ...]) -> tuple[Faults, dict[str, list]]:
     """Faults of a row's boxes and categories, and the `objects` that remain; `turn` is an EXIF orientation or 1."""
     faults, kept = [], []
-    boxes, ids, names = objects["bbox"] or [], objects["category_id"] or [], objects["category_name"] or []
+    boxes, ids, names = (objects.get(key) or [] for key in ("bbox", "category_id", "category_name"))
     if not len(boxes) == len(ids) == len(names):
         faults.append(("not-a-box", f"{len(boxes)} boxes, {len(ids)} category_id, {len(names)} category_name"))
     for box, number, name in zip(boxes, ids, names, strict=False):
@@ -166,9 +163,8 @@ def check_row(
         return [("unreadable-picture", facts["error"])], None
     if max(facts["stored"]) > MOST_ASPECT * min(facts["stored"]):
         return [("too-thin-picture", f"{facts['stored'][0]}x{facts['stored'][1]} px")], None
-    faults, (width, height), stored = _check_size(row, facts)
-    objects = row["objects"] or {"bbox": [], "category_id": [], "category_name": []}
-    box_faults, objects = _check_objects(objects, facts["orientation"] if stored else 1, categories)
+    faults, (width, height), turn = _check_size(row, facts)
+    box_faults, objects = _check_objects(row["objects"] or {}, turn, categories)
     if any(fault == "no-box-left" for fault, _ in box_faults):
         return faults + box_faults, None
     return faults + box_faults, {"width": width, "height": height, "objects": objects}
@@ -252,8 +248,7 @@ def audit(raw: datasets.DatasetDict) -> Audit:
     Pictures are decoded once; `datasets` caches what was found. Nothing is changed here.
     """
     result, seen, statistics = Audit(), [], {}
-    objects = [entry or {} for split in raw.values() for entry in split["objects"]]
-    categories = categories_of(name for entry in objects for name in entry.get("category_name") or [])
+    categories = categories_in(raw.values())
     for name in sorted(raw, key=("val", "selection", "train").index):  # what val has, the others may not have
         rows, facts = raw[name].remove_columns("image").to_list(), _picture_facts(raw[name], name)
         sound = _check_rows(result, name, rows, facts, categories)

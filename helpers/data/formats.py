@@ -26,7 +26,7 @@ import yaml
 from helpers.data.frames import ANY, around, left_out, numbers_of, to_unit
 from helpers.data.matching import Found, Pictures
 from helpers.data.pictures import completed, escaped, head
-from helpers.data.schema import DataError, read_text, read_yaml
+from helpers.data.schema import DataError, read_text, read_yaml, refusing
 from helpers.data.splits import split_name, split_of
 from helpers.messages import parse_text
 
@@ -36,19 +36,25 @@ from helpers.messages import parse_text
 def read(kind: str, pictures: Pictures, files: dict[Path, Any], **options: Any) -> list[Found]:
     """The annotated pictures of `files`, which `annotated` gave for this key of `FORMATS`, with boxes as `settled`."""
     found: list[Found] = []
-    if kind == "YOLO":
-        found += read_yolo(pictures, files)
-    for file, content in files.items() if kind != "YOLO" else ():
-        for one in FORMATS[kind].read(file, content):
-            one.file, one.split = file, one.split or split_of(file.parent if one.stem else file, pictures.root)
-            found.append(one)
-    ends = []
+    for file, content in files.items():
+        before = len(found)
+        try:
+            for one in FORMATS[kind].read(file, content):
+                one.file, one.split = file, one.split or split_of(file.parent if one.alone else file, pictures.root)
+                found.append(one)
+        except Exception as error:  # what a broken entry raises depends on where it is broken
+            raise DataError(f"{file}: entry {len(found) - before + 1} cannot be read ({type(error).__name__}: "
+                            f"{' '.join(str(error).split())}); expected {kind}: {FORMATS[kind].mark}") from error
     for one, path in zip(found, pictures.find(found), strict=True):
-        one.path, one.image_id, one.content = path, one.image_id or path.stem, completed(path)
-        ends += [path.name] if one.content else []
-        if str(path) != escaped(str(path)) and path.is_file():
-            one.content = one.content or path.read_bytes()
-        one.head = head({"path": path, "bytes": one.content})
+        one.path = path
+    found = with_silent(found, pictures) if kind == "YOLO" else found
+    ends = []
+    for one in found:
+        one.image_id, one.content = one.image_id or one.path.stem, completed(one.path)
+        ends += [one.path.name] if one.content else []
+        if str(one.path) != escaped(str(one.path)) and one.path.is_file():
+            one.content = one.content or one.path.read_bytes()
+        one.head = head({"path": one.path, "bytes": one.content})
     if ends:
         print(f"data: {len(ends)} JPEG files lack a little of their end, which stays grey, such as {escaped(ends[0])}")
     return settled(found, str(pictures.root), **options)
@@ -63,23 +69,18 @@ def settled(found: list[Found], where: str, box_format: str | None = None, unlab
         left_out(silent, len(found), where, "are listed without a box, which may mean no table or not labelled yet; "
                  "give unlabelled='negative' or 'skip'")
     found = [one for one in found if one.boxes is not None or unlabelled == "negative"]
-    reasons = {one: why for one in found if (why := _unreadable(one))}
-    left_out([f"{one.image_id} ({one.file.name}: {why})" for one, why in reasons.items()], len(found), where,
-             "have boxes that cannot be read")
-    found = [one for one in found if one not in reasons]
+    bad = {one: [box for box in one.boxes or [] if numbers_of(box) is None] for one in found}
+    for one in found:
+        if len(one.boxes or []) != len(one.names):
+            bad[one] = [f"{len(one.boxes or [])} boxes and {len(one.names)} names of classes"]
+    left_out([f"{one.image_id} ({one.file.name}: {str(boxes[0])[:120] or 'an empty text'})"
+              for one, boxes in bad.items() if boxes], len(found), where, "have boxes that cannot be read")
+    found = [one for one in found if not bad[one]]
     for kind in dict.fromkeys(one.kind for one in found):
         own = [one for one in found if one.kind == kind]
         for one, boxes in zip(own, to_unit(own, kind, box_format, where), strict=True):
             one.boxes = boxes
     return _once([one for one in found if one.boxes is not None], where)
-
-
-def _unreadable(one: Found) -> str:
-    """Why the boxes of a picture cannot be read, or ""."""
-    boxes = one.boxes or []
-    if len(boxes) != len(one.names):
-        return f"{len(boxes)} boxes and {len(one.names)} names of classes"
-    return next((str(box)[:120] or "an empty text" for box in boxes if numbers_of(box) is None), "")
 
 
 def _once(found: list[Found], where: str) -> list[Found]:
@@ -117,6 +118,8 @@ def same_pictures(some: list[Found], others: list[Found]) -> bool:
 
 # --- what a file holds ------------------------------------------------------------------------------------------------
 
+SIGNS = ('"bbox', '"objects"', '"annotations"', '"shapes"', '"regions"', "<annotation")  # of annotations
+
 
 def annotated(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[str]]:
     """{key of `FORMATS`: {file: what it holds}} of the annotation files among `files`, and what the others hold.
@@ -127,74 +130,48 @@ def annotated(files: Iterable[Path]) -> tuple[dict[str, dict[Path, Any]], list[s
         ".json": _json, ".jsonl": _json, ".ndjson": _json, ".xml": _xml, ".csv": _table, ".parquet": _parquet}
     known: dict[str, dict[Path, Any]] = {}
     others = []
-    for file in files:
-        if parse := parsers.get(file.suffix.lower()):
-            held = parse(file)
+    for file in (file for file in files if file.suffix.lower() in parsers):
+        try:
+            held = parsers[file.suffix.lower()](file)
+            first = [one for one in held[:9] if isinstance(one, dict)] if isinstance(held, list) else [held]
             name = next((name for name, one in FORMATS.items()
-                         if isinstance(held, one.holds) and any(map(one.fits, _first(held)))), "")  # fmt: skip
-            if name:
-                known.setdefault(name, {})[file] = held
-            else:
-                others.append(f"{file.name} ({_described(held)})")
+                         if isinstance(held, one.holds) and any(map(one.fits, first))), "")  # fmt: skip
+        except Exception as error:  # each reader has its own kinds
+            if file.suffix.lower() == ".parquet" or any(sign.encode() in file.read_bytes() for sign in SIGNS):
+                raise DataError(f"{file}: not whole or not valid ({error}); expected an annotation file") from error
+            others.append(f"{file.name} ({error})")
+            continue
+        if name:
+            known.setdefault(name, {})[file] = held
+        else:
+            said = [one.tag if isinstance(one, ElementTree.Element) else f"has {list(one)[:8]}"
+                    for one in first if isinstance(one, dict | ElementTree.Element | pd.DataFrame)]
+            others.append(f"{file.name} ({said[0] if said else f'a {type(held).__name__}'})")
     return known, others
 
 
-def _described(held: Any) -> str:
-    """In a few words what a file holds that is no annotation."""
-    if isinstance(held, ElementTree.Element):
-        return f"<{held.tag}>"
-    if isinstance(held, pd.DataFrame):
-        return f"{len(held)} lines with the columns {list(held)[:8]}"
-    keys = next((list(one) for one in _first(held) if isinstance(one, dict)), None)
-    return f"has {keys[:8]}" if keys else held if isinstance(held, Broken) else f"a {type(held).__name__}"
-
-
-def _first(held: Any) -> list[Any]:
-    """The first dicts of a list; anything else alone."""
-    return [one for one in held[:9] if isinstance(one, dict)] if isinstance(held, list) else [held]
-
-
-class Broken(str):
-    """Why a file cannot be read that shows no sign of annotations."""
-
-
 def _json(file: Path) -> Any:
-    text, where = read_text(file), str(file)
-    try:
-        if file.suffix.lower() == ".json":
-            return json.loads(text)
-        found = []
-        for number, line in enumerate(text.split("\n"), 1):
-            where = f"{file} line {number}"
-            found += [json.loads(line)] if line.strip() else []
-        return found
-    except (json.JSONDecodeError, RecursionError) as error:
-        if any(word in text for word in ('"bbox', '"objects"', '"annotations"', '"shapes"', '"regions"')):
-            raise DataError(f"{where}: not valid JSON ({error}); expected a whole file") from None
-        return Broken("not valid JSON")
+    """What a JSON file holds, or the list of what each line of one with lines holds."""
+    text = read_text(file)
+    if file.suffix.lower() == ".json":
+        return json.loads(text)
+    lines = [line for line in text.split("\n") if line.strip()]
+    return json.loads("[" + ",\n".join(lines) + "]")  # at once, so that an error says which line
 
 
 def _xml(file: Path) -> Any:
     found = file.read_bytes()
     try:
-        try:
-            return ElementTree.fromstring(found)
-        except ElementTree.ParseError:
-            if found.isascii() or b"encoding=" in found[:100]:
-                raise
-            return ElementTree.fromstring(found.decode("gb18030", "replace"))  # written on a Chinese Windows
-    except ElementTree.ParseError as error:
-        if b"<annotation" in found:
-            raise DataError(f"{file}: not valid XML ({error}); expected a whole annotation file") from None
-        return Broken("not valid XML")
+        return ElementTree.fromstring(found)
+    except ElementTree.ParseError:
+        if found.isascii() or b"encoding=" in found[:100]:
+            raise
+        return ElementTree.fromstring(found.decode("gb18030", "replace"))  # written on a Chinese Windows
 
 
 def _table(file: Path) -> Any:
     """A table of text; a list of its lines where it is the metadata of an imagefolder."""
-    try:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python")
-    except Exception as error:  # pandas and csv raise many kinds
-        return Broken(f"no table ({type(error).__name__})")
+    table = pd.read_csv(file, dtype=str, keep_default_na=False, sep=None, engine="python")
     if not table.empty and {"file_name", "objects"} <= set(table.columns):
         return [{key: _value(value) for key, value in line.items()} for line in table.to_dict("records")]
     return table
@@ -210,11 +187,8 @@ def _value(text: str) -> Any:
 
 def _parquet(file: Path) -> Any:
     """The schema of a table; a list of its lines where it is the metadata of an imagefolder."""
-    try:
-        schema = pyarrow.parquet.read_schema(file)
-        return pyarrow.parquet.read_table(file).to_pylist() if "file_name" in schema.names else schema
-    except Exception as error:
-        raise DataError(f"{file}: not a whole Parquet file ({error}); expected one as the Hub serves it") from error
+    schema = pyarrow.parquet.read_schema(file)
+    return pyarrow.parquet.read_table(file).to_pylist() if "file_name" in schema.names else schema
 
 
 # --- metadata of an imagefolder, and tables ---------------------------------------------------------------------------
@@ -226,28 +200,22 @@ _NAME_FIELDS = ("category_name", "category_names", "categories", "category", "la
 
 def read_metadata(file: Path, lines: list[Any]) -> Iterator[Found]:
     """Hugging Face `imagefolder`: metadata.jsonl, .json, .csv or .parquet, one or one in each split's folder."""
-    for number, line in enumerate(lines, 1):
-        where = f"{file} line {number}"
-        if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
-            raise DataError(f"{where}: found {str(line)[:60]}; expected an object {{...}} with file_name and objects")
-        yield of_columns(line["file_name"], line, where)
+    return (of_columns(line["file_name"], line) for line in lines)
 
 
-def of_columns(name: str, line: dict[str, Any], where: str) -> Found:
+def of_columns(name: str, line: dict[str, Any]) -> Found:
     """A row with a column `objects`, or its fields: lists of boxes and names, or a list of one dict a box.
 
     Only a row that also has `meta` is surely one of this project's schema, whose boxes are yxyx.
     """
     objects = line.get("objects", line)
-    if isinstance(objects, list) and all(isinstance(one, dict) for one in objects):
-        keys = dict.fromkeys(key for one in objects for key in one) or ("bbox", "category")
+    if isinstance(objects, list):
+        keys = dict.fromkeys(key for one in objects for key in one.keys()) or ("bbox", "category")
         objects = {key: [one.get(key) for one in objects] for key in keys}
-    if not isinstance(objects, dict):
-        raise DataError(f"{where}: objects is {str(objects)[:60]}; expected a dict")
     boxes = next((objects[key] for key in _BOX_FIELDS if isinstance(objects.get(key), list)), None)
     field = next((key for key in _NAME_FIELDS if isinstance(objects.get(key), list)), None)
     if boxes is None or field is None:
-        raise DataError(f"{where}: objects has {sorted(objects)}; expected the lists bbox and category_name")
+        raise ValueError(f"objects has {sorted(objects)}; expected the lists bbox and category_name")
     kind = "" if field != "category_name" else "yxyx-unit" if "meta" in line else ANY
     return Found(name, boxes, kind, objects[field], _size(line), line.get("image_id"), line.get("meta"))
 
@@ -266,29 +234,23 @@ def _four(one: Any, *keys: str) -> list[Any]:
 
 def read_coco(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """COCO JSON (`images`, `annotations`, `categories`): one file, or one a split; [x, y, width, height] in pixels."""
-    for kind, ids in (("images", ["id"]), ("categories", ["id"]), ("annotations", ["image_id", "category_id"])):
-        for number, item in enumerate(found.get(kind) or []):
-            if not isinstance(item, dict):
-                raise DataError(f"{file}: {kind}[{number}] is {str(item)[:40]!r}; expected an object {{...}}")
-            for key in ids:
-                if not isinstance(item.get(key), (int, str)):
-                    found_id = str(item.get(key))[:40]
-                    raise DataError(f"{file}: {key} of {kind}[{number}] is {found_id!r}; expected a number")
-    names = {str(category["id"]): str(category.get("name")) for category in found.get("categories") or []}
+    def number(item: dict[str, Any], key: str) -> str:
+        if not isinstance(item[key], int | str):
+            raise TypeError(f"{key} is {item[key]!r}")
+        return str(item[key])
+
+    names = {number(category, "id"): str(category["name"]) for category in found.get("categories") or []}
     notes = defaultdict(list)
     for note in found["annotations"]:
-        notes[str(note["image_id"])].append(note)
+        notes[number(note, "image_id")].append(note)
     for picture in found["images"]:
-        if not isinstance(picture.get("file_name"), str):
-            raise DataError(f"{file}: image {picture['id']!r} has no file_name; expected the picture's path")
-        own = notes.pop(str(picture["id"]), [])
-        classes = [str(note["category_id"]) for note in own]
+        own = notes.pop(number(picture, "id"), [])
+        classes = [number(note, "category_id") for note in own]
         yield Found(picture["file_name"], [_coco_box(note) for note in own] or None, "xywh-pixels",
-                    [names.get(number, f"class {number}") for number in classes], _size(picture), meta=picture)
+                    [names.get(one, f"class {one}") for one in classes], _size(picture), meta=picture)
     lost = [note.get("id") for others in notes.values() for note in others]
     if len(lost) * 2 > len(found["annotations"]):
-        raise DataError(f"{file}: {len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has; "
-                        "expected an id of images")  # fmt: skip
+        raise ValueError(f"{len(lost)} annotations, such as {lost[0]}, have an image_id that no picture has")
     if lost:
         print(f"data: {file}: {len(lost)} annotations belong to no picture of images, such as {lost[0]}: not used")
 
@@ -314,15 +276,15 @@ def _coco_box(note: dict[str, Any]) -> Any:
 
 def read_labelme(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     """labelme: a JSON a picture, points in pixels."""
-    shapes = [shape for shape in found["shapes"] if isinstance(shape, dict)]
-    boxes = ["a circle" if shape.get("shape_type") == "circle" else around(shape.get("points")) for shape in shapes]
-    yield Found(str(found["imagePath"]), boxes, "xyxy-pixels", [shape.get("label") for shape in shapes],
-                _size(found, "imageWidth", "imageHeight"), stem=file.stem)
+    shapes = found["shapes"]
+    boxes = ["a circle" if shape.get("shape_type") == "circle" else around(shape["points"]) for shape in shapes]
+    yield Found(found["imagePath"], boxes, "xyxy-pixels", [shape["label"] for shape in shapes],
+                _size(found, "imageWidth", "imageHeight"), alone=True)
 
 
 def _via_entries(found: dict[str, Any]) -> list[dict[str, Any]]:
     entries = found.get("_via_img_metadata", found)
-    return [one for one in entries.values() if isinstance(one, dict)] if isinstance(entries, dict) else []
+    return [one for one in entries.values() if isinstance(one, dict)]
 
 
 def read_via(file: Path, found: dict[str, Any]) -> Iterator[Found]:
@@ -330,40 +292,33 @@ def read_via(file: Path, found: dict[str, Any]) -> Iterator[Found]:
     for entry in _via_entries(found):
         regions = entry.get("regions") or []
         regions = list(regions.values()) if isinstance(regions, dict) else regions
-        named = [list((region.get("region_attributes") or {}).values()) for region in regions]
-        names = [next(iter(first[0]), "") if first and isinstance(first[0], dict) else (first or [""])[0]
-                 for first in named]  # a checkbox is {choice: true}
-        boxes = [_via_box(region.get("shape_attributes") or {}) for region in regions]
-        yield Found(str(entry.get("filename")), boxes or None, "xywh-pixels", names)
-
-
-def _via_box(shape: dict[str, Any]) -> Any:
-    xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
-    if isinstance(xs, list) and isinstance(ys, list) and len(xs) == len(ys):
-        return around(list(zip(xs, ys, strict=True)))
-    return _four(shape)
+        first = [next(iter(region["region_attributes"].values()), "") for region in regions]
+        names = [next(iter(name), "") if isinstance(name, dict) else name for name in first]  # a checkbox is a dict
+        shapes = [region["shape_attributes"] for region in regions]
+        boxes = [around(list(zip(shape["all_points_x"], shape["all_points_y"], strict=True)))
+                 if "all_points_x" in shape else _four(shape) for shape in shapes]
+        yield Found(entry["filename"], boxes or None, "xywh-pixels", names)
 
 
 def read_createml(file: Path, entries: list[Any]) -> Iterator[Found]:
     """CreateML JSON: [centre x, centre y, width, height] in pixels."""
     for entry in entries:
-        notes = [note for note in entry.get("annotations") or [] if isinstance(note, dict)]
-        boxes = [_four(note.get("coordinates") or {}) for note in notes]
-        yield Found(str(entry.get("image")), boxes or None, "cxcywh-pixels", [note.get("label") for note in notes])
+        notes = entry["annotations"]
+        yield Found(entry["image"], [_four(note["coordinates"]) for note in notes] or None, "cxcywh-pixels",
+                    [note["label"] for note in notes])
 
 
 def read_labelstudio(file: Path, tasks: list[Any]) -> Iterator[Found]:
     """Label Studio's JSON: rectangles and polygons in percent of the picture as shown; the first annotation counts."""
     for task in tasks:
-        texts = [value for value in task["data"].values() if isinstance(value, str) and "." in value]
-        name = (texts or [""])[0].split("?d=")[-1]  # local files are served as /data/local-files/?d=path
-        done = [one for one in task["annotations"] if isinstance(one, dict) and not one.get("was_cancelled")]
-        regions = [one for one in (done[0].get("result") or [] if done else []) if isinstance(one.get("value"), dict)]
-        labelled = [(one, labels[0]) for one in regions for key, labels in one["value"].items()
-                    if key.endswith("labels") and labels]  # fmt: skip
+        name = next(value for value in task["data"].values() if isinstance(value, str) and "." in value)
+        done = [one for one in task["annotations"] if not one.get("was_cancelled")]
+        labelled = [(one, labels[0]) for one in (done[0]["result"] if done else [])
+                    for key, labels in one.get("value", {}).items() if key.endswith("labels") and labels]
         size = _size(labelled[0][0], "original_width", "original_height") if labelled else ()
         boxes = [_labelstudio_box(one) for one, _ in labelled] if done else None
-        yield Found(name, boxes, "xywh-percent", [label for _, label in labelled], size)
+        yield Found(name.split("?d=")[-1], boxes, "xywh-percent",  # local files are served as /data/local-files/?d=path
+                    [label for _, label in labelled], size)
 
 
 def _labelstudio_box(region: dict[str, Any]) -> Any:
@@ -421,8 +376,8 @@ _LOC = re.compile(r"([^<>]*)<loc_(\d+)><loc_(\d+)><loc_(\d+)><loc_(\d+)>")  # Fl
 
 def _chat_image(item: dict[str, Any]) -> str:
     """The name of the picture of a chat, or ""."""
-    turns = [turn for turn in item.get("messages") or [] if isinstance(turn, dict)]
-    parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+    contents = [turn.get("content") for turn in item.get("messages") or []]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
     for found in (item.get("image"), item.get("images"), *(part.get("image") for part in parts)):
         found = found[0] if isinstance(found, list) and len(found) == 1 else found
         found = found.get("path") if isinstance(found, dict) else found
@@ -433,11 +388,10 @@ def _chat_image(item: dict[str, Any]) -> str:
 
 def read_chats(file: Path, items: list[Any]) -> Iterator[Found]:
     """Lines to fine-tune a model on, as LLaVA, Qwen, ms-swift and Florence-2 take them: boxes in the completion."""
-    for number, item in enumerate(items, 1):
-        name = _chat_image(item) if isinstance(item, dict) else ""
+    for item in items:
+        name, objects = _chat_image(item), item.get("objects")
         if not name:
-            raise DataError(f"{file}: entry {number} names no picture, or several; expected one each")
-        objects = item.get("objects")
+            raise ValueError("it names no picture, or several; expected one")
         if isinstance(objects, dict) and isinstance(objects.get("bbox"), list):  # ms-swift
             names = objects.get("ref") or [""]
             kind = {"norm1": "xyxy-unit", "real": "xyxy-pixels"}.get(objects.get("bbox_type", ""), "xyxy")
@@ -450,7 +404,7 @@ def _completion(item: dict[str, Any]) -> str:
     """What the model shall write."""
     turns = item.get("conversations") or item.get("messages") or [{"role": "assistant", "content": item.get("suffix")}]
     texts = []
-    for turn in (turn for turn in turns if isinstance(turn, dict)):
+    for turn in turns:
         if turn.get("from", turn.get("role")) in ("gpt", "assistant"):
             said = turn.get("value", turn.get("content"))
             texts += [part.get("text") for part in said] if isinstance(said, list) else [said]
@@ -485,7 +439,7 @@ def read_voc(file: Path, found: ElementTree.Element) -> Iterator[Found]:
     things = list(found.iter("object"))
     size = [found.findtext(f"size/{side}") for side in ("width", "height")]
     yield Found(found.findtext("filename") or file.stem, [_voc_box(thing) for thing in things], "xyxy-pixels",
-                [thing.findtext("name") or "" for thing in things], size, stem=file.stem)
+                [thing.findtext("name") or "" for thing in things], size, alone=True)
 
 
 def _voc_box(thing: ElementTree.Element) -> Any:
@@ -498,11 +452,11 @@ def _voc_box(thing: ElementTree.Element) -> Any:
 def read_cvat(file: Path, found: ElementTree.Element) -> Iterator[Found]:
     """CVAT for images 1.1: one XML, corners or points in pixels of the picture as shown."""
     if found.find("track") is not None:
-        raise DataError(f"{file}: has tracks of a video; expected an export as CVAT for images, or COCO, with frames")
+        raise ValueError("it has tracks of a video; export it as CVAT for images, or COCO, with frames")
     for image in found.iter("image"):
         shapes = [shape for shape in image if shape.get("label")]
         split = split_name(image.get("subset") or "")
-        yield Found(image.get("name") or "", [_cvat_box(shape) for shape in shapes] or None, "xyxy-pixels",
+        yield Found(image.attrib["name"], [_cvat_box(shape) for shape in shapes] or None, "xyxy-pixels",
                     [shape.get("label") for shape in shapes], _size(image),
                     split=split if split in ("train", "val", "test") else "")
 
@@ -523,11 +477,22 @@ def _cvat_box(shape: ElementTree.Element) -> Any:
 _SIDES = ("images", "labels", "labeltxt", "jpegimages", "annotations")  # folders that labels and pictures differ by
 
 
-def yolo_names(files: list[Path]) -> Path | None:
-    """The file that names YOLO's classes: a YAML file with `names`, or a list of names."""
-    yamls = [path for path in files if "names" in (read_yaml(path) or {})]
-    lists = [path for path in files if path.suffix == ".names" or path.name in ("classes.txt", "_darknet.labels")]
-    return min(yamls or lists, key=lambda path: len(path.parts), default=None)
+def yolo_labels(pictures: Pictures) -> dict[Path, tuple]:
+    """The label files, those beside a picture or where its own should lie; none where none has a box.
+
+    Each with its picture's name, the names of the classes (None without a file of them), and whether it has poses.
+    """
+    of_key, labels, root = defaultdict(list), {}, pictures.root
+    for path in pictures.files:
+        of_key[_key(path, root)].append(path)
+    places = {path.parent for path in pictures.files}
+    names, poses = _class_names(pictures.all)
+    for label in (path for path in pictures.all if path.suffix.lower() == ".txt" and path.name != "classes.txt"):
+        folders = {part.lower() for part in label.relative_to(root).parts[:-1]}
+        own = of_key.get(_key(label, root), [])
+        if own or folders & {"labels", "labeltxt"} or (label.parent in places and _has_box(label)):
+            labels[label] = str(own[0] if len(own) == 1 else Path(*_key(label, root))), names, poses
+    return labels if names is not None or any(map(_has_box, labels)) else {}
 
 
 def _key(path: Path, root: Path) -> tuple[str, ...]:
@@ -536,18 +501,19 @@ def _key(path: Path, root: Path) -> tuple[str, ...]:
     return tuple(part for part in parts if part.lower() not in _SIDES)
 
 
-def yolo_labels(pictures: Pictures) -> dict[Path, list[Path]]:
-    """The label files, each with the pictures that lie where its own should; none where none has a box."""
-    of_key, labels = defaultdict(list), {}
-    for path in pictures.files:
-        of_key[_key(path, pictures.root)].append(path)
-    places = {path.parent for path in pictures.files}
-    for label in (path for path in pictures.all if path.suffix.lower() == ".txt" and path.name != "classes.txt"):
-        folders = {part.lower() for part in label.relative_to(pictures.root).parts[:-1]}
-        own = of_key.get(_key(label, pictures.root), [])
-        if own or folders & {"labels", "labeltxt"} or (label.parent in places and _has_box(label)):
-            labels[label] = own
-    return labels if any(map(_has_box, labels)) or yolo_names(pictures.all) else {}
+def _class_names(files: list[Path]) -> tuple[dict[int, str] | None, bool]:
+    """{number: name} of the classes by a YAML file with `names`, else by a list of names; whether there are poses."""
+    configs = {path: config for path in files if "names" in (config := read_yaml(path))}
+    lists = [path for path in files if path.suffix == ".names" or path.name in ("classes.txt", "_darknet.labels")]
+    file = min(configs or lists, key=lambda path: len(path.parts), default=None)
+    if file is None:
+        return None, False
+    config = configs.get(file) or {"names": read_text(file).splitlines()}
+    names = config["names"].split(",") if isinstance(config["names"], str) else config["names"]
+    with refusing(file, "names: a list of class names, or a map from number to name"):
+        named = names.items() if isinstance(names, dict) else enumerate(names)
+        names = {int(number): str(name).strip() for number, name in named}
+    return names, "kpt_shape" in config
 
 
 def _has_box(label: Path) -> bool:
@@ -564,50 +530,12 @@ def _is_number(word: str) -> bool:
     return numbers_of([word, 0, 0, 0]) is not None
 
 
-def read_yolo(pictures: Pictures, labels: dict[Path, list[Path]]) -> Iterator[Found]:
+def read_yolo(label: Path, known: tuple) -> Iterator[Found]:
     """YOLO: images/ and labels/ (or .txt beside the picture), `class cx cy w h` in 0-1; data.yaml or a list of names.
 
     Also polygons and oriented boxes (the box around them), a confidence after the box, and DOTA's labelTxt in pixels.
-    A picture without a label file, beside others with one, has no box. `labels`: of `yolo_labels`.
     """
-    file, root = yolo_names(pictures.all), pictures.root
-    config = (read_yaml(file) if file else None) or {}
-    names = _class_names(file, config) if file else None
-    found = []
-    for label, own in labels.items():
-        boxes, classes, kind = _yolo_boxes(label, names, "kpt_shape" in config)
-        name = str(own[0] if len(own) == 1 else Path(*_key(label, root)))
-        found.append(Found(name, boxes, kind, classes, split=split_of(label.parent, root), file=label))
-    for one, path in zip(found, pictures.find(found), strict=True):
-        one.name, one.path, one.split = str(path), path, ""  # the picture's place says it
-    labelled = {one.path for one in found}
-    places = {path.parent for path in labelled}
-    near = (path for path in pictures.files if path.parent in places or "images" in path.relative_to(root).parts)
-    silent = sorted(set(near) - labelled)
-    known = len(silent) <= len(found) and all(path.exists() for path in labelled) and all(
-        path.parent in places for path in silent)  # else not labelled yet, or the names were changed
-    if silent and known:
-        print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as "
-              f"{escaped(silent[0].name)}: read as pictures without a table")  # fmt: skip
-    found += [Found(str(path), [] if known else None, "cxcywh-unit", [], file=root / "labels", path=path)
-              for path in silent]  # fmt: skip
-    yield from sorted(found, key=lambda one: one.path)
-
-
-def _class_names(file: Path, config: dict[str, Any]) -> dict[int, str]:
-    """{number: name} of the classes."""
-    names: Any = config.get("names") if config else [line.strip() for line in read_text(file).splitlines()]
-    names = names.split(",") if isinstance(names, str) else names
-    try:
-        named = enumerate(names) if isinstance(names, list) else names.items()
-        return {int(number): str(name).strip() for number, name in named}
-    except (AttributeError, ValueError, TypeError):
-        raise DataError(f"{file}: names is {names!r}; expected a list of class names, or a map from number to name"
-                        ) from None  # fmt: skip
-
-
-def _yolo_boxes(label: Path, names: dict[int, str] | None, poses: bool) -> tuple[list[Any], list[str], str]:
-    """The boxes of a label file, their classes, and their kind."""
+    picture, names, poses = known
     boxes: list[Any] = []
     classes, kind = [], "cxcywh-unit"
     for number, words in enumerate(_lines(label), 1):
@@ -620,14 +548,30 @@ def _yolo_boxes(label: Path, names: dict[int, str] | None, poses: bool) -> tuple
         elif len(words) > 4 and all(map(_is_number, words)):
             name = names.get(int(float(words[0])), "") if names else f"class {words[0]}"
             if not name:
-                box = f"line {number} is of class {words[0]}, which is not among {list((names or {}).values())}"
+                box = f"line {number} is of class {words[0]}, which is not among {list(names.values())}"
             elif len(words) < 7 or poses:
                 box = words[1:5]
             elif len(words) % 2:
                 box = around(words[1:])
         boxes.append(box)
         classes.append(name)
-    return boxes, classes, kind
+    yield Found(picture, boxes, kind, classes, alone=True)
+
+
+def with_silent(found: list[Found], pictures: Pictures) -> list[Found]:
+    """What YOLO's labels say, and the pictures without a label file: beside others with one, these have no box."""
+    labelled = {one.path for one in found}
+    places = {path.parent for path in labelled}
+    near = (path for path in pictures.files
+            if path.parent in places or "images" in path.relative_to(pictures.root).parts)
+    silent = sorted(set(near) - labelled)
+    known = len(silent) <= len(found) and all(path.exists() for path in labelled) and all(
+        path.parent in places for path in silent)  # else not labelled yet, or the names were changed
+    if silent and known:
+        print(f"data: {len(silent)} pictures have no label file beside labelled ones, such as "
+              f"{escaped(silent[0].name)}: read as pictures without a table")  # fmt: skip
+    found = found + [Found(str(path), [] if known else None, "cxcywh-unit", [], path=path) for path in silent]
+    return sorted(found, key=lambda one: one.path)
 
 
 class Format(NamedTuple):
@@ -649,7 +593,7 @@ FORMATS = {
     "metadata": Format("metadata.jsonl, .json, .csv or .parquet of a Hugging Face imagefolder", list, lambda one:
                        "file_name" in one and ("objects" in one or "bbox" in one), read_metadata),
     "CVAT": Format("*.xml of CVAT for images", ElementTree.Element, lambda one: one.tag == "annotations", read_cvat),
-    "Label Studio": Format("its JSON", list, lambda one:
+    "Label Studio": Format("the JSON of Label Studio", list, lambda one:
                            isinstance(one.get("data"), dict) and "annotations" in one, read_labelstudio),
     "labelme": Format("a .json a picture", dict, lambda one:
                       isinstance(one.get("shapes"), list) and "imagePath" in one, read_labelme),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -13,7 +14,7 @@ from urllib.parse import unquote
 
 from helpers.boxes import CATEGORIES
 from helpers.data.pictures import ENDINGS, Head, escaped, files_below
-from helpers.data.schema import FEATURES, DataError, objects_of
+from helpers.data.schema import FEATURES, DataError, objects_of, refusing
 from helpers.data.splits import split_of
 
 TOOLS = ("runs", "wandb", "mlruns", "lightning_logs", "checkpoints")  # folders of training programs
@@ -32,26 +33,25 @@ class Found:
     image_id: Any = None
     meta: Any = None
     split: str = ""  # where the file itself says it
-    stem: str = ""  # the file's own name where it belongs to this picture alone
+    alone: bool = False  # whether the file is of this picture alone
     file: Path = Path()  # paths may start at its folder
     path: Path = Path()  # of the picture
     content: bytes | None = None  # the picture, where it is not read from `path`
     head: Head | None = None  # None: the picture cannot be read
 
     def __post_init__(self) -> None:
-        try:
-            width, height = (int(float(value or 0)) for value in (*self.size, None, None)[:2])
-            if not 0 <= min(width, height) <= max(width, height) <= 10**6:
-                raise ValueError("no picture is as large")
-        except (TypeError, ValueError, OverflowError):
-            raise DataError(f"{self.name}: width and height are {self.size!r}; expected whole numbers of pixels"
-                            ) from None  # fmt: skip
-        self.size = (width, height)
+        if not isinstance(self.name, str):
+            raise TypeError(f"its picture is {self.name!r}")
+        self.size = tuple(int(float(side or 0)) for side in (*self.size, 0, 0)[:2])
+        if not 0 <= min(self.size) <= max(self.size) <= 10**6:
+            raise ValueError(f"width and height are {self.size}")
 
     def row(self) -> dict[str, Any]:
         """The row of the schema; `boxes` are [y0, x0, y1, x1] in 0-1 by now."""
         width, height = self.head.shown if self.head else self.size
         meta, path = self.meta if isinstance(self.meta, dict) else {}, str(self.path)
+        names = [CATEGORIES[name] if type(name) is int and 0 <= name < len(CATEGORIES) else str(name)
+                 for name in self.names]
         by_path = self.content is None and path == escaped(path)  # Arrow stores UTF-8 alone
         return {
             "image_id": escaped(str(self.image_id)),
@@ -59,12 +59,8 @@ class Found:
             "width": width,
             "height": height,
             "meta": {key: "" if meta.get(key) is None else str(meta[key]) for key in FEATURES["meta"]},
-            "objects": objects_of(self.boxes or [], [escaped(_named(name)) for name in self.names]),
+            "objects": objects_of(self.boxes or [], [escaped(name) for name in names]),
         }
-
-
-def _named(name: Any) -> str:
-    return CATEGORIES[name] if type(name) is int and 0 <= name < len(CATEGORIES) else str(name)
 
 
 def _plain(name: str) -> str:
@@ -116,8 +112,8 @@ class Pictures:
             path, rule = paths[number], ""
             if path is None:
                 path, rule = self._search_one(one, one.name, taken)
-            if one.stem and _stem(one.name) != one.stem:
-                own, _ = self._search_one(one, one.stem, taken)
+            if one.alone and _stem(re.split(r"[/\\]", one.name)[-1]) != one.file.stem:
+                own, _ = self._search_one(one, one.file.stem, taken)
                 if own and path and own != path:
                     raise DataError(f"{one.file} names the picture {one.name!r}, which is {path}, but beside it lies "
                                     f"{own}; expected one picture: correct the name in the file")
@@ -130,14 +126,11 @@ class Pictures:
         return paths  # type: ignore[return-value]  # none is None any more
 
     def _exact(self, one: Found) -> Path | None:
-        try:
+        with refusing(f"{one.file}: the picture path {one.name[:60]!r}", "the path of a file"):
             for base in (one.file.parent, self.root):
                 path = Path(os.path.normpath(base / one.name.replace("\\", "/")))
                 if self._inside(path) and path.is_file():  # the first raises for a zero byte, the second does not
                     return path
-        except (OSError, ValueError) as error:  # too long, or with a zero byte
-            reason = f"the picture path {one.name[:60]!r} cannot be one ({error})"
-            raise DataError(f"{one.file}: {reason}; expected the path of a file") from None
         return None
 
     def _search_one(self, one: Found, name: str, taken: Collection[Path]) -> tuple[Path | None, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def categories_of(names: Iterable[str]) -> tuple[str, ...]:
     return CATEGORIES if own <= set(CATEGORIES) else tuple(sorted(own))
 
 
+def categories_in(splits: Iterable[datasets.Dataset]) -> tuple[str, ...]:
+    """The categories of the data set whose splits these are."""
+    objects = [entry or {} for split in splits for entry in split["objects"]]
+    return categories_of(name for entry in objects for name in entry.get("category_name") or [])
+
+
 def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
     """The `objects` of a row from boxes [y0, x0, y1, x1] in 0-1 and names; an unknown name has the id -1.
 
@@ -96,23 +103,29 @@ def objects_of(boxes: list[list[float]], names: list[str]) -> dict[str, list]:
     return {"bbox": boxes, "category_id": ids, "category_name": names}
 
 
+@contextmanager
+def refusing(where: Any, expected: str) -> Iterator[None]:
+    """What goes wrong inside becomes a `DataError`: `where` it was, what happened, what was `expected`."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # each reader and library has its own kinds
+        happened = " ".join(str(error.__cause__ or error).split())[:300]
+        raise DataError(f"{where} cannot be read ({type(error).__name__}: {happened}); expected {expected}") from error
+
+
 def read_text(file: Path) -> str:
     """The text of an annotation file, UTF-8, or UTF-16 with the mark that Windows puts first."""
-    try:
+    with refusing(file, "UTF-8 text"):
         found = file.read_bytes()
         return found.decode("utf-16" if found[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); expected UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); expected a text file") from None
 
 
-def read_yaml(file: Path) -> dict[str, Any] | None:
-    """What a YAML file holds; None for other files and for settings of another program."""
-    try:
-        found = yaml.safe_load(read_text(file)) if file.suffix in (".yaml", ".yml") else None
-    except yaml.YAMLError as error:
-        if "names:" in read_text(file):
-            raise DataError(f"{file}: not valid YAML ({' '.join(str(error).split())}); expected names: [...]") from None
-        return None
-    return found if isinstance(found, dict) else None
+def read_yaml(file: Path) -> dict[str, Any]:
+    """What a YAML file holds; nothing for other files and for settings of another program."""
+    text = read_text(file) if file.suffix in (".yaml", ".yml") else ""
+    with refusing(file, "names: [...]") if "names:" in text else suppress(yaml.YAMLError):
+        found = yaml.safe_load(text)
+        return found if isinstance(found, dict) else {}
+    return {}

@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.compute
-import pyarrow.parquet
 from datasets.fingerprint import Hasher
 
 from helpers.data import formats
 from helpers.data.formats import FORMATS
 from helpers.data.matching import Found, Pictures
 from helpers.data.pictures import ENDINGS, escaped, files_below, head
-from helpers.data.schema import FEATURES, DataError, fingerprint, with_columns
+from helpers.data.schema import FEATURES, DataError, fingerprint, refusing, with_columns
 from helpers.data.splits import by_place, split_name, split_of
 
 HUB_ID = "openfoodfacts/nutrition-table-detection"
@@ -34,15 +33,10 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **opt
     """A data set of the Hub with pictures and boxes. Offline, gated or missing: a `DataError` that says what to do."""
     revision = revision or (HUB_REVISION if dataset_id == HUB_ID else None)
     name = f"{dataset_id} at revision {revision or 'main'}"
-    try:
+    expected = ("an existing local path, or a Hub id with access to the Hub (a gated one needs a token: HF_TOKEN or "
+                "`hf auth login`); offline (HF_HUB_OFFLINE), bring its Parquet files and give their folder")
+    with refusing(f"the data set {name}", expected):
         found = datasets.load_dataset(dataset_id, revision=revision, cache_dir=cache_dir)
-    except Exception as error:  # huggingface_hub, datasets, requests and fsspec each have their own
-        offline = "HF_HUB_OFFLINE is set and it is not in the cache" if datasets.config.HF_HUB_OFFLINE else ""
-        raise DataError(
-            f"the data set {name} cannot be loaded ({offline or f'{type(error).__name__}: {_reason(error)}'}); "
-            "expected an existing local path, or a Hub id with access to the Hub (a gated one needs a token: HF_TOKEN "
-            "or `hf auth login`); offline, bring its Parquet files and give their folder as dataset_id"
-        ) from error
     cached = {Path(file["filename"]).parent.name for rows in found.values() for file in rows.cache_files}
     commits = {name for name in cached if _COMMIT.fullmatch(name)}  # datasets names the folder after the commit
     if _COMMIT.fullmatch(revision or "") and commits - {revision}:
@@ -50,31 +44,22 @@ def load_hub(dataset_id: str, revision: str | None, cache_dir: str | None, **opt
     return _to_schema(dict(found), name, None, **options)
 
 
-def _load_tables(kind: str, root: Path, files: list[Path], cache_dir: str | None, **options: Any) -> Splits:
-    """Parquet `files`, or a folder of `save_to_disk`, which is read through the cache: `datasets` would else write its
-    own files into the folder."""
-    by_split: dict[str, list[str]] = {}
-    try:
-        if kind == "Parquet":
-            for file in files:  # what one shard of several lacks, `datasets` would fill with None
-                _check_columns(pyarrow.parquet.read_schema(file).names, file)
-                by_split.setdefault(split_of(file, root), []).append(str(file))
-        else:
+def _load_tables(kind: str, root: Path, files: dict[Path, Any], cache_dir: str | None, **options: Any) -> Splits:
+    """Parquet `files` with their schemas, or a folder of `save_to_disk`, which is read through the cache: `datasets`
+    would else write its own files into the folder."""
+    by_split: dict[str, list[str]] = defaultdict(list)
+    with refusing(root, f"what {kind} writes"):
+        for file, schema in files.items():  # what one shard of several lacks, `datasets` would fill with None
+            _check_columns(schema.names, file)
+            by_split[split_of(file, root)].append(str(file))
+        if kind == "save_to_disk":
             saved = datasets.load_from_disk(str(root))
             for name, rows in saved.items() if isinstance(saved, dict) else [(str(saved.split or ""), saved)]:
                 by_split[name] = [file["filename"] for file in rows.cache_files]
         builder = {"Parquet": "parquet", "save_to_disk": "arrow"}[kind]
         splits = {name: datasets.load_dataset(builder, data_files=own, split="train", cache_dir=cache_dir)
                   for name, own in by_split.items()}  # fmt: skip
-    except DataError:
-        raise
-    except Exception as error:  # pyarrow and datasets raise many kinds
-        raise DataError(f"{root}: cannot be read as {kind} ({_reason(error)})") from error
     return _to_schema(splits, str(root), Pictures(root), **options)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def _check_columns(columns: list[str], where: str | Path) -> None:
@@ -92,12 +77,8 @@ def _to_schema(splits: Splits, where: str, pictures: Pictures | None, **options:
     for name, rows in splits.items():
         _check_columns(rows.column_names, where)
         features = FEATURES if whole else {**rows.features, "image": FEATURES["image"]}
-        try:
+        with refusing(f"{where}, {name or 'its rows'}", f"columns of the types {features}"):
             rows = rows.select_columns(list(features)).cast(datasets.Features(features))
-        except Exception as error:  # pyarrow and datasets raise many kinds
-            found = {name: rows.features[name] for name in features if rows.features[name] != features[name]}
-            raise DataError(f"{where}, {name or 'its rows'}: the columns {found} cannot be read as "
-                            f"{[features[name] for name in found]}") from error
         splits[name] = _only_own_pictures(rows, where, pictures)
     return splits if whole else _from_columns(splits, where, **options)
 
@@ -130,14 +111,15 @@ def _from_columns(splits: Splits, where: str, **options: Any) -> Splits:
     for name, rows in splits.items():
         classes = _class_names(rows.features["objects"]) or []
         for number, line in enumerate(rows.cast_column("image", datasets.Image(decode=False))):
-            one = formats.of_columns(str(number), line, f"{where}, {name} row {number}")
+            with refusing(f"{where}, {name} row {number}", "objects with boxes and names"):
+                one = formats.of_columns(str(number), line)
             one.names = [classes[n] if type(n) is int and 0 <= n < len(classes) else n for n in one.names]
             one.image_id = str(line.get("image_id", f"{name}-{number}"))
             one.split, one.head, one.file, one.path = name, head(line["image"]), Path(where), Path(one.name)
             found.append(one)
-    by_split: dict[str, list[Found]] = {}
+    by_split: dict[str, list[Found]] = defaultdict(list)
     for one in formats.settled(found, where, **options):
-        by_split.setdefault(one.split, []).append(one)
+        by_split[one.split].append(one)
     made = {}
     for name, own in by_split.items():
         rows = [{key: value for key, value in one.row().items() if key != "image"} for one in own]
@@ -173,7 +155,7 @@ def load_local(path: Path, cache_dir: str | None, **options: Any) -> Splits:
     if first in ("Parquet", "save_to_disk"):
         if more:
             raise DataError(f"{path} holds {' and '.join([first, *more])}; expected one: give the file to read")
-        return _load_tables(first, root, list(held[first]), cache_dir, **options)
+        return _load_tables(first, root, held[first], cache_dir, **options)
     found = formats.read(first, pictures, held[first], **options)
     for name in more:
         if not formats.same_pictures(found, formats.read(name, pictures, held[name], **options)):
@@ -204,11 +186,9 @@ def _unpacked(archives: list[Path], cache_dir: str | None) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as half:
             for file in archives:
-                try:
+                with refusing(file, "a whole archive; unpack it and give the folder"):
                     target = Path(half, "all", file.name.split(".")[0])
                     shutil.unpack_archive(file, target, filter=None if file.suffix == ".zip" else "data")
-                except Exception as error:  # zipfile, tarfile and zlib each have their own
-                    raise DataError(f"{file}: cannot be unpacked ({error}); unpack it and give the folder") from error
             shutil.move(Path(half, "all"), folder)
     return folder
 
@@ -237,17 +217,8 @@ def _cached(found: list[Found], cache_dir: str | None) -> datasets.Dataset:
         raise DataError(f"none of the {len(found)} pictures exists, such as {found[0].path}; expected picture files "
                         "there")
     rows = tuple(one.row() for one in found)
-    return datasets.Dataset.from_generator(
-        _rows,
-        features=FEATURES,
-        gen_kwargs={"rows": rows},
-        cache_dir=cache_dir,
-        fingerprint=Hasher.hash(["files", rows, stamps]),
-    )
-
-
-def _rows(rows: tuple[dict[str, Any], ...]) -> Iterator[dict[str, Any]]:
-    yield from rows
+    new = Hasher.hash(["files", rows, stamps])
+    return datasets.Dataset.from_generator(lambda: iter(rows), FEATURES, cache_dir, fingerprint=new)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
 
-from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text, read_yaml
+from helpers.data.schema import SPLIT_NAMES, DataError, empty_split, read_text, read_yaml, refusing
 
 if TYPE_CHECKING:  # they import from here
     from helpers.data.matching import Found, Pictures
@@ -115,19 +115,16 @@ def _statements(file: Path, root: Path) -> Iterator[tuple[str, Path]]:
     other_task = file.parents[1].name == "ImageSets" and file.parent.name != "Main"  # of VOC: Segmentation, Layout
     if file.suffix == ".txt" and split in (*_KNOWN, "trainval") and not other_task:
         yield split, file
-    config = read_yaml(file) or {}
-    if "names" not in config:
-        return
-    for name in ("train", "val", "valid", "test"):
-        entries = config.get(name) or []
-        for entry in [entries] if isinstance(entries, str) else entries if isinstance(entries, list) else [None]:
-            if not isinstance(entry, str):
-                raise DataError(f"{file}: {name} is {str(entries)[:60]!r}; expected a folder, or a list of folders")
-            place = _below(root, file.parent, config.get("path"), entry)
-            if place is None and entry.endswith(".txt"):
-                raise DataError(f"{file}: {name} is {entry!r}, which is not there; expected a list of pictures")
-            if place:
-                yield split_name(name), place
+    config = read_yaml(file)
+    for name in ("train", "val", "valid", "test") if "names" in config else ():
+        with refusing(f"{file}: {name}", "a folder, or a list of folders or of pictures"):
+            entries = config.get(name) or []
+            for entry in [entries] if isinstance(entries, str) else entries:
+                place = _below(root, file.parent, config.get("path"), entry)
+                if place is None and entry.endswith(".txt"):
+                    raise FileNotFoundError(f"{entry!r} is not there")
+                if place:
+                    yield split_name(name), place
 
 
 def _below(root: Path, base: Path, path: Any, entry: str) -> Path | None:
@@ -203,15 +200,12 @@ def groups_of(split: datasets.Dataset) -> pd.Series:
     images = split.select_columns("image").cast_column("image", datasets.Image(decode=False))["image"]
     sizes = [_size(image) for image in images]
     shared = {size for size, count in Counter(sizes).items() if size and count > 1}  # the other files are not read
-    contents = [("content", _hash(image) if size in shared else number)
-                for number, (image, size) in enumerate(zip(images, sizes, strict=True))]  # fmt: skip
-    groups = DisjointSet([*keys, *contents])
-    for key, content in zip(keys, contents, strict=True):
-        groups.merge(key, content)
-    first = {}
-    for key in sorted(set(keys)):
-        first.setdefault(groups[key], key)
-    return pd.Series([first[groups[key]] for key in keys], dtype=object)
+    groups, first = DisjointSet(keys), {}
+    for key, image, size in zip(keys, images, sizes, strict=True):
+        if size in shared:
+            content = hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).digest()
+            groups.merge(key, first.setdefault(content, key))
+    return pd.Series([min(groups.subset(key)) for key in keys], dtype=object)
 
 
 def _size(image: dict[str, Any] | None) -> int:
@@ -219,10 +213,6 @@ def _size(image: dict[str, Any] | None) -> int:
     if not image or (image["bytes"] is None and not Path(image["path"] or "").is_file()):
         return 0
     return len(image["bytes"]) if image["bytes"] is not None else Path(image["path"]).stat().st_size
-
-
-def _hash(image: dict[str, Any]) -> str:
-    return hashlib.sha256(image["bytes"] or Path(image["path"]).read_bytes()).hexdigest()
 
 
 def product_of(image_id: str) -> str:
