@@ -205,7 +205,8 @@ def fuse_lora(tuned: nn.Module) -> int:
         layer.forward, layer.sharing, layer.ready = MethodType(_lora_forward, layer), (layer,), {}
     for parent in list(tuned.modules()):
         for names in SHARING:
-            group = tuple(layer for name in names if (layer := getattr(parent, name, None)) in layers)
+            group = tuple(layer for name in names
+                          if isinstance(layer := getattr(parent, name, None), LoraLayer) and layer in layers)
             if len(group) == len(names) and sum(max(layer.r.values()) for layer in group) <= MOST_RANKS:
                 ready: dict = {}
                 for layer in group:
