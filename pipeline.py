@@ -409,7 +409,7 @@ def sft_config(stage_run, fits):
         num_train_epochs=run.epochs,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=fits.recompute,
-        activation_offloading=run.memory == "low" and torch.cuda.is_available(),  # the rest waits in the host's memory
+        activation_offloading=run.memory == "low" and len(model.gpus()) == 1,  # the rest waits in the host's memory
         max_length=None,  # TRL's default of 1024 would cut image tokens
         **in_every_stage(stage_run),
     )

@@ -105,6 +105,8 @@ def _end_together(rank: int, world: int) -> None:
         sys.__excepthook__(kind, error, trace)
         if issubclass(kind, DistError) or "by peer" in str(error):  # NCCL and the store, gloo
             sys.stderr.write(f"process {rank} of {world} ends, because another one has: its log says why; {again}")
+            sys.stdout.flush()
+            os._exit(1)  # at once: torn down after an error, NCCL's group of processes waits for a minute and more
 
     def count() -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone: `watch` sees that nothing is heard any more

@@ -187,8 +187,9 @@ REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db
 # or merged, and the Hub's download.
 GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22, "r5-reward": 40}
 LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14, "r5-reward": 22}
-# Of that on a single GPU, however many one process spreads the model over: a vision tower that trains lies on one.
-# 25.1 with two H100 (`notebooks/several_gpus_7b.json`), and by the same arithmetic 19 with `memory="low"`.
-ONE_GPU_GIB = {None: {"r2-vision-only": 26, "r3-two-stage": 26}, "low": {"r2-vision-only": 20, "r3-two-stage": 20}}
+# Of that on a single GPU, however many one process spreads the model over: a vision tower that trains lies on one. With
+# two H100 cut to 26 GiB each, r2 ran out in its second step (`notebooks/several_gpus_7b.json`). `memory="low"` changes
+# nothing there: TRL's offloading takes activations back to one GPU, whichever they came from, so it is off.
+ONE_GPU_GIB = {"r2-vision-only": 30, "r3-two-stage": 30}
 DISK_GIB = {"7b": {"base": 18, "r1-llm-only": 40, "r2-vision-only": 50, "r3-two-stage": 70, "r4-joint": 40,
                    "r5-reward": 45}}  # fmt: skip

@@ -236,12 +236,13 @@ def _choose_scale(scale: str, recipe: str, memory: str | None) -> str:
     """
     import torch
 
-    need, least = (recipes.LOW_GPU_GIB if memory == "low" else recipes.GPU_GIB)[recipe], recipes.LOW_GPU_GIB[recipe]
-    needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
-    alone = recipes.ONE_GPU_GIB[memory].get(recipe, 0)
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    spread, alone = len(cards) > 1 and world_size() == 1, recipes.ONE_GPU_GIB.get(recipe, 0)
+    least = (recipes.GPU_GIB if spread else recipes.LOW_GPU_GIB)[recipe]  # nothing is offloaded from several GPUs
+    need = least if memory == "low" else recipes.GPU_GIB[recipe]
+    needs = f"{need} GiB of GPU memory" + (f" ({least} with memory=low)" if least < need else "")
     sizes, old = [card.total_memory / 2**30 for card in cards], [card.name for card in cards if card.major < 8]
-    if len(cards) > 1 and world_size() == 1 and any(stage.reward for stage in RECIPES[recipe]):
+    if spread and any(stage.reward for stage in RECIPES[recipe]):
         raise ParameterError(f"recipe={recipe} trains on one GPU a process, and this one shows {len(cards)}; give "
                              "gpus=0, or start a process a GPU (accelerate launch).")
     room = (min if world_size() > 1 else sum)(sizes or [0])

@@ -260,9 +260,9 @@ def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
     with pytest.raises(ParameterError, match=r"2 GPU\(s\) with 24 GiB for each process \(one .* uses all 48\)"):
         settings._choose_scale("7b", "r2-vision-only", None)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ParameterError, match="24 each, and the one with the vision tower takes 26"):
-        settings._choose_scale("7b", "r2-vision-only", None)
-    assert settings._choose_scale("7b", "r2-vision-only", "low") == "7b"
+    for memory in (None, "low"):
+        with pytest.raises(ParameterError, match="needs 36 .* 24 each, and the one with the vision tower takes 30"):
+            settings._choose_scale("7b", "r2-vision-only", memory)
     monkeypatch.setenv("WORLD_SIZE", "2")
     card.total_memory = 15.7 * 2**30  # what a card of 16 GiB shows
     assert [settings._choose_scale("auto", "r4-joint", memory) for memory in (None, "low")] == ["tiny", "7b"]

@@ -138,7 +138,8 @@ def predict_on_ray(pictures: list[Picture], options: dict[str, Any], size: int, 
     gpus, cpus = (ray.cluster_resources().get(kind, 0) for kind in ("GPU", "CPU"))
     if cpus < 4:  # an actor would leave none for reading and writing, and all would wait for ever
         raise ParameterError(f"the Ray cluster at --ray {address} has {cpus:g} CPUs, and 4 at least are needed.")
-    pool = ray.data.ActorPoolStrategy(min_size=1, max_concurrent_calls_per_actor=2, enable_true_multi_threading=True)
+    pool = ray.data.ActorPoolStrategy(min_size=max(1, int(gpus)), max_concurrent_calls_per_actor=2,
+                                      enable_true_multi_threading=True)  # one on each GPU from the start
     lines = (ray.data.read_parquet(str(folder / "pictures.parquet"))
              .repartition(target_num_rows_per_block=size)
              .map_batches(Predictor, fn_constructor_kwargs=options, batch_size=size, compute=pool,
