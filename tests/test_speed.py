@@ -38,6 +38,21 @@ def gradients(vlm):
     return {name: weight.grad for name, weight in vlm.named_parameters() if weight.grad is not None}
 
 
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
+def test_adapters_of_other_kinds_compute_what_peft_makes_of_them(kind, processor, rows):
+    """DoRA and a bias are left to PEFT: B A x alone would be another model, without a word."""
+    tuned = get_peft_model(load(dtype=torch.float32), LoraConfig(r=4, target_modules=R4.lora_targets, **kind)).eval()
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    batch = collate.Collator(processor, "Where?")(list(rows)[:2])
+    with torch.no_grad():
+        before = tuned(**batch).logits
+        fused = speed.fuse_lora(tuned)
+        assert (fused > 0) == ("use_rslora" in kind)
+        torch.testing.assert_close(tuned(**batch).logits, before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scope", ["assistant", "all-text"])
 def test_the_loss_and_its_gradients_are_those_of_all_logits(scope, tmp_path, processor, rows):
     """TRL's loss, which leaves out the logits that no label asks for, against the model's own from every token."""
