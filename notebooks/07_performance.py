@@ -231,11 +231,16 @@ steps.set_index("change").rename_axis(None).rename(columns={"before_ms": "before
 # * **Fewer pictures at once** save memory too, but a GPU this fast then waits for Python to launch the next kernel.
 
 # %%
-inference = pd.DataFrame(report["answer"])["s_for_123"]
-Markdown(f"""Inference on 123 pictures takes {inference.iloc[0]:.0f} s one by one and {inference.min():.0f} s in
-batches.""")
+generated = pd.DataFrame(report["answer"]).set_index("name")["s_for_123"].round(1)
+print(f"123 pictures, s: {generated.to_dict()}\n{report['inference']['what']}:")
+ways = pd.DataFrame(report["inference"]["ways"]).T
+ways.assign(total=ways.sum(axis=1))
 
 # %% [markdown]
+# Prefill and the vision tower are the time of inference, and both are products and attention of large matrices. The
+# kernel that makes the tower's attention faster in training plans anew for each size of picture. That costs more than
+# it saves on a few hundred pictures, so inference does without. Small batches decode longer and gain nothing.
+#
 # Also tried and dropped: another optimizer and ready pixel values (updates and waiting for data are a few per cent of a
 # step), compiling whole layers (fails in this version of PyTorch), Liger kernels (do not load with this version of
 # transformers), packing (too little padding, see `03_data_preprocessing`).

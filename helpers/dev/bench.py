@@ -196,17 +196,30 @@ def with_unsloth(task: dict) -> None:
 
 
 def answers(task: dict) -> None:
-    """Seconds in which the base generates for all pictures of val, as the pipeline does, in turns."""
+    """Seconds in which the base generates for all pictures of val, as the pipeline does, in turns; and of its parts."""
     from helpers import model, predict
+
+    def timed(part: str, function):
+        def measured(*arguments, **options):
+            start = time.perf_counter()
+            made = function(*arguments, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            parts[part] = parts.get(part, 0) + time.perf_counter() - start
+            return made
+        return measured
 
     model.patches_as_product()
     rows, processor = rows_and_processor(task)
     base = base_in(task, task["precision"], attn_implementation=model.attention(training=False)).eval()
+    predict.encode_pictures = timed("vision", predict.encode_pictures)
+    predict.complete = timed("prefill and decoding", predict.complete)
     for number in range(ROUNDS + 1):
+        parts: dict[str, float] = {}
         start = time.perf_counter()
         predict.predict(base, processor, rows["val"], PROMPT, Path(task["turns"]).with_name(f"{number}.jsonl"), key="0",
                         batch_size=task["predict_batch"], max_new_tokens=task["new_tokens"], do_sample=False)
-        turn(Path(task["turns"]), seconds=time.perf_counter() - start)
+        turn(Path(task["turns"]), seconds=time.perf_counter() - start, parts=parts)
 
 
 def pipeline(task: dict) -> None:
@@ -336,7 +349,7 @@ def summary(report: dict) -> str:
                            + _of(row) for row in report["answer"])
     head = (f"`{report['command']}` ({report['device']}, {report['model']}, torch {report['torch']}, commit "
             f"{report['commit']}; {report['pictures_per_update']} pictures an update; median of {ROUNDS} rounds in "
-            "turns, and the slowest and fastest; in brackets: not in one call):")
+            "turns, and the slowest and fastest; × Unsloth round by round, in brackets against another call's):")
     table = "\n".join(f"| {' | '.join(row)} |" for row in [training[0], ["---"] * len(training[0]), *training[1:]])
     return "\n\n".join([head, table, f"Generation for {VAL} pictures: {generation}."])
 
@@ -351,7 +364,7 @@ def answer_row(racer: Racer) -> dict[str, dict]:
     if task["kind"] == "answers" and racer.turns()[1:]:
         row = racer.found()
         made = {"batch": task["predict_batch"], "pictures": task["val"], "seconds": row["seconds"],
-                "rounds": row["rounds"]}
+                "rounds": row["rounds"], "parts": row.get("parts")}
     if not made or task["recipe"] == "r1-llm-only":  # the base is r4's too
         return {}
     return {task["name"]: {"name": task["name"], "precision": task["precision"], "new_tokens": task["new_tokens"],
