@@ -3,7 +3,7 @@
 Each run is pipeline.py up to its evaluation, with the parameters of a variant; an adapter of another kind is an option
 of PEFT that the pipeline has no parameter for. Then come the boxes for `val-multi` and `val-none`, on which no run
 trains and no choice is made, and what a confidence could be computed from. Runs go side by side, `--at-once` of them;
-those that are finished are kept. At last the report is written, `notebooks/better_boxes.json`.
+those that are finished are kept. At last the report is written, `notebooks/study_tiny.json`, of all that are there.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from helpers.settings import PROJECT
 from helpers.trainer import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "notebooks" / "better_boxes.json"
+REPORT = ROOT / "notebooks" / "study_tiny.json"
 CHILD = "import json, sys; from helpers.dev.study import child; child(json.loads(sys.argv.pop()))"
 DRAWS = 64  # boxes that an expected IoU is the mean of
 R1, R4 = {"recipe": "r1-llm-only"}, {"recipe": "r4-joint"}
@@ -76,6 +76,7 @@ def child(task: dict) -> None:
         trainer.BoxTrainer.create_optimizer = create_optimizer
     sys.argv = ["pipeline.py", *(f"{name}={value}" for name, value in given.items())]
     source, cut, _ = (ROOT / "pipeline.py").read_text().partition("# %%\npredictions = baseline")
+    assert cut, "pipeline.py has no such cell: where do its predictions begin?"
     story: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(source, str(ROOT / "pipeline.py"), "exec"), story)
 
