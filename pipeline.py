@@ -110,7 +110,6 @@ from helpers.augment import Augment
 from helpers.data.paste import with_pasted
 from helpers.evaluate import reports
 
-transformers.set_seed(run.seed)
 pd.options.display.max_colwidth = 160
 
 # %% [markdown]
@@ -532,6 +531,7 @@ def by_rewards(stage_run, tuned, **proofs):
 def train(stage_run):
     """Train one stage and save it; returns the table of what trained, per tower."""
     stage, base_of = stage_run.stage, parity.base_of(stage_run.base, run.model_revision)
+    transformers.set_seed(run.seed)  # the same start, whatever this process did before
     tuned = make_trainable(load_base(stage.precision, stage_run.base), stage_run)
     print(speed.speed_up(tuned))
     fitting = (by_rewards if stage.reward else on_labels)(stage_run, tuned, made_with=made_with, base=base_of)

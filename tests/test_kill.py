@@ -1,8 +1,8 @@
 """Runs killed at random moments end as undisturbed ones do: the same losses, completions and weights, bit for bit.
 
-A small run gets a SIGKILL while it starts, between two steps, while a checkpoint is written, while it predicts, while
-its model is saved or merged, and is started again each time. It may lose no more than the steps since its last whole
-checkpoint.
+A small run gets a SIGKILL while it starts, after the baseline, between two steps, while a checkpoint is written, while
+it predicts, while its model is saved or merged, and is started again each time. It may lose no more than the steps
+since its last whole checkpoint.
 """
 
 import os
@@ -26,9 +26,9 @@ SAVE_STEPS = 2
 SMALL = ("scale=tiny", "train_limit=24", "val_limit=4", "epochs=2", "batch_size=4", f"save_steps={SAVE_STEPS}",
          "predict_batch_size=2", "max_new_tokens=64", "reward_steps=4", "report_to=none")
 SEED = os.environ.get("KILL_TEST", "")  # another one: other moments
-MOMENTS = ("start", "step", "checkpoint", "step", "evaluation", "saving")
+MOMENTS = ("start", "baseline", "step", "checkpoint", "step", "evaluation", "saving")
 PATIENCE = 600  # seconds until a run that does not end counts as hung
-LONGEST_WAIT = {"start": 8.0, "step": 0.3, "checkpoint": 0.03, "evaluation": 0.6, "saving": 0.4}
+LONGEST_WAIT = {"start": 8.0, "baseline": 0.0, "step": 0.3, "checkpoint": 0.03, "evaluation": 0.6, "saving": 0.4}
 
 
 def start(recipe: str, root: Path) -> subprocess.Popen:
@@ -60,6 +60,8 @@ def reached(moment: str, folders: list[Path], after: int) -> bool:
     if moment == "checkpoint":
         found = [path for folder in folders for path in folder.glob("checkpoint-*")]
         return any(not is_complete(path) for path in found) and sum(map(is_complete, found)) >= min(after, 2)
+    if moment == "baseline":  # the next start finds it, and must begin to train as one that makes it does
+        return any(folders[-1].parent.glob("baselines/*/baseline.jsonl"))
     if moment == "evaluation":
         return (folders[-1] / "predictions.parts").exists()
     return moment == "start" or any(folders[-1].parent.glob("*-merged.part")) or (folders[-1] / "model.part").exists()
