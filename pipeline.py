@@ -401,7 +401,7 @@ def in_every_stage(stage_run):
         **trainer.COMMON,  # logging each step, how many checkpoints stay, processes that open pictures
     )
 
-
+# %%
 def sft_config(stage_run, fits):
     """How a stage is trained on labels."""
     return SFTConfig(
