@@ -128,7 +128,7 @@ def parse_text(text: str) -> Parsed:
     rest = _lines(plain[end:])
     empty_answer = not end and [line.lower() for line in rest] == [NO_TABLE]
     if not end and not rest:
-        rejected.append(_piece("", "no answer"))
+        rejected.append(_piece("", "empty completion"))
     rejected.extend(_piece(line, _why_unread(line)) for line in rest if not empty_answer)
     return Parsed(labels, np.array(boxes, dtype=np.float64).reshape(-1, 4), spans, rejected, empty_answer)
 

@@ -231,7 +231,7 @@ steps.set_index("change").rename_axis(None).rename(columns={"before_ms": "before
 # * **Fewer pictures at once** save memory too, but a GPU this fast then waits for Python to launch the next kernel.
 
 # %%
-generated = pd.DataFrame(report["answer"]).set_index("name")["s_for_123"].round(1)
+generated = pd.DataFrame(report["generation"]).set_index("name")["s_for_123"].round(1)
 print(f"123 pictures, s: {generated.to_dict()}\n{report['inference']['what']}:")
 ways = pd.DataFrame(report["inference"]["ways"]).T
 ways.assign(total=ways.sum(axis=1))

@@ -69,7 +69,7 @@ def test_the_tiny_model_is_measured_stock_and_ours(tmp_path):
     assert bench.main(["--folder", str(tmp_path), "--only", "r4", "nf4"]) == 0
     report = json.loads((tmp_path / "performance_tiny.json").read_text())
     assert [row["name"] for row in report["train"]] == ["stock", "ours, as the pipeline trains"]
-    assert [(row["name"], row["batch"]) for row in report["answer"]] == [("stock", 1), ("ours, nf4", 32)]
+    assert [(row["name"], row["batch"]) for row in report["generation"]] == [("stock", 1), ("ours, nf4", 32)]
     for row in report["train"]:
         assert "failed" not in row, row["failed"]
         assert len(row["rounds"]) == bench.ROUNDS and 0 < row["pictures_per_s"] and len(row["losses"]) == 10

@@ -116,8 +116,8 @@ def test_a_published_answer_that_ran_into_the_token_limit():
 
 
 @pytest.mark.parametrize(("text", "why"), [
-    ("", "no answer"),
-    ("<|im_end|>", "no answer"),
+    ("", "empty completion"),
+    ("<|im_end|>", "empty completion"),
     (unit("a", "(30,20),(10,40)"), "swapped corners"),
     (unit("a", "(30,20),(50,10)"), "swapped corners"),
     (unit("a", "(30,20),(1001,40)"), "outside 0-1000"),

@@ -65,7 +65,7 @@ GROUPS = (("stock", "Unsloth", "ours, in 16 GiB", "ours, in 24 GiB"),
           ("Unsloth, beside it", "ours, as the pipeline trains"), ("ours, 44 picture sizes",))
 VARIANTS = {name + suffix: {"recipe": recipe, **how} for recipe, suffix in (("r4-joint", ""), ("r1-llm-only", ", r1"))
             for name, how in WAYS.items()}
-ANSWERS = {f"ours, {precision}": {"kind": "answers", "recipe": "base", "precision": precision}
+GENERATION = {f"ours, {precision}": {"kind": "generation", "recipe": "base", "precision": precision}
            for precision in ("nf4", "bf16")}
 
 
@@ -195,7 +195,7 @@ def with_unsloth(task: dict) -> None:
           max_length=2048, dataset_text_field="", dataset_kwargs={"skip_prepare_dataset": True})
 
 
-def answers(task: dict) -> None:
+def generation(task: dict) -> None:
     """Seconds in which the base generates for all pictures of val, as the pipeline does, in turns; and of its parts."""
     from helpers import model, predict
 
@@ -239,7 +239,7 @@ def pipeline(task: dict) -> None:
 def child(task: dict) -> None:
     """What one process does: it writes a line a turn to `task["turns"]`, and waits for a line on stdin after each."""
     runs.quiet_libraries()
-    {"stock": stock, "unsloth": with_unsloth, "ours": pipeline, "answers": answers}[task["kind"]](task)
+    {"stock": stock, "unsloth": with_unsloth, "ours": pipeline, "generation": generation}[task["kind"]](task)
 
 
 class Racer:
@@ -278,7 +278,7 @@ class Racer:
 
     def found(self) -> dict:
         """The row of the report: the median round, the slowest and the fastest."""
-        rounds, unit = self.turns()[1:], "seconds" if self.task["kind"] == "answers" else "pictures_per_s"
+        rounds, unit = self.turns()[1:], "seconds" if self.task["kind"] == "generation" else "pictures_per_s"
         row = {name: self.task[name] for name in ("name", "recipe", "kind", "micro_batch", "dropout", "precision")}
         if not rounds:
             return row | {"failed": self.failed}
@@ -346,7 +346,7 @@ def summary(report: dict) -> str:
             f"{first}{_of(row)}", f"{row['pictures_per_s']:.2f}{spread}", times_unsloth(row, rows.values()),
             f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"])
     generation = "; ".join(f"{row['name']} ({row['precision']}, {row['batch']} at once) {row['s_for_123']:.1f} s"
-                           + _of(row) for row in report["answer"])
+                           + _of(row) for row in report["generation"])
     head = (f"`{report['command']}` ({report['device']}, {report['model']}, torch {report['torch']}, commit "
             f"{report['commit']}; {report['pictures_per_update']} pictures an update; median of {ROUNDS} rounds in "
             "turns, and the slowest and fastest; × Unsloth round by round, in brackets against another call's):")
@@ -358,10 +358,10 @@ def _of(row: dict) -> str:
     return f" (commit {row['commit']})" if "commit" in row else ""
 
 
-def answer_row(racer: Racer) -> dict[str, dict]:
+def generation_row(racer: Racer) -> dict[str, dict]:
     """Generation's row of the report, if there is one: what stock has made one by one, or `predict` at once."""
     task, made = racer.task, read_json(Path(racer.task["turns"]).with_suffix(".json"))
-    if task["kind"] == "answers" and racer.turns()[1:]:
+    if task["kind"] == "generation" and racer.turns()[1:]:
         row = racer.found()
         made = {"batch": task["predict_batch"], "pictures": task["val"], "seconds": row["seconds"],
                 "rounds": row["rounds"], "parts": row.get("parts")}
@@ -385,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
         text, block = (ROOT / "README.md").read_text(), summary(read_json(REPORT))
         (ROOT / "README.md").write_text(BLOCK.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text))
         return 0
-    possible = {name: f"{how['recipe']}, {name}" for name, how in {**VARIANTS, **ANSWERS}.items()
+    possible = {name: f"{how['recipe']}, {name}" for name, how in {**VARIANTS, **GENERATION}.items()
                 if (how["kind"] != "unsloth" or options.unsloth) and (scale == "7b" or not {*how} & ON_A_GPU)}
     wanted = [name for name, words in possible.items() if any(word in words for word in options.only)]
     if not wanted:
@@ -401,13 +401,13 @@ def main(arguments: list[str] | None = None) -> int:
     before = read_json(path)
     if not about.items() <= before.items():
         before = {}  # rows of another commit or machine do not stand beside these
-    found, generated = ({row["name"]: row for row in before.get(part, [])} for part in ("train", "answer"))
-    for group in [[name + suffix for name in names] for suffix in ("", ", r1") for names in GROUPS] + [[*ANSWERS]]:
+    found, generated = ({row["name"]: row for row in before.get(part, [])} for part in ("train", "generation"))
+    for group in [[name + suffix for name in names] for suffix in ("", ", r1") for names in GROUPS] + [[*GENERATION]]:
         names = [name for name in group if name in wanted]
         done = {name for name, row in {**found, **generated}.items() if len(row.get("rounds", [])) == ROUNDS}
         if {*names} <= done or time.monotonic() > until:
             continue
-        tasks = [shared | {**VARIANTS, **ANSWERS}[name] | {"name": name} for name in names]
+        tasks = [shared | {**VARIANTS, **GENERATION}[name] | {"name": name} for name in names]
         for task in tasks:
             task["data"] = str(folder / "many") if task.get("many_sizes") else task["data"]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -422,11 +422,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{name}:", row.get("failed") or rate or f"{row['seconds']:.1f} s", flush=True)
                 if "failed" in row:
                     print(racer.log.read_text()[-1500:], flush=True)
-                if racer.task["kind"] != "answers":
+                if racer.task["kind"] != "generation":
                     found[name] = row
-                generated |= answer_row(racer)
-        write_json(path, about | {"train": list(found.values()), "answer": list(generated.values())})
-    print(summary(about | {"train": list(found.values()), "answer": list(generated.values())}))
+                generated |= generation_row(racer)
+        write_json(path, about | {"train": list(found.values()), "generation": list(generated.values())})
+    print(summary(about | {"train": list(found.values()), "generation": list(generated.values())}))
     return 0
 
 
