@@ -151,8 +151,12 @@ def open_folder(run: Run, **inputs: Any) -> None:
     """
     fixed = training_values(run) | inputs
     for folder in dict.fromkeys([run.folder, *(stage.folder for stage in run.stages)]):
-        with exclusive(folder / "manifest.json"):
-            _open_manifest(run, folder, fixed, inputs)
+        try:
+            with exclusive(folder / "manifest.json"):
+                _open_manifest(run, folder, fixed, inputs)
+        except OSError as error:
+            raise ParameterError(f"{folder} cannot be written ({error.strerror or error}); choose another output_root "
+                                 "or run_name.") from None
 
 
 def _open_manifest(run: Run, folder: Path, fixed: dict[str, Any], inputs: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import difflib
+import json
 import math
 import os
 import shutil
@@ -353,8 +354,23 @@ def check_architecture(name: str, config: dict[str, Any]) -> None:
                              "here, such as Qwen/Qwen2-VL-2B-Instruct or Qwen/Qwen2-VL-7B-Instruct.")
 
 
+def _check_weights(name: str, folder: Path) -> None:
+    """Raise ParameterError where a folder's safetensors are not all there, or one of them was cut in copying."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for file in sorted(names):
+        try:
+            with safe_open(folder / file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ParameterError(f"{name} is not whole: {file} cannot be read ({error}); copy it again, in "
+                                 "safetensors.") from None
+
+
 def _check_base(run: Run) -> None:
-    """Raise ParameterError where the base cannot work with this recipe, from its small files alone."""
+    """Raise ParameterError where the base cannot work with this recipe, from its small files and the heads of its weights."""
     from transformers import PreTrainedConfig, Qwen2VLProcessor
 
     path, revision, name = run.model_path, run.values["model_revision"], f"model_id={run.values['model_id']!r}"
@@ -377,6 +393,8 @@ def _check_base(run: Run) -> None:
     if (Path(path) / "adapter_config.json").exists():
         raise ParameterError(f"{name} holds an adapter, which transformers would load in place of the model; name a "
                              "folder without adapter_config.json.")
+    if Path(path).is_dir():
+        _check_weights(name, Path(path))
     config, _ = read(PreTrainedConfig.get_config_dict)
     check_architecture(name, config)
     stored = config.get("quantization_config")

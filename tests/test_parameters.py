@@ -236,6 +236,9 @@ def test_the_model_is_pinned_and_another_one_is_not(defaults, monkeypatch, hub, 
 
 
 @pytest.mark.parametrize("file, content, said", [  # None: the file is missing
+    ("model.safetensors", None, "is not whole: model.safetensors cannot be read"),
+    ("model.safetensors", "version https://git-lfs.github.com/spec/v1\nsize 9\n", "is not whole: model.safetensors"),
+    ("model.safetensors.index.json", '{"weight_map": {"a": "b"}}', "is not whole: b cannot be read"),
     ("adapter_config.json", "{}", "holds an adapter"),
     ("config.json", "{", "not a valid JSON file"),
     ("chat_template.jinja", None, "has no chat template"),
@@ -245,6 +248,13 @@ def test_a_folder_that_is_no_model_is_refused_at_the_start(file, content, said, 
     folder = base(tmp_path / "folder")
     (folder / file).write_text(content) if content else (folder / file).unlink()
     assert said in refusal(defaults, monkeypatch, f"model_id={folder}")
+
+
+def test_a_model_whose_copy_was_cut_is_refused_at_the_start(defaults, monkeypatch, tmp_path):
+    weights = base(tmp_path / "folder") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said = refusal(defaults, monkeypatch, f"model_id={weights.parent}")
+    assert "is not whole: model.safetensors cannot be read" in said
 
 
 def test_seven_b_is_chosen_only_where_the_recipe_fits(monkeypatch):
