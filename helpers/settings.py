@@ -370,7 +370,7 @@ def _check_weights(name: str, folder: Path) -> None:
 
 
 def _check_base(run: Run) -> None:
-    """Raise ParameterError where the base cannot work with this recipe, from its small files and the heads of its weights."""
+    """Raise ParameterError where the base cannot work with this recipe, by its small files and its weights' heads."""
     from transformers import PreTrainedConfig, Qwen2VLProcessor
 
     path, revision, name = run.model_path, run.values["model_revision"], f"model_id={run.values['model_id']!r}"
