@@ -67,6 +67,7 @@ keep = "last"  # last or best: which step's weights are kept, best by that IoU
 predict_batch_size = None
 max_new_tokens = 128
 constrained = False  # constrained decoding: only boxes in the format can be generated; False is the published protocol
+passes = 1  # of inference over a picture: boxes found are painted over and it runs again, until it finds none
 merge_base = "dequantized"  # or full: which weights the adapter is merged into
 
 # where and how
@@ -296,6 +297,8 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # How good is the model before any training? Without this row nobody knows what the training was worth. We generate
 # greedily (the most likely token each time), in batches padded on the left, so that all prompts end where generation
 # begins. With `constrained` only the names below and digits can be generated: the format is then given, not learned.
+# With `passes` above 1 the boxes found are painted over, and inference runs again for what they hid
+# (`notebooks/10_better_boxes`).
 #
 # Predictions are files: one JSON line a picture. `runs.step` skips a step whose inputs have not changed, by a hash over
 # all of them, and a run that was killed goes on at the line where it stopped.
@@ -303,7 +306,7 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # %%
 names = data.names_in(*rows.values()) if run.constrained else None
 val = {"val": runs.rows_hash(rows["val"]), "pixels": [run.min_pixels, run.max_pixels], "prompt": run.prompt,
-       "max_new_tokens": run.max_new_tokens, "names": names}
+       "max_new_tokens": run.max_new_tokens, "names": names, "passes": run.passes}
 
 
 def predict_val(load, path, **inputs):
@@ -314,7 +317,8 @@ def predict_val(load, path, **inputs):
             vlm = load()
             vlm.set_attn_implementation(model.attention(training=False))
             predict.predict(vlm, processor, rows["val"], run.prompt, path, batch_size=run.predict_batch_size,
-                            key=runs.key(**inputs), names=names, max_new_tokens=run.max_new_tokens, do_sample=False)
+                            key=runs.key(**inputs), names=names, passes=run.passes, max_new_tokens=run.max_new_tokens,
+                            do_sample=False)
             del vlm
             model.free_memory()
     return predict.read_jsonl(path)
@@ -694,7 +698,7 @@ if merges:
                               parity.base_of(last.base, run.model_revision))
 shipped = run.merged_folder if merges else last.result if last else run.model_path
 if last and processes.is_main():
-    parity.note_longest(shipped, run.max_new_tokens)
+    parity.note_use(shipped, max_new_tokens=run.max_new_tokens, passes=run.passes)
 
 # %% [markdown]
 # The merged folder is loaded like any other model, by its path, and predicts boxes for the same pictures. If the

@@ -72,11 +72,11 @@ def write(folder: str | Path, made_with: dict[str, Any], base: dict[str, str] | 
     write_json(Path(folder) / FILE, made_with | ({"base": base} if base else {}) | {"weights": weights_hash(folder)})
 
 
-def note_longest(folder: str | Path, max_new_tokens: int) -> None:
-    """Put a `max_new_tokens` that was raised after the training into `parity.json`."""
+def note_use(folder: str | Path, **used: int) -> None:
+    """Put how a run predicted into `parity.json`, where it differs: `max_new_tokens`, `passes`."""
     stored = read_json(Path(folder) / FILE)
-    if stored and stored.get("max_new_tokens") != max_new_tokens:
-        write_json(Path(folder) / FILE, stored | {"max_new_tokens": max_new_tokens})
+    if stored and stored | used != stored:
+        write_json(Path(folder) / FILE, stored | used)
 
 
 def check(folder: str | Path, here: dict[str, Any], base: dict[str, str] | None = None, required: bool = True) -> None:

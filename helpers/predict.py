@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from helpers.boxes import pairwise_iou, xyxy_unit_to_xyxy_px
 from helpers.collate import image_tokens
 from helpers.data.pictures import as_rgb
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to_messages
@@ -32,13 +34,14 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 
 def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int, key: str,
-            names: Sequence[str] | None = None, **generation) -> list[dict]:
+            names: Sequence[str] | None = None, passes: int = 1, **generation) -> list[dict]:
     """Run inference on every row and write one JSON line a picture to `path`, in the order of `rows`.
 
     Args:
         rows: a `datasets.Dataset` of the project's schema, N pictures.
         key: a hash over all that the predictions depend on. Lines of a killed call with the same key are kept.
         names: constrained decoding with these names (`allowed_tokens`); None: any text.
+        passes: how often inference runs on a picture at most (`look_again`).
         generation: arguments of `model.generate`, such as `max_new_tokens` and `do_sample`.
 
     Under a launcher each process takes every world-size-th picture and writes lines of its own, which rank 0 puts
@@ -50,7 +53,7 @@ def predict(model, processor, rows, prompt: str, path: Path, *, batch_size: int,
     longest_first = sorted(range(len(rows)), key=lambda i: -tokens[i])
     model.eval()
     write_lines(path, list(rows["image_id"]), lambda todo: generate_batches(model, processor, rows, todo, prompt,
-                generation, names, batch_size), order=longest_first, key=key)
+                generation, names, batch_size, passes), order=longest_first, key=key)
     lines = read_jsonl(path)
     unstopped = sum(not line["stopped"] for line in lines)
     if unstopped:
@@ -113,7 +116,7 @@ def _places(files: Iterable[Path], name: str) -> dict[str, tuple[Path, int]]:
 
 
 def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, generation: dict,
-                     names: Sequence[str] | None, batch_size: int) -> Iterator[list[dict]]:
+                     names: Sequence[str] | None, batch_size: int, passes: int = 1) -> Iterator[list[dict]]:
     """The lines of each batch of the rows `todo`, whose first is the largest picture: that a batch of such fits is
     known before. Where memory runs out all the same, it goes on with batches of half the size.
 
@@ -132,6 +135,9 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
                 encoded += encode_pictures(model, batch)
                 while len(encoded) >= batch_size or (encoded and done + len(encoded) == len(todo)):
                     lines = complete(model, processor, encoded[:batch_size], generation, names)
+                    if passes > 1:
+                        own = [rows[i] for i in todo[done : done + len(lines)]]
+                        lines = look_again(model, processor, own, lines, prompt, generation, names, passes)
                     encoded, done = encoded[batch_size:], done + len(lines)
                     yield lines
             return
@@ -142,6 +148,43 @@ def generate_batches(model, processor, rows, todo: Sequence[int], prompt: str, g
         print(f"out of memory: going on with batches of {batch_size}")
         encoded.clear()
         clear_device_cache(garbage_collection=True)  # here the error, which holds on to the batch's tensors, is gone
+
+
+def look_again(model, processor, rows: Sequence[dict], lines: Sequence[dict], prompt: str, generation: dict,
+               names: Sequence[str] | None, passes: int) -> list[dict]:
+    """The lines of a batch of `rows` with the boxes of further passes, up to `passes` in all.
+
+    A model that has learned from pictures with one table names one and stops, though it finds the next where the first
+    is gone. So the boxes found are painted over with the picture's mean colour and inference runs again, until nothing
+    new is found (as in adversarial erasing, https://arxiv.org/abs/1703.08448). A box is new whose IoU with all others
+    is below .5. `text` holds the texts of the passes that found something, a line each.
+    """
+    lines, todo = [dict(line) for line in lines], [i for i, line in enumerate(lines) if line["boxes"]]
+    for _ in range(passes - 1):
+        if not todo:
+            break
+        erased = [rows[i] | {"image": painted_over(rows[i]["image"], lines[i]["boxes"])} for i in todo]
+        found, todo_before, todo = generate_lines(model, processor, erased, prompt, generation, names), todo, []
+        for i, more in zip(todo_before, found, strict=True):
+            line = lines[i]
+            known = pairwise_iou(more["boxes"], line["boxes"]).max(1) >= 0.5 if more["boxes"] else []
+            new = [k for k, seen in enumerate(known) if not seen]
+            line |= {name: line[name] + [more[name][k] for k in new] for name in ("labels", "boxes", "confidences")}
+            line |= {"rejected": line["rejected"] + more["rejected"], "stopped": line["stopped"] and more["stopped"],
+                     "new_tokens": line["new_tokens"] + more["new_tokens"]}
+            if new:
+                line["text"] += "\n" + more["text"]
+                todo.append(i)
+    return lines
+
+
+def painted_over(picture, boxes: Sequence[Sequence[float]]) -> Image.Image:
+    """A copy of the picture whose boxes [[x0, y0, x1, y1]] in 0-1 are filled with its mean colour."""
+    picture = as_rgb(picture).copy()
+    mean = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    for box in xyxy_unit_to_xyxy_px(boxes, *picture.size).round().astype(int).tolist():
+        picture.paste(mean, tuple(box))
+    return picture
 
 
 def room_for(model, tokens: int) -> int:
@@ -157,10 +200,11 @@ def room_for(model, tokens: int) -> int:
 
 
 def generate_lines(model, processor, rows: Sequence[dict], prompt: str, generation: dict,
-                   names: Sequence[str] | None = None) -> list[dict]:
+                   names: Sequence[str] | None = None, passes: int = 1) -> list[dict]:
     """One batch: the lines of `predict`, in the order of `rows`."""
     encoded = encode_pictures(model, model_inputs(rows, processor, prompt))
-    return complete(model, processor, encoded, generation, names)
+    lines = complete(model, processor, encoded, generation, names)
+    return look_again(model, processor, rows, lines, prompt, generation, names, passes)
 
 
 def model_inputs(rows: Sequence[dict], processor, prompt: str) -> dict:

@@ -162,6 +162,7 @@ PARAMETERS: dict[str, Parameter] = {
     "predict_batch_size": Parameter(whole(1, 4096), {"7b": 128, "tiny": 32}, low={"7b": 16, "tiny": 8}),
     "max_new_tokens": Parameter(whole(8, 4096)),
     "constrained": Parameter(FLAG),
+    "passes": Parameter(whole(1, 16)),
     "merge_base": Parameter(one_of("full", "dequantized")),
     "gpus": Parameter(text("GPU numbers such as 0 or 0,1", r"[0-9]+(,[0-9]+)*"), optional=True),
     "output_root": Parameter(text("a folder that can be written")),

@@ -1,4 +1,4 @@
-"""The study of variants: its numbers on made-up completions, and two real runs made small."""
+"""The study of variants: its numbers on made-up completions, and three real runs made small."""
 
 import json
 
@@ -34,11 +34,14 @@ def test_confidence_is_judged_by_how_it_ranks_right_boxes():
 
 
 @pytest.mark.slow
-def test_two_variants_are_run_and_compared(tmp_path):
-    words = ["--folder", str(tmp_path), "--limit", "8", "--seeds", "1", "--at-once", "2", "--only", "r1", "r1, DoRA"]
+def test_three_variants_are_run_and_compared(tmp_path):
+    words = ["--folder", str(tmp_path), "--limit", "8", "--seeds", "1", "--at-once", "2", "--only", "r1", "r1, DoRA",
+             "r1, pasted"]
     assert study.main(words) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [*report["variants"]] == ["r1", "r1, DoRA"] and report["pictures"]["val-none"] == 100
+    assert [*report["variants"]] == ["r1", "r1, pasted", "r1, DoRA"] and report["pictures"]["val-none"] == 100
     dora = report["variants"]["r1, DoRA"]
     assert dora["minus_plain"]["val-none"]["n"] == 100 and dora["updates"] == 2
+    pasted = report["variants"]["r1, pasted"]
+    assert pasted["passes"]["val-multi"]["value"] >= pasted["scores"]["val-multi"]["value"] and "passes" not in dora
     assert len(report["variants"]["r1"]["decisions"]["table"]["val-none"]) == 100

@@ -68,7 +68,7 @@ def test_max_new_tokens_may_grow_and_not_shrink_and_some_folders_have_none(proce
         parity.check(copy, here(longest))
     with pytest.raises(ParityError, match="adapter was made with max_new_tokens=300 and would be used with 128"):
         parity.check(copy, here(128))
-    parity.note_longest(copy, 400)
+    parity.note_use(copy, max_new_tokens=400)
     with pytest.raises(ParityError, match="max_new_tokens=400 and would be used with 300"):
         parity.check(copy, here(300))
 

@@ -62,3 +62,13 @@ def test_nothing_is_made_without_a_table_or_where_none_is_wanted():
 def test_pictures_that_a_table_fills_and_that_have_many_stay_whole():
     for row in with_pasted(rows(6, tables=3), 4, 0):
         assert len(row["objects"]["bbox"]) <= MOST and row["image"].size == (100, 80)
+
+
+def test_some_pieces_hang_over_the_edge_and_each_category_is_pasted_as_often():
+    two = rows(12)
+    rare = two.map(lambda row: {"objects": row["objects"] | {"category_name": ["rare"], "category_id": [7]}})
+    made = with_pasted(datasets.concatenate_datasets([two, rare.select([0])]), 8, seed=0).select(range(13, 117))
+    boxes = np.array([box for row in made for box in row["objects"]["bbox"]])
+    assert ((boxes == 0) | (boxes == 1)).any(1).sum() > 10 and (boxes >= 0).all() and (boxes <= 1).all()
+    names = [name for row in made for name in row["objects"]["category_name"]]
+    assert names.count("rare") > 0.15 * len(names)  # one of thirteen pictures has it

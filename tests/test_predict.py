@@ -259,3 +259,37 @@ def test_a_batch_is_as_large_as_the_gpu_has_room_for(monkeypatch, free_gib, most
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
     assert predict.room_for(on_gpu, 1408) == most
     assert predict.room_for(SimpleNamespace(device=torch.device("cpu")), 1408) > 10**6
+
+
+def test_further_passes_find_what_the_first_box_hid(monkeypatch):
+    """A model that names the leftmost white square and no other finds the second once the first is painted over."""
+    picture = Image.new("RGB", (100, 50), (60, 60, 60))
+    squares = {"0": [0.1, 0.2, 0.3, 0.6], "1": [0.6, 0.2, 0.8, 0.6]}
+    for x0, y0, x1, y1 in squares.values():
+        picture.paste((255, 255, 255), (round(100 * x0), round(50 * y0), round(100 * x1), round(50 * y1)))
+    calls = []
+
+    def leftmost(_model, _processor, rows, *_):
+        calls.append(len(rows))
+        left = [[box for box in squares.values() if row["image"].getpixel((int(100 * box[0]) + 5, 20))[0] == 255][:1]
+                for row in rows]
+        return [{"image_id": row["image_id"], "text": f"{boxes}", "boxes": boxes, "labels": ["t"] * len(boxes),
+                 "confidences": [0.5] * len(boxes), "rejected": [], "stopped": True, "new_tokens": 3}
+                for row, boxes in zip(rows, left, strict=True)]
+
+    monkeypatch.setattr(predict, "generate_lines", leftmost)
+    rows = [{"image_id": "two", "image": picture}, {"image_id": "none", "image": Image.new("RGB", (100, 50))}]
+    first = leftmost(None, None, rows)
+    two, none = predict.look_again(None, None, rows, first, PROMPT, {}, None, 9)
+    assert two["boxes"] == [*squares.values()] and len(two["confidences"]) == len(two["labels"]) == 2
+    assert two["text"].count("\n") == 1 and two["new_tokens"] == 9
+    assert none == first[1] and calls == [2, 1, 1]  # the picture without a box was not looked at again
+    assert predict.look_again(None, None, rows, first, PROMPT, {}, None, 1) == first
+    assert picture.getpixel((15, 20)) == (255, 255, 255)
+
+
+def test_passes_add_boxes_to_those_of_the_first(vlm, processor, rows, tmp_path):
+    once, twice = (run(vlm, processor, rows, tmp_path / f"{n}.jsonl", passes=n, max_new_tokens=24) for n in (1, 2))
+    for one, two in zip(once, twice, strict=True):
+        assert two["boxes"][: len(one["boxes"])] == one["boxes"] and len(two["boxes"]) == len(two["confidences"])
+    assert sum(len(two["boxes"]) for two in twice) > sum(len(one["boxes"]) for one in once) > 0

@@ -21,7 +21,7 @@ from helpers.data.schema import source_hash, workers
 
 COVERED = 0.4  # of the made pictures lose their tables; the others get more
 MOST = 3  # tables in a made picture: so many completions fit into 128 new tokens, whatever their names
-SIDE = (0.15, 0.55)  # of the picture's long side: a pasted piece's
+SIDE = (0.12, 0.55)  # of the picture's long side: a pasted piece's
 TRIES = 20
 GREY = (114, 114, 114)
 
@@ -51,7 +51,11 @@ class Paste:
 
     def __init__(self, rows: datasets.Dataset, seed: int):
         self.rows, self.seed = rows, seed
-        self.with_table = [number for number, objects in enumerate(rows["objects"]) if objects["bbox"]]
+        self.tables: dict[str, list[tuple[int, int]]] = {}  # category -> the numbers of a row and of a table in it
+        for number, objects in enumerate(rows["objects"]):
+            for table, name in enumerate(objects["category_name"]):
+                self.tables.setdefault(name, []).append((number, table))
+        self.categories = sorted(self.tables)
 
     def __call__(self, row: Mapping, number: int) -> dict:
         rng = random.Random(f"{self.seed} {number} {row['image_id']}")
@@ -80,14 +84,14 @@ class Paste:
                 "height": picture.height, "image": {"bytes": file.getvalue(), "path": None}}
 
     def _table(self, rng: random.Random) -> tuple[Image.Image, tuple[int, str]]:
-        """A table cut out of a random picture, with its category's id and name."""
-        row = self.rows[rng.choice(self.with_table)]
+        """A table cut out of a random picture, with its category's id and name: each category as often as any other."""
+        number, table = rng.choice(self.tables[rng.choice(self.categories)])
+        row = self.rows[number]
         picture, boxes = opened(row)
-        number = rng.randrange(len(boxes))
-        x0, y0, x1, y1 = (round(side) for side in boxes[number])
+        x0, y0, x1, y1 = (round(side) for side in boxes[table])
         objects = row["objects"]
         return (picture.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))),
-                (objects["category_id"][number], objects["category_name"][number]))
+                (objects["category_id"][table], objects["category_name"][table]))
 
     def _without_table(self, aspect: float, rng: random.Random) -> Image.Image:
         """A piece of a random picture in which there is no table, of this width over height; grey where none is."""
@@ -113,19 +117,29 @@ def opened(row: Mapping) -> tuple[Image.Image, list[Box]]:
 
 
 def stick(picture: Image.Image, boxes: Sequence[Box], piece: Image.Image, rng: random.Random) -> Place | None:
-    """Paste `piece`, made smaller or larger, where it touches none of `boxes`; returns the place, None without one."""
+    """Paste `piece`, made smaller or larger, where it touches none of `boxes`; returns the place, None without one.
+
+    It may hang over the picture's edge by up to half of its width and height, as tables do in photos.
+    """
     scale = rng.uniform(*SIDE) * max(picture.size) / max(piece.size)
     size = max(8, round(scale * piece.width)), max(8, round(scale * piece.height))
-    if place := free_place(picture.size, boxes, size, rng):
-        picture.paste(piece.resize(size), place[:2])
-    return place
+    place = free_place(picture.size, boxes, size, rng, over=0.5)
+    if place is None:
+        return None
+    picture.paste(piece.resize(size), place[:2])
+    return max(place[0], 0), max(place[1], 0), min(place[2], picture.width), min(place[3], picture.height)
 
 
-def free_place(canvas: tuple[int, int], boxes: Sequence[Box], size: Box, rng: random.Random) -> Place | None:
-    """A random place of this (width, height) in the canvas that touches none of the boxes, or None."""
+def free_place(canvas: tuple[int, int], boxes: Sequence[Box], size: Box, rng: random.Random,
+               over: float = 0) -> Place | None:
+    """A random place of this (width, height) in the canvas that touches none of the boxes, or None.
+
+    A share of up to `over` of its width and of its height may lie outside.
+    """
     w, h = (max(1, round(side)) for side in size)
+    left, up = int(over * w), int(over * h)
     for _ in range(TRIES if w <= canvas[0] and h <= canvas[1] else 0):
-        x, y = rng.randint(0, canvas[0] - w), rng.randint(0, canvas[1] - h)
+        x, y = rng.randint(-left, canvas[0] - w + left), rng.randint(-up, canvas[1] - h + up)
         if all(x >= box[2] or x + w <= box[0] or y >= box[3] or y + h <= box[1] for box in boxes):
             return x, y, x + w, y + h
     return None

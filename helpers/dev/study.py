@@ -16,7 +16,7 @@ import sys
 import time
 from datetime import date
 from functools import partial
-from itertools import groupby
+from itertools import cycle, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,11 @@ DRAWS = 64  # boxes that an expected IoU is the mean of
 R1, R4 = {"recipe": "r1-llm-only"}, {"recipe": "r4-joint"}
 PASTED = {"paste": 1.5}  # and two epochs, the default
 VARIANTS: dict[str, dict[str, Any]] = {  # name -> parameters of pipeline.py; "peft": of LoraConfig; "lora+": its ratio
-    "r1": R1, "r4": R4,
-    "r1, pasted": R1 | PASTED, "r4, pasted": R4 | PASTED,
-    "r1, 5 epochs": R1 | {"epochs": 5},
-    "r1, pasted, 1 epoch": R1 | {"paste": 1, "epochs": 1},
-    "r4, pasted, 1 epoch": R4 | {"paste": 1, "epochs": 1},
-    "r1, augment": R1 | {"augment": True}, "r4, augment": R4 | {"augment": True},
+    "r1": R1, "r4": R4, "r5": {"recipe": "r5-reward"},
+    "r1, pasted": R1 | PASTED, "r4, pasted": R4 | PASTED, "r5, pasted": {"recipe": "r5-reward"} | PASTED,
+    "r1, pasted, 1 epoch": R1 | {"paste": 1, "epochs": 1}, "r4, pasted, 1 epoch": R4 | {"paste": 1, "epochs": 1},
+    "r1, pasted, 4 epochs": R1 | {"paste": 2, "epochs": 4},
+    "r1, augment": R1 | {"augment": True},
     "r1, rank 4": R1 | {"lora_rank": 4, "lora_alpha": 8}, "r1, rank 64": R1 | {"lora_rank": 64, "lora_alpha": 128},
     "r1, dropout .05": R1 | {"lora_dropout": 0.05},
     "r1, rsLoRA": R1 | {"peft": {"use_rslora": True}}, "r1, DoRA": R1 | {"peft": {"use_dora": True}},
@@ -56,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> parameters of pipeline.py; "p
     "r1, bf16, PiSSA": R1 | {"precision": "bf16", "peft": {"init_lora_weights": "pissa"}},
 }  # fmt: skip
 MEASURED = ("val", "val-multi", "val-none")
+PASSES = 4  # of inference, where there is more than one
 
 
 def child(task: dict) -> None:
@@ -86,7 +86,13 @@ def child(task: dict) -> None:
     for split, rows in splits(story["rows"]).items():
         lines = predict.predict(vlm, processor, rows, run.prompt, run.folder / f"{split}.jsonl", batch_size=32,
                                 key="study", max_new_tokens=run.max_new_tokens, do_sample=False)
-        found["splits"][split] = decisions(vlm, processor, run.prompt, list(rows), lines)
+        rows = list(rows)
+        found["splits"][split] = decisions(vlm, processor, run.prompt, rows, lines)
+        if task["passes"] and split != "calibration":
+            greedy = {"max_new_tokens": run.max_new_tokens, "do_sample": False}
+            more = [line for at in range(0, len(rows), 32) for line in predict.look_again(
+                vlm, processor, rows[at : at + 32], lines[at : at + 32], run.prompt, greedy, None, PASSES)]
+            (run.folder / f"{split}.passes.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in more))
     write_json(run.folder / "found.json", found)
 
 
@@ -159,22 +165,32 @@ def expected_iou(p: np.ndarray, places: list[int], box: np.ndarray, draw: np.ran
 def summary(folders: dict[str, list[Path]], rows: dict) -> dict[str, dict]:
     """The report's rows: each variant's scores over its seeds, and its differences to the plain recipe, by pairs."""
     truth = {split: data.truth_rows(some) for split, some in rows.items()}
-    scored = {name: [{split: evaluate.score(truth[split], predict.read_jsonl(one / f"{split}.jsonl"), resamples=0)
-                      for split in truth} for one in found] for name, found in folders.items()}
+    def scores(name: str, ending: str) -> list[dict[str, dict]]:
+        return [{split: evaluate.score(truth[split], predict.read_jsonl(one / f"{split}.{ending}"), resamples=0)
+                 for split in truth if (ending, split) != ("passes.jsonl", "calibration")} for one in folders[name]]
+
+    scored = {name: scores(name, "jsonl") for name in folders}
+    again = {name: scores(name, "passes.jsonl") for name, some in folders.items() if more_passes(name)}
     values = {name: [measures(one) for one in some] for name, some in scored.items()}
     table = {}
     for name, some in values.items():
-        plain, seeds = values[name[:2]], min(len(some), len(values[name[:2]]))
+        plain = values["r4" if name.startswith("r4") else "r1"]
         made = [read_json(one / "found.json") for one in folders[name]]
-        table[name] = {"parameters": VARIANTS[name], "seeds": len(some), "updates": made[0]["updates"],
+        manifest = read_json(folders[name][0] / "manifest.json")
+        table[name] = {"parameters": VARIANTS[name], "machine": manifest["machine"], "seeds": len(some),
+                       "updates": made[0]["updates"],
                        "minutes": float(np.mean([one["minutes"] for one in made])),
                        "scores": {m: rounded(over_seeds(np.array([one[m] for one in some]))) for m in some[0]},
                        "by_seed": {m: [round(float(one[m].mean()), 4) for one in some] for m in some[0]},
-                       "f1": round(float(np.mean([one["val"]["summary"]["f1"]["value"] for one in scored[name]])), 4),
+                       "f1": f1(scored[name]),
                        "confidence": confidence(scored[name], made)}  # fmt: skip
-        if name[:2] != name:
-            table[name]["minus_plain"] = {m: rounded(over_seeds(np.array(
-                [one[m] - other[m] for one, other in zip(some[:seeds], plain[:seeds], strict=True)]))) for m in some[0]}
+        if name not in ("r1", "r4"):
+            table[name]["minus_plain"] = difference(some, plain)
+        if name in again:
+            more = [measures(one) for one in again[name]]
+            table[name] |= {"passes": {m: rounded(over_seeds(np.array([one[m] for one in more]))) for m in some[0]},
+                            "passes_f1": f1(again[name]), "passes_minus_one": difference(more, some),
+                            "passes_minus_plain": difference(more, plain)}
         if name in ("r1", "r1, pasted"):
             several = {line["image_id"] for line in truth["val"] if len(line["objects"]["bbox"]) > 1}
             table[name]["decisions"] = {
@@ -195,7 +211,24 @@ def measures(scored: dict[str, dict]) -> dict[str, np.ndarray]:
             "val surplus": np.array([record["surplus"] > 0 for record in per["val"]]) * 1.0,
             "val-multi": np.array([sum(record["box_ious"]) for record in per["val-multi"]]) / np.mean(boxes),
             "val-none": np.array([len(record["predicted"]) > 0 for record in per["val-none"]]) * 1.0,
+            "val-multi surplus": np.array([record["surplus"] > 0 for record in per["val-multi"]]) * 1.0,
             "selection": np.array([r["iou"] for r in per["selection"] if r["iou"] is not None])}  # fmt: skip
+
+
+def more_passes(name: str) -> bool:
+    """Whether a variant is measured with PASSES too: the recipes as they are, and what has learned to find nothing."""
+    return name in ("r1", "r4", "r5") or "pasted" in name
+
+
+def difference(some: list[dict[str, np.ndarray]], others: list[dict[str, np.ndarray]]) -> dict[str, dict]:
+    """Each measure of a variant minus that of another, by seeds and pictures, for the seeds that both have."""
+    return {m: rounded(over_seeds(np.array([a[m] - b[m] for a, b in zip(some, others, strict=False)])))
+            for m in some[0]}
+
+
+def f1(scored: list[dict[str, dict]]) -> float:
+    """Of boxes of `val` with IoU > .5, mean over seeds."""
+    return round(float(np.mean([one["val"]["summary"]["f1"]["value"] for one in scored])), 4)
 
 
 def rounded(metric: dict) -> dict:
@@ -279,6 +312,8 @@ def main(words: list[str] | None = None) -> int:
     todo = [(name, seed) for seed in range(options.seeds) for name in options.only
             if not (place(name, seed) / "found.json").exists()]
     running: dict[tuple[str, int], subprocess.Popen] = {}
+    cards = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    card = cycle(cards)  # a run uses one GPU, several runs share it
     while (todo or running) and time.monotonic() < until:
         while todo and len(running) < options.at_once:
             name, seed = todo.pop(0)
@@ -286,8 +321,10 @@ def main(words: list[str] | None = None) -> int:
                      "output_root": str(folder), "run_name": place(name, seed).name.removeprefix(f"{PROJECT}-")}
             with place(name, seed).with_suffix(".log").open("w") as log:
                 running[name, seed] = subprocess.Popen(
-                    [sys.executable, "-c", CHILD, json.dumps({"parameters": VARIANTS[name] | given})], cwd=ROOT,
-                    stdout=log, stderr=log, env=os.environ | ({"OMP_NUM_THREADS": "1"} if options.at_once > 1 else {}))
+                    [sys.executable, "-c", CHILD,
+                     json.dumps({"parameters": VARIANTS[name] | given, "passes": more_passes(name)})],
+                    cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"CUDA_VISIBLE_DEVICES": next(card)}
+                    | ({"OMP_NUM_THREADS": "1"} if options.at_once > 1 else {}))
         for (name, seed), process in [*running.items()]:
             if process.poll() is not None:
                 del running[name, seed]
@@ -295,8 +332,8 @@ def main(words: list[str] | None = None) -> int:
         time.sleep(0.2)
     for process in running.values():
         process.kill()
-    found = {name: [place(name, seed) for seed in range(options.seeds) if (place(name, seed) / "found.json").exists()]
-             for name in VARIANTS}  # fmt: skip
+    found = {name: [*takewhile(lambda one: (one / "found.json").exists(),
+                               (place(name, seed) for seed in range(options.seeds)))] for name in VARIANTS}
     write_json(REPORT if options.limit == 10**6 else folder / "report.json", {
         "command": "python -m helpers.dev.study", "commit": runs.git_revision(), "date": f"{date.today()}",
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else runs.machine(),

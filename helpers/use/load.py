@@ -113,6 +113,11 @@ def load_model(model: str | Path) -> tuple[Any, Any, str]:
     return loaded.eval(), Qwen2VLProcessor.from_pretrained(folder), made_with["prompt"]
 
 
+def passes_of(model: str | Path) -> int:
+    """How often inference runs on a picture with the model in this folder: the run's `passes`."""
+    return read_json(Path(model).expanduser() / parity.FILE).get("passes", 1)
+
+
 def open_upright(source: str | Path | bytes, most: int | None = None) -> Image.Image:
     """A picture, from a path or its file's bytes, as its EXIF tag shows it, in RGB (`as_rgb`).
 

@@ -23,6 +23,7 @@ Found = tuple[tuple[Image, list[tuple[tuple[int, int, int, int], str]]] | None, 
 def build_page(model: str | Path) -> gr.Interface:
     """The page for the merged model in folder `model`, which is checked and loaded first."""
     vlm, processor, prompt = load.load_model(model)
+    passes = load.passes_of(model)
 
     def find(photo: str | None) -> Found:
         """Find the nutrition tables in a photo."""
@@ -32,7 +33,8 @@ def build_page(model: str | Path) -> gr.Interface:
             picture = load.open_upright(photo)
         except ValueError as error:
             raise gr.Error(f"{Path(photo).name}: {error}.", print_exception=False) from None
-        (line,) = predict.generate_lines(vlm, processor, [load.as_row("photo", picture)], prompt, {"do_sample": False})
+        (line,) = predict.generate_lines(vlm, processor, [load.as_row("photo", picture)], prompt, {"do_sample": False},
+                                         passes=passes)
         drawn = [(load.to_pixels(box, picture.size), f"{label or 'box'} {confidence:.0%}") for box, label, confidence
                  in zip(line["boxes"], line["labels"], line["confidences"], strict=True)]
         return (picture, drawn), line["text"], [(picture.crop(box), label) for box, label in drawn]

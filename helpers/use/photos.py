@@ -52,6 +52,7 @@ class Predictor:
         runs.quiet_libraries()  # Ray starts each in a process of its own
         self.vlm, self.processor, self.prompt = load.load_model(model)
         self.output, self.read, self.crops, self.batch_size = output, read, crops, batch_size
+        self.passes = load.passes_of(model)
         self.one_at_a_time = threading.Lock()
 
     def open(self, picture: Picture) -> Image | str:
@@ -70,7 +71,7 @@ class Predictor:
         rows.sort(key=lambda row: row["image"].width * row["image"].height, reverse=True)
         with self.one_at_a_time:
             batches = list(predict.generate_batches(self.vlm, self.processor, rows, range(len(rows)), self.prompt,
-                                                    {"do_sample": False}, None, self.batch_size))
+                                                    {"do_sample": False}, None, self.batch_size, self.passes))
         if len(rows) >= self.batch_size:
             self.batch_size = max(map(len, batches))  # where memory ran out: what did fit
         found = {line["image_id"]: line for lines in batches for line in lines}
