@@ -46,6 +46,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
                         f"(default with several GPUs: {', '.join(WAYS)})")  # fmt: skip
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--accumulation", type=int, help="default: the scale's own")
+    parser.add_argument("--completions", type=int, help="sampled of each picture by r5; default: the scale's own")
     parser.add_argument("--memory", choices=["low"], help="the pipeline's parameter, for a card of 16 GiB")
     parser.add_argument("--cap-gib", type=float, help=f"default: 24, or 15 with --memory low, for {', '.join(CAPPED)}")
     parser.add_argument("--no-kill", action="store_true", help="nothing is killed and resumed")
@@ -54,6 +55,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     options.values = SCALES["7b"] | (LOW_MEMORY["7b"] if options.memory else {})
     options.accumulation = options.accumulation or options.values["accumulation"]
+    options.completions = options.completions or (2 if options.tiny else options.values["reward_completions"])
     options.val = 2 if options.tiny else options.values["predict_batch_size"]
     options.ways = options.ways or (WAYS if options.gpus > 1 else ["one GPU"])
     options.deadline = time.monotonic() + 60 * options.minutes
@@ -72,10 +74,10 @@ def pipeline_arguments(options: argparse.Namespace, recipe: str, runs: Path) -> 
         "dataset_id": options.folder / "pictures", "output_root": runs, "epochs": 1,
         "accumulation": options.accumulation, "save_steps": options.steps // 2, "report_to": "none",
         "max_new_tokens": NEW_TOKENS, "memory": options.memory, "reward_steps": options.steps,
+        "reward_completions": options.completions,
     }  # fmt: skip
     if options.tiny:  # no GPU, so scale 7b would be refused: its values one by one, and small pictures
         values = {name: value for name, value in options.values.items() if not name.endswith("_id")}
-        values["reward_completions"] = 2
         pixels = {"min_pixels": 16 * IMAGE_TOKEN, "max_pixels": 64 * IMAGE_TOKEN}
         given = values | given | pixels | {"scale": "tiny"}
     return [f"{name}={value}" for name, value in given.items()]
