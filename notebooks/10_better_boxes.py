@@ -256,5 +256,5 @@ pd.DataFrame({name: {"boxes": int(np.mean(main[name]["confidence"]["boxes"])),
 # * **You can take real photos of that kind**: do. Made pictures stand in for them.
 #
 # ```sh
-# papermill pipeline.ipynb out.ipynb -p recipe r1-llm-only -p paste 2 -p epochs 4 -p passes 4
+# papermill pipeline.ipynb out.ipynb -p recipe r1-llm-only -p paste 1.5 -p epochs 3 -p passes 4
 # ```

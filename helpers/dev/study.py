@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> parameters of pipeline.py; "p
     "r1": R1, "r4": R4, "r5": {"recipe": "r5-reward"},
     "r1, pasted": R1 | PASTED, "r4, pasted": R4 | PASTED, "r5, pasted": {"recipe": "r5-reward"} | PASTED,
     "r1, pasted, 1 epoch": R1 | {"paste": 1, "epochs": 1}, "r4, pasted, 1 epoch": R4 | {"paste": 1, "epochs": 1},
-    "r1, pasted, 4 epochs": R1 | {"paste": 2, "epochs": 4},
+    "r1, pasted, 3 epochs": R1 | PASTED | {"epochs": 3},
     "r1, augment": R1 | {"augment": True},
     "r1, rank 4": R1 | {"lora_rank": 4, "lora_alpha": 8}, "r1, rank 64": R1 | {"lora_rank": 64, "lora_alpha": 128},
     "r1, dropout .05": R1 | {"lora_dropout": 0.05},
@@ -66,7 +66,8 @@ def child(task: dict) -> None:
     from helpers import trainer
 
     given = task["parameters"]
-    peft.LoraConfig = partial(peft.LoraConfig, **given.pop("peft", {}))
+    if options := given.pop("peft", {}):
+        peft.LoraConfig = partial(peft.LoraConfig, **options)
     if ratio := given.pop("lora+", None):
         def create_optimizer(self, *_):
             self.optimizer = create_loraplus_optimizer(self.model, torch.optim.AdamW, lr=self.args.learning_rate,
