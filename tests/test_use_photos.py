@@ -16,7 +16,7 @@ import pytest
 import requests
 from PIL import Image
 
-from helpers import data, predict
+from helpers import data, parity, predict
 from helpers.data import pictures
 from helpers.runs import exclusive, read_json, write_json
 from helpers.settings import ParameterError
@@ -96,6 +96,16 @@ def test_every_picture_gets_its_line_and_a_bad_one_ends_nothing(model, photos, a
     line = lines["1.jpg"]
     x0, y0, x1, y1 = load.to_pixels(line["boxes"][0], (line["width"], line["height"]))
     assert Image.open(out / line["crops"][0]).size == (x1 - x0, y1 - y0)
+
+
+def test_a_model_is_used_with_the_passes_of_its_run(model, photos, alone, tmp_path):
+    twice = Path(shutil.copytree(model, tmp_path / "model"))
+    parity.note_use(twice, passes=2)
+    run(photos, tmp_path / "out", twice)
+    lines = lines_of(tmp_path / "out")
+    more = [len(lines[name]["boxes"]) - len(line["boxes"]) for name, line in alone.items()]
+    assert min(more) >= 0 and sum(more) > 0
+    assert (load.passes_of(model), load.passes_of(twice)) == (1, 2)
 
 
 def test_coco_results_are_read_by_coco_and_tell_the_same_boxes(tmp_path):

@@ -176,6 +176,7 @@ def predict_photos(source: str, output: Path, model: str | Path, *, split: str =
     pictures, read = find_pictures(source, split, output, private)
     job = {"model": made_with["weights"], "prompt": made_with["prompt"], "crops": crops,
            "max_new_tokens": made_with.get("max_new_tokens", load.MAX_NEW_TOKENS)}
+    job |= {"passes": passes} if (passes := load.passes_of(model)) > 1 else {}
     output.mkdir(parents=True, exist_ok=True)
     before = read_json(output / "job.json")
     changed = [f"{name} was {before.get(name)!r}, now {job[name]!r}" for name in job if before.get(name) != job[name]]
