@@ -16,7 +16,7 @@ import sys
 import time
 from datetime import date
 from functools import partial
-from itertools import cycle, groupby, takewhile
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +81,22 @@ def child(task: dict) -> None:
     story: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(source, str(ROOT / "pipeline.py"), "exec"), story)
 
-    run, processor, vlm = story["run"], story["processor"], story["load_trained"]()
+    predict_all(story["run"], story["processor"], story["load_trained"](), story["rows"], task["passes"])
+
+
+def predict_all(run, processor, vlm, rows: dict, passes: bool) -> None:
+    """Write the trained model's lines for each of `splits`, with PASSES too where wanted, and found.json."""
+    greedy = {"max_new_tokens": run.max_new_tokens, "do_sample": False}
     found = {"updates": len(read_log(run.folder / "log.jsonl")), "splits": {},
              "minutes": round(read_json(run.folder / "manifest.json")["timings"]["train"] / 60, 2)}
-    for split, rows in splits(story["rows"]).items():
-        lines = predict.predict(vlm, processor, rows, run.prompt, run.folder / f"{split}.jsonl", batch_size=32,
-                                key="study", max_new_tokens=run.max_new_tokens, do_sample=False)
-        rows = list(rows)
-        found["splits"][split] = decisions(vlm, processor, run.prompt, rows, lines)
-        if task["passes"] and split != "calibration":
-            greedy = {"max_new_tokens": run.max_new_tokens, "do_sample": False}
-            more = [line for at in range(0, len(rows), 32) for line in predict.look_again(
-                vlm, processor, rows[at : at + 32], lines[at : at + 32], run.prompt, greedy, None, PASSES)]
+    for split, some in splits(rows).items():
+        lines = predict.predict(vlm, processor, some, run.prompt, run.folder / f"{split}.jsonl", batch_size=32,
+                                key="study", **greedy)
+        some = list(some)
+        found["splits"][split] = decisions(vlm, processor, run.prompt, some, lines)
+        if passes and split != "calibration":
+            more = [line for at in range(0, len(some), 32) for line in predict.look_again(
+                vlm, processor, some[at : at + 32], lines[at : at + 32], run.prompt, greedy, None, PASSES)]
             (run.folder / f"{split}.passes.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in more))
     write_json(run.folder / "found.json", found)
 
@@ -163,35 +167,38 @@ def expected_iou(p: np.ndarray, places: list[int], box: np.ndarray, draw: np.ran
     return float((shared / np.maximum(area - shared, 1e-9)).mean())
 
 
-def summary(folders: dict[str, list[Path]], rows: dict) -> dict[str, dict]:
-    """The report's rows: each variant's scores over its seeds, and its differences to the plain recipe, by pairs."""
+def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
+    """The report's rows: each variant's scores over its seeds, and its differences to the plain recipe, by pairs.
+
+    `folders`: of each variant, seed -> the folder of its run.
+    """
     truth = {split: data.truth_rows(some) for split, some in rows.items()}
-    def scores(name: str, ending: str) -> list[dict[str, dict]]:
-        return [{split: evaluate.score(truth[split], predict.read_jsonl(one / f"{split}.{ending}"), resamples=0)
-                 for split in truth if (ending, split) != ("passes.jsonl", "calibration")} for one in folders[name]]
+    def scores(name: str, ending: str) -> dict[int, dict[str, dict]]:
+        return {seed: {split: evaluate.score(truth[split], predict.read_jsonl(one / f"{split}.{ending}"), resamples=0)
+                       for split in truth if (ending, split) != ("passes.jsonl", "calibration")}
+                for seed, one in folders[name].items()}
 
     scored = {name: scores(name, "jsonl") for name in folders}
     again = {name: scores(name, "passes.jsonl") for name, some in folders.items() if more_passes(name)}
-    values = {name: [measures(one) for one in some] for name, some in scored.items()}
+    values = {name: {seed: measures(one) for seed, one in some.items()} for name, some in scored.items()}
     table = {}
     for name, some in values.items():
         plain = values["r4" if name.startswith("r4") else "r1"]
-        made = [read_json(one / "found.json") for one in folders[name]]
-        manifest = read_json(folders[name][0] / "manifest.json")
-        table[name] = {"parameters": VARIANTS[name], "machine": manifest["machine"], "seeds": len(some),
+        made = [read_json(one / "found.json") for one in folders[name].values()]
+        machines = {read_json(one / "manifest.json")["machine"] for one in folders[name].values()}
+        table[name] = {"parameters": VARIANTS[name], "machine": "; ".join(sorted(machines)), "seeds": len(some),
                        "updates": made[0]["updates"],
                        "minutes": float(np.mean([one["minutes"] for one in made])),
-                       "scores": {m: rounded(over_seeds(np.array([one[m] for one in some]))) for m in some[0]},
-                       "by_seed": {m: [round(float(one[m].mean()), 4) for one in some] for m in some[0]},
-                       "f1": f1(scored[name]),
-                       "confidence": confidence(scored[name], made)}  # fmt: skip
+                       "scores": mean_of(some),
+                       "by_seed": {seed: {m: round(float(own.mean()), 4) for m, own in one.items()}
+                                   for seed, one in some.items()},
+                       "f1": f1(scored[name]), "confidence": confidence([*scored[name].values()], made)}
         if name not in ("r1", "r4"):
             table[name]["minus_plain"] = difference(some, plain)
         if name in again:
-            more = [measures(one) for one in again[name]]
-            table[name] |= {"passes": {m: rounded(over_seeds(np.array([one[m] for one in more]))) for m in some[0]},
-                            "passes_f1": f1(again[name]), "passes_minus_one": difference(more, some),
-                            "passes_minus_plain": difference(more, plain)}
+            more = {seed: measures(one) for seed, one in again[name].items()}
+            table[name] |= {"passes": mean_of(more), "passes_f1": f1(again[name]),
+                            "passes_minus_one": difference(more, some), "passes_minus_plain": difference(more, plain)}
         if name in ("r1", "r1, pasted"):
             several = {line["image_id"] for line in truth["val"] if len(line["objects"]["bbox"]) > 1}
             table[name]["decisions"] = {
@@ -221,15 +228,22 @@ def more_passes(name: str) -> bool:
     return name in ("r1", "r4", "r5") or "pasted" in name
 
 
-def difference(some: list[dict[str, np.ndarray]], others: list[dict[str, np.ndarray]]) -> dict[str, dict]:
-    """Each measure of a variant minus that of another, by seeds and pictures, for the seeds that both have."""
-    return {m: rounded(over_seeds(np.array([a[m] - b[m] for a, b in zip(some, others, strict=False)])))
-            for m in some[0]}
+Values = dict[int, dict[str, np.ndarray]]  # seed -> measure -> a value a picture
 
 
-def f1(scored: list[dict[str, dict]]) -> float:
+def mean_of(values: Values) -> dict[str, dict]:
+    """Each measure's mean over seeds and pictures, with its interval."""
+    return {m: rounded(over_seeds(np.array([one[m] for one in values.values()]))) for m in next(iter(values.values()))}
+
+
+def difference(values: Values, others: Values) -> dict[str, dict]:
+    """Each measure of a variant minus that of another, on the same pictures, for the seeds that both have."""
+    return mean_of({seed: {m: one[m] - others[seed][m] for m in one} for seed, one in values.items() if seed in others})
+
+
+def f1(scored: dict[int, dict[str, dict]]) -> float:
     """Of boxes of `val` with IoU > .5, mean over seeds."""
-    return round(float(np.mean([one["val"]["summary"]["f1"]["value"] for one in scored])), 4)
+    return round(float(np.mean([one["val"]["summary"]["f1"]["value"] for one in scored.values()])), 4)
 
 
 def rounded(metric: dict) -> dict:
@@ -333,8 +347,8 @@ def main(words: list[str] | None = None) -> int:
         time.sleep(0.2)
     for process in running.values():
         process.kill()
-    found = {name: [*takewhile(lambda one: (one / "found.json").exists(),
-                               (place(name, seed) for seed in range(options.seeds)))] for name in VARIANTS}
+    found = {name: {seed: place(name, seed) for seed in range(options.seeds)
+                    if (place(name, seed) / "found.json").exists()} for name in VARIANTS}
     write_json(REPORT if options.limit == 10**6 else folder / "report.json", {
         "command": "python -m helpers.dev.study", "commit": runs.git_revision(), "date": f"{date.today()}",
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else runs.machine(),

@@ -179,7 +179,8 @@ def predict_photos(source: str, output: Path, model: str | Path, *, split: str =
     job |= {"passes": passes} if (passes := load.passes_of(model)) > 1 else {}
     output.mkdir(parents=True, exist_ok=True)
     before = read_json(output / "job.json")
-    changed = [f"{name} was {before.get(name)!r}, now {job[name]!r}" for name in job if before.get(name) != job[name]]
+    changed = [f"{name} was {before.get(name)!r}, now {job.get(name)!r}" for name in before | job
+               if before.get(name) != job.get(name)]
     if before and changed:
         raise ParameterError(f"OUTPUT={output} holds the predictions of another job ({'; '.join(changed)}); name "
                              "another folder, or delete that one.")
