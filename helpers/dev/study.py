@@ -199,7 +199,7 @@ def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
             more = {seed: measures(one) for seed, one in again[name].items()}
             table[name] |= {"passes": mean_of(more), "passes_f1": f1(again[name]),
                             "passes_minus_one": difference(more, some), "passes_minus_plain": difference(more, plain)}
-        if name in ("r1", "r1, pasted"):
+        if name in ("r1", "r1, pasted, 3 epochs"):
             several = {line["image_id"] for line in truth["val"] if len(line["objects"]["bbox"]) > 1}
             table[name]["decisions"] = {
                 "table": {split: [one["begins"][0] for one in made[0]["splits"][split].values()]
