@@ -44,7 +44,7 @@ from helpers.topics.training import rows_and_processor
 study = json.loads(Path("study_tiny.json").read_text())
 variants = study["variants"]
 Markdown(f"""`{study["command"]}`, commit {study["commit"]}, {study["date"]}. Each variant is `pipeline.py` with other
-parameters, trained with {max(row["seeds"] for row in variants.values())} seeds on: {"; ".join(
+parameters, trained with up to {max(row["seeds"] for row in variants.values())} seeds on: {"; ".join(
     sorted({row["machine"] for row in variants.values()}))}. Pictures: {", ".join(
     f"{n} of {split}" for split, n in study["pictures"].items())}. Intervals are 95 %, over seeds and pictures;
 differences are taken on the same pictures and seeds.""")
@@ -147,7 +147,7 @@ plots.finish(figure)
 # The same as numbers, one line for one pass and one for up to four. `surplus` is the share of pictures of `val` that
 # get a box too many, and `F1` counts them too; differences are to the plain recipe with one pass, with a `*` where the
 # interval does not contain 0. *1 epoch* with one made picture to each real one takes as many updates as the plain
-# recipe.
+# recipe; those of r5 come after r1's.
 
 # %%
 def signed(found):
@@ -159,7 +159,7 @@ def signed(found):
 lines, ways = {}, ((1, "scores", "f1", "minus_plain"), (4, "passes", "passes_f1", "passes_minus_plain"))
 for name, row in main.items():
     for passes, scores, f1, minus in ways:
-        lines[name, passes] = {"updates": row["updates"], "minutes": f"{row['minutes']:.1f}", "F1": f"{row[f1]:.3f}"}
+        lines[name, passes] = {"seeds": row["seeds"], "updates": row["updates"], "F1": f"{row[f1]:.3f}"}
         lines[name, passes] |= {m: f"{row[scores][m]['value']:.3f}" for m in (*measures, "val surplus")}
         lines[name, passes] |= {f"{m} − plain": signed(row[minus][m]) if minus in row else "" for m in measures}
 pd.DataFrame(lines).T.rename_axis(["", "passes"])
@@ -190,7 +190,7 @@ table = {name: {m: f"{row['scores'][m]['value']:.3f}" for m in ("selection", *me
 pd.DataFrame(table).T
 
 # %%
-Markdown("\n".join(f"* **{m}**: significantly different from r1: " + (", ".join(
+Markdown("\n".join(f"* **{m}**: significantly different from r1: " + ("; ".join(
     name for name, row in others.items() if "*" in signed(row["minus_plain"][m])) or "none") for m in measures))
 
 # %%
