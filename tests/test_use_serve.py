@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from helpers import predict
+from helpers import parity, predict
 from helpers.topics.serving import served
 from helpers.use import load, serve
 
@@ -257,3 +258,10 @@ def test_sigterm_completes_what_is_in_work_and_takes_nothing_new(address):
         assert [status for _, status, _, _ in replies.result()] == [200] * 24
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
+
+
+def test_a_model_of_several_passes_is_said_to_get_one_here(model, tmp_path, capsys):
+    twice = shutil.copytree(model, tmp_path / "often-merged")
+    parity.note_use(twice, passes=3)
+    serve.build_app(twice)
+    assert "often-merged was scored with passes=3; a request gets one pass" in capsys.readouterr().out

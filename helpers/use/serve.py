@@ -186,6 +186,8 @@ def build_app(model: str | Path) -> FastAPI:
     """The server of one merged model: /v1/chat/completions, /v1/models, /health, /metrics. Loads the model."""
     name = Path(model).expanduser().resolve().name
     loaded, processor, prompt = load.load_model(model)
+    if (passes := load.passes_of(model)) > 1:
+        print(f"{name} was scored with passes={passes}; a request gets one pass, as every server gives it.")
     tokens, key = loaded.generation_config.max_new_tokens, os.environ.get(KEY)
     waiting: asyncio.Queue[Waiting] = asyncio.Queue()
     places = asyncio.Semaphore(IN_WORK)
