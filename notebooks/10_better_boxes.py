@@ -256,7 +256,8 @@ pd.DataFrame({name: {"boxes": int(np.mean(main[name]["confidence"]["boxes"])),
 #   as many updates as the plain recipe has, they cost more boxes than they bring.
 # * **You must find them all, and can throw away a few**: `passes=4` too. It is stored with the model, and the page and
 #   `make predict` look as often.
-# * **You can take real photos of that kind**: do. Made pictures stand in for them.
+# * **You can take real photos of that kind**: do. Made pictures stand in for them, and a model that has learned from
+#   collages draws more boxes too many on photos of another kind than its own: look at some before you use it.
 #
 # All are the same parameters at 7B, where they were not measured.
 #
