@@ -156,8 +156,9 @@ def look_again(model, processor, rows: Sequence[dict], lines: Sequence[dict], pr
 
     A model that has learned from pictures with one table names one and stops, though it finds the next where the first
     is gone. So the boxes found are painted over with the picture's mean colour and inference runs again, until nothing
-    new is found (as in adversarial erasing, https://arxiv.org/abs/1703.08448). A box is new whose IoU with
-    those of the passes before is below .5; within a completion all boxes stay. `text` holds the texts of the passes that found something, a line each.
+    new is found (as in adversarial erasing, https://arxiv.org/abs/1703.08448). A box is new whose IoU with those of the
+    passes before is below .5; within a completion all boxes stay. `text` holds the texts of the passes that found
+    something, a line each.
     """
     lines, todo = [dict(line) for line in lines], [i for i, line in enumerate(lines) if line["boxes"]]
     for _ in range(passes - 1):
