@@ -410,7 +410,8 @@ class IoUDuringTraining(TrainerCallback):
             saved whenever the number is the best so far (the earlier of equal ones), protected from rotation;
             `ExactTrainer.save_result` takes it back at the end.
 
-    The training goes on as if nothing had been generated: greedy decoding draws no random number.
+    One pass a picture, whatever `passes` is. The training goes on as if nothing had been generated: greedy decoding
+    draws no random number.
     """
 
     def __init__(self, sft: ExactTrainer, selection: Dataset, run: Run):

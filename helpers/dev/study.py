@@ -183,7 +183,7 @@ def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
     values = {name: {seed: measures(one) for seed, one in some.items()} for name, some in scored.items()}
     table = {}
     for name, some in values.items():
-        plain = values["r4" if name.startswith("r4") else "r1"]
+        plain = values.get("r4" if name.startswith("r4") else "r1", {})  # none where only others were run
         made = [read_json(one / "found.json") for one in folders[name].values()]
         machines = {read_json(one / "manifest.json")["machine"] for one in folders[name].values()}
         table[name] = {"parameters": VARIANTS[name], "machine": "; ".join(sorted(machines)), "seeds": len(some),
@@ -193,12 +193,13 @@ def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
                        "by_seed": {seed: {m: round(float(own.mean()), 4) for m, own in one.items()}
                                    for seed, one in some.items()},
                        "f1": f1(scored[name]), "confidence": confidence([*scored[name].values()], made)}
-        if name not in ("r1", "r4"):
+        if name not in ("r1", "r4") and {*some} & {*plain}:
             table[name]["minus_plain"] = difference(some, plain)
         if name in again:
             more = {seed: measures(one) for seed, one in again[name].items()}
             table[name] |= {"passes": mean_of(more), "passes_f1": f1(again[name]),
-                            "passes_minus_one": difference(more, some), "passes_minus_plain": difference(more, plain)}
+                            "passes_minus_one": difference(more, some)}
+            table[name] |= {"passes_minus_plain": difference(more, plain)} if {*some} & {*plain} else {}
         if name in ("r1", "r1, pasted, 3 epochs"):
             several = {line["image_id"] for line in truth["val"] if len(line["objects"]["bbox"]) > 1}
             table[name]["decisions"] = {

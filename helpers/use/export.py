@@ -156,7 +156,8 @@ def compare(output: str | Path, rows, batch_size: int = 16) -> dict:
         vlm, processor, prompt = load.load_model(output / copy)
         predict.generate_lines(vlm, processor, [rows[0]], prompt, greedy)  # warms up
         start = time.perf_counter()
-        batches = predict.generate_batches(vlm, processor, rows, range(len(rows)), prompt, greedy, None, batch_size)
+        batches = predict.generate_batches(vlm, processor, rows, range(len(rows)), prompt, greedy, None, batch_size,
+                                           load.passes_of(output / copy))
         lines = [line for batch in batches for line in batch]
         seconds = (time.perf_counter() - start) / len(rows)
         scores[copy] = evaluate.score(truth, lines)
