@@ -13,16 +13,15 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from helpers.boxes import pairwise_iou, xyxy_unit_to_xyxy_px
+from helpers.boxes import pairwise_iou
 from helpers.collate import image_tokens
-from helpers.data.pictures import as_rgb
+from helpers.data.pictures import as_rgb, painted_over
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to_messages
 from helpers.runs import progress_bar
 
@@ -177,15 +176,6 @@ def look_again(model, processor, rows: Sequence[dict], lines: Sequence[dict], pr
                 line["text"] += "\n" + more["text"]
                 todo.append(i)
     return lines
-
-
-def painted_over(picture, boxes: Sequence[Sequence[float]]) -> Image.Image:
-    """A copy of the picture whose boxes [[x0, y0, x1, y1]] in 0-1 are filled with its mean colour."""
-    picture = as_rgb(picture).copy()
-    mean = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    for box in xyxy_unit_to_xyxy_px(boxes, *picture.size).round().astype(int).tolist():
-        picture.paste(mean, tuple(box))
-    return picture
 
 
 def room_for(model, tokens: int) -> int:

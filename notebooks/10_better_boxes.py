@@ -37,7 +37,7 @@ from matplotlib import pyplot as plt
 
 from helpers import data, plots
 from helpers.data.paste import with_pasted
-from helpers.predict import painted_over
+from helpers.data.pictures import painted_over
 from helpers.topics.training import rows_and_processor
 
 # %%

@@ -1,8 +1,9 @@
 """Training pictures with several tables and with none, made by pasting: photos that people took mostly show one.
 
 A model trained on pictures with one table draws one box whatever it is shown. So tables cut out of other pictures are
-pasted in (Copy-Paste, https://arxiv.org/abs/2012.07177), or every table is covered with a piece that shows none. Pieces
-without a table are pasted beside tables too, so that an edge of a piece says nothing about what is in it.
+pasted in (Copy-Paste, https://arxiv.org/abs/2012.07177), or every table is taken away: covered with a piece that shows
+none, or painted over, as `predict.look_again` does with the boxes that it found. Pieces without a table are pasted too,
+and one or two of several tables painted over, so that no edge and no plain spot says how many tables there are.
 """
 
 import io
@@ -16,12 +17,14 @@ from datasets.fingerprint import Hasher
 from PIL import Image
 
 from helpers.boxes import xyxy_px_to_xyxy_unit, xyxy_unit_to_xyxy_px, xyxy_unit_to_yxyx_unit, yxyx_unit_to_xyxy_unit
-from helpers.data.pictures import as_rgb
+from helpers.data.pictures import as_rgb, painted_over
 from helpers.data.schema import source_hash, workers
 
-COVERED = 0.4  # of the made pictures lose their tables; the others get more
+EMPTY = 0.4  # of the made pictures lose their tables; the others get more
+PARTLY = 0.3  # of the others lose some of them again
 MOST = 3  # tables in a made picture: so many completions fit into 128 new tokens, whatever their names
 SIDE = (0.12, 0.55)  # of the picture's long side: a pasted piece's
+MAGNIFIED = 1.5  # at most: letters of a small piece, made larger, would be blots
 TRIES = 20
 GREY = (114, 114, 114)
 
@@ -61,11 +64,8 @@ class Paste:
         rng = random.Random(f"{self.seed} {number} {row['image_id']}")
         picture, boxes = opened(row)
         kinds = list(zip(row["objects"]["category_id"], row["objects"]["category_name"], strict=True))
-        if rng.random() < COVERED:
-            for box in boxes:
-                self._cover(picture, box, rng)
-            boxes, kinds = [], []
-        else:
+        empty = rng.random() < EMPTY
+        if not empty:
             if free_place(picture.size, boxes, (0.3 * picture.width, 0.3 * picture.height), rng) is None:
                 picture, boxes = zoomed_out(picture, boxes, rng)
             for _ in range(min(rng.choice((1, 1, 2, 3)), MOST - len(boxes))):
@@ -75,6 +75,17 @@ class Paste:
                     kinds.append(kind)
         if rng.random() < 0.5:
             stick(picture, boxes, self._without_table(rng.uniform(0.5, 2), rng), rng)
+        gone: Sequence[int] = range(len(boxes) if empty else 0)
+        if len(boxes) > 1 and not empty and rng.random() < PARTLY:
+            gone = rng.sample(range(len(boxes)), rng.randint(1, len(boxes) - 1))
+        if empty and rng.random() < 0.5:
+            for box in boxes:
+                self._cover(picture, box, rng)
+        else:
+            found = np.array([unsure(boxes[k], rng) for k in gone]).reshape(-1, 4)
+            picture = painted_over(picture, xyxy_px_to_xyxy_unit(found, *picture.size))
+        boxes = [box for k, box in enumerate(boxes) if k not in gone]
+        kinds = [kind for k, kind in enumerate(kinds) if k not in gone]
         unit = xyxy_px_to_xyxy_unit(np.array(boxes, dtype=float).reshape(-1, 4), *picture.size).clip(0, 1)
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=95, subsampling=0)
@@ -110,6 +121,12 @@ class Paste:
         picture.paste(self._without_table(size[0] / size[1], rng).resize(size), (x0, y0))
 
 
+def unsure(box: Box, rng: random.Random) -> list[float]:
+    """The box as a model may have found it: each side off by a few hundredths of the box's size."""
+    sides = box[2] - box[0], box[3] - box[1]
+    return [edge + min(max(rng.gauss(0, 0.05), -0.15), 0.15) * sides[k % 2] for k, edge in enumerate(box)]
+
+
 def opened(row: Mapping) -> tuple[Image.Image, list[Box]]:
     """The picture of a row and its boxes."""
     picture = as_rgb(row["image"]).copy()
@@ -121,7 +138,7 @@ def stick(picture: Image.Image, boxes: Sequence[Box], piece: Image.Image, rng: r
 
     It may hang over the picture's edge by up to half of its width and height, as tables do in photos.
     """
-    scale = rng.uniform(*SIDE) * max(picture.size) / max(piece.size)
+    scale = min(rng.uniform(*SIDE) * max(picture.size) / max(piece.size), MAGNIFIED)
     size = max(8, round(scale * piece.width)), max(8, round(scale * piece.height))
     place = free_place(picture.size, boxes, size, rng, over=0.5)
     if place is None:

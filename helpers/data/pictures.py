@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 from datasets import List, Value
+from numpy.typing import ArrayLike
 from PIL import Image as PILImage
 from PIL import ImageOps
 
+from helpers.boxes import xyxy_unit_to_xyxy_px
 from helpers.data.schema import DataError
 
 KINDS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"]  # EPS starts programs
@@ -163,6 +165,15 @@ def draft_resize(picture: PILImage.Image, size: tuple[int, int]) -> PILImage.Ima
 FACTS = datasets.Features(
     {"error": Value("string"), "stored": List(Value("int64")), "orientation": Value("int64"), "thumb": Value("binary")}
 )
+
+
+def painted_over(picture: PILImage.Image, boxes: ArrayLike) -> PILImage.Image:
+    """A copy of the picture in RGB whose boxes [[x0, y0, x1, y1]] in 0-1 are filled with its mean colour."""
+    picture = as_rgb(picture).copy()
+    mean = tuple(np.asarray(picture.resize((1, 1), PILImage.Resampling.BOX))[0, 0].tolist())
+    for box in xyxy_unit_to_xyxy_px(boxes, *picture.size).round().astype(int).tolist():
+        picture.paste(mean, tuple(box))
+    return picture
 
 
 def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:

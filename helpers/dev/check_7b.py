@@ -87,7 +87,8 @@ def run_recipe(options: argparse.Namespace, recipe: str, way: str) -> None:
     """Run one recipe in one way, killed at half of its steps and started again, and write its row of the report."""
     report, name, start = options.folder / "report", f"{recipe}.{way.replace(' ', '-')}", time.perf_counter()
     runs, log = options.folder / "runs" / name, report / f"{name}.log"
-    log.unlink(missing_ok=True)
+    if not runs.exists():  # else --minutes stopped it, and it goes on
+        log.unlink(missing_ok=True)
     folders = [runs / f"{PROJECT}-{recipe.replace('r3-two-stage', 'r3')}{stage.suffix}" for stage in RECIPES[recipe]]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.gpus)]
     command = [sys.executable, *(launch if way == "processes" else []), str(PIPELINE),
@@ -111,7 +112,8 @@ def run_recipe(options: argparse.Namespace, recipe: str, way: str) -> None:
     if len(ends) > 1 and f"goes on from checkpoint-{half}" not in said:
         row["wrong"].append(f"does not go on from checkpoint-{half}")
     write_json(report / f"{name}.json", row)
-    shutil.rmtree(runs, ignore_errors=True)
+    if LATE not in ends:
+        shutil.rmtree(runs, ignore_errors=True)
 
 
 def measured(runs: Path, folders: list[Path]) -> dict:
