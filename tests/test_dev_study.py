@@ -10,11 +10,18 @@ from helpers.dev import study
 
 def test_an_expected_iou_is_that_of_the_boxes_that_the_digits_spell():
     """Digits that are sure give the box itself; a first digit that is 1 or 3 at one place gives two boxes in turn."""
-    box, places = np.array([0.1, 0.2, 0.3, 0.6]), [0, 1, 2, 5, 6, 7, 10, 11, 12, 15, 16, 17]
-    sure = np.eye(10)[[int(digit) for number in box for digit in f"{1000 * number:03.0f}"]]
-    assert study.expected_iou(sure, places, box, np.random.default_rng(0)) == pytest.approx(1)
-    sure[6] = (np.eye(10)[1] + np.eye(10)[3]) / 2  # x1 is .1, which leaves nothing, or .3
-    assert 0.3 < study.expected_iou(sure, places, box, np.random.default_rng(0)) < 0.7
+    sure = [np.eye(10)[[int(digit) for digit in f"{1000 * number:.0f}"]] for number in (0.1, 0.02, 0.3, 0.06)]
+    box = np.array([0.1, 0.02, 0.3, 0.06])
+    assert study.expected_iou(sure, box, np.random.default_rng(0)) == pytest.approx(1)
+    sure[2][0] = (np.eye(10)[1] + np.eye(10)[3]) / 2  # x1 is .1, which leaves nothing, or .3
+    assert 0.3 < study.expected_iou(sure, box, np.random.default_rng(0)) < 0.7
+
+
+def test_digits_of_a_box_that_was_broken_off_do_not_count():
+    """As in "(200,324),(small-facts<|box_start|>(36,535),(501,59)", where each character is a token."""
+    text = "(200,324),(small-facts<(36,535),(501,59)>"
+    found = study.last_four([i for i, letter in enumerate(text) if letter.isdigit()])
+    assert ["".join(text[i] for i in number) for number in found] == ["36", "535", "501", "59"]
 
 
 def test_confidence_is_judged_by_how_it_ranks_right_boxes():

@@ -149,22 +149,29 @@ def decisions(vlm, processor, prompt: str, rows: list[dict], lines: list[dict]) 
             if len(boxes) == len(ends):
                 one["boxes"] = []
                 for k, (since, end, box) in enumerate(zip([0, *ends], ends, boxes, strict=False)):
-                    at = [i for i in range(since, end) if tokens[i] in digits]
-                    likely = np.log([p[i, tokens[i]] for i in at])
+                    numbers = last_four([i for i in range(since, end) if tokens[i] in digits])
+                    likely = np.log([p[i, tokens[i]] for number in numbers for i in number])
                     one["boxes"].append({"start": begins[k], "digits": float(np.exp(likely.mean())),
-                                         "expected IoU": expected_iou(p[at][:, digits], at, box, draw)})
+                                         "expected IoU": expected_iou([p[i][:, digits] for i in numbers], box, draw)})
     return found
 
 
-def expected_iou(p: np.ndarray, places: list[int], box: np.ndarray, draw: np.random.Generator) -> float:
-    """Mean IoU of `box` [4] in 0-1 with boxes whose digits are drawn from `p` [D, 10]; digits in a row are a number."""
-    total = (p / p.sum(1, keepdims=True)).cumsum(1)
-    drawn = (draw.random((DRAWS, len(p), 1)) > total[None]).sum(2).clip(max=9)  # [DRAWS, D]
-    runs_of = [[k for k, _ in group] for _, group in groupby(enumerate(places), lambda pair: pair[1] - pair[0])]
-    numbers = np.stack([drawn[:, part] @ 10 ** np.arange(len(part))[::-1] for part in runs_of], 1) / 1000
-    low, high = np.maximum(numbers[:, :2], box[:2]), np.minimum(numbers[:, 2:], box[2:])
+def last_four(places: list[int]) -> list[list[int]]:
+    """The places of a box's digits, number by number; those before the last four were broken off, or are no box."""
+    return [[i for _, i in group] for _, group in groupby(enumerate(places), lambda pair: pair[1] - pair[0])][-4:]
+
+
+def expected_iou(numbers: list[np.ndarray], box: np.ndarray, draw: np.random.Generator) -> float:
+    """Mean IoU of `box` [4] in 0-1 with boxes whose digits are drawn from the `numbers`, four times [digits, 10]."""
+    def drawn(p: np.ndarray) -> np.ndarray:
+        total = (p / p.sum(1, keepdims=True)).cumsum(1)
+        found = (draw.random((DRAWS, len(p), 1)) > total[None]).sum(2).clip(max=9)  # [DRAWS, digits]
+        return found @ 10 ** np.arange(len(p))[::-1] / 1000
+
+    edges = np.stack([drawn(p) for p in numbers], 1)  # [DRAWS, 4]
+    low, high = np.maximum(edges[:, :2], box[:2]), np.minimum(edges[:, 2:], box[2:])
     shared = np.prod(np.clip(high - low, 0, None), 1)
-    area = np.prod(np.clip(numbers[:, 2:] - numbers[:, :2], 0, None), 1) + np.prod(box[2:] - box[:2])
+    area = np.prod(np.clip(edges[:, 2:] - edges[:, :2], 0, None), 1) + np.prod(box[2:] - box[:2])
     return float((shared / np.maximum(area - shared, 1e-9)).mean())
 
 
