@@ -238,7 +238,8 @@ def mean(fitted, name):
     return f"{np.mean(values):.3f}" if values else "no such limit"
 
 
-fitted = {name: row["confidence"]["calibrated"]["calibration"] for name, row in main.items()}
+fitted = {name: row["confidence"]["calibrated"]["calibration"] for name, row in main.items()
+          if "calibration" in row["confidence"]["calibrated"]}
 pd.DataFrame({name: {"boxes": int(np.mean(main[name]["confidence"]["boxes"])),
                      "wrong": int(np.mean(main[name]["confidence"]["wrong"])),
                      **{part: mean(seeds, part) for part in ("ece", "precision", "recall")}}

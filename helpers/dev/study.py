@@ -92,6 +92,8 @@ def predict_all(run, processor, vlm, rows: dict, passes: bool) -> None:
     found = {"updates": len(read_log(run.folder / "log.jsonl")), "splits": {},
              "minutes": round(read_json(run.folder / "manifest.json")["timings"]["train"] / 60, 2)}
     for split, some in splits(rows).items():
+        if split == "calibration" and not passes:
+            continue
         lines = predict.predict(vlm, processor, some, run.prompt, run.folder / f"{split}.jsonl", batch_size=32,
                                 key="study", **greedy)
         some = list(some)
@@ -184,7 +186,7 @@ def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
     truth = {split: data.truth_rows(some) for split, some in rows.items()}
     def scores(name: str, ending: str) -> dict[int, dict[str, dict]]:
         return {seed: {split: evaluate.score(truth[split], predict.read_jsonl(one / f"{split}.{ending}"), resamples=0)
-                       for split in truth if (ending, split) != ("passes.jsonl", "calibration")}
+                       for split in truth if (one / f"{split}.{ending}").exists()}
                 for seed, one in folders[name].items()}
 
     scored = {name: scores(name, "jsonl") for name in folders}
@@ -278,7 +280,7 @@ def confidence(scored: list[dict], made: list[dict]) -> dict:
             pairs = right.sum() * (~right).sum()
             found["auroc"][kind].append(round(float(stats.mannwhitneyu(worth[right], worth[~right])[0] / pairs), 4)
                                         if pairs else None)
-        for split in ("selection", "calibration"):
+        for split in {"selection", "calibration"} & {*one}:
             found["calibrated"].setdefault(split, []).append(calibrated(one, own, split))
     return found
 
@@ -344,7 +346,7 @@ def main(words: list[str] | None = None) -> int:
             name, seed = todo.pop(0)
             given = {"scale": "tiny", "seed": seed, "train_limit": options.limit, "val_limit": options.limit,
                      "output_root": str(folder), "run_name": place(name, seed).name.removeprefix(f"{PROJECT}-")}
-            with place(name, seed).with_suffix(".log").open("w") as log:
+            with Path(f"{place(name, seed)}.log").open("w") as log:
                 running[name, seed] = subprocess.Popen(
                     [sys.executable, "-c", CHILD,
                      json.dumps({"parameters": VARIANTS[name] | given, "passes": more_passes(name)})],
