@@ -182,10 +182,10 @@ REVISIONS = {"Qwen/Qwen2-VL-7B-Instruct": "eed13092ef92e448dd6875b2a00151bd3f7db
 # What must be free to start. GPU memory in GiB, from the most that was allocated with the 7B architecture and pictures
 # of 1280 image tokens: 15.5 to load, 20.2 for r1 and r4 to merge (`helpers.dev.check_7b`), 18.5 to train r4
 # with checkpointing and 12.8 with `memory="low"` (`helpers.dev.bench`, one H100); 25.4 for r2 and r3 in batches of 2,
-# to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 what they do in r4: 6.4, or .7. r5 is
-# arithmetic alone: r1's, and keys, values and a prefill of batch_size x reward_completions sequences. With
-# `memory="low"` nothing is merged on the GPU. Disk in GiB for the checkpoints, cached vision features, the model saved
-# or merged, and the Hub's download.
+# to which by arithmetic accumulation adds gradients of 2.5 and batches of 8 what they do in r4: 6.4, or .7. r5 took
+# 19.2 for 8 pictures with 4 completions each (`notebooks/rewards_7b.json`); what its default of 2 x 8 pictures with 8
+# adds is arithmetic: keys, values and a prefill of so many sequences. With `memory="low"` nothing is merged on the GPU.
+# Disk in GiB for the checkpoints, cached vision features, the model saved or merged, and the Hub's download.
 GPU_GIB = {"base": 18, "r1-llm-only": 22, "r2-vision-only": 36, "r3-two-stage": 36, "r4-joint": 22, "r5-reward": 40}
 LOW_GPU_GIB = {"base": 14, "r1-llm-only": 14, "r2-vision-only": 30, "r3-two-stage": 30, "r4-joint": 14, "r5-reward": 22}
 # Of that on a single GPU, however many one process spreads the model over: a vision tower that trains lies on one. With

@@ -197,13 +197,13 @@ pd.DataFrame(table).T
 
 # %%
 Markdown("\n".join(f"* **{m}**: significantly different from r1: " + ("; ".join(
-    name for name, row in others.items() if "*" in signed(row["minus_plain"][m])) or "none") for m in measures))
+    f"*{name}*" for name, row in others.items() if "*" in signed(row["minus_plain"][m])) or "none") for m in measures))
 
 # %%
 rewards = json.loads(Path("rewards_7b.json").read_text())
 parts, steps = rewards["median_seconds"], rewards["step_seconds"]
-Markdown(f"""At 7B, with random weights on {rewards["machine"]}: the median of {len(steps)} steps by rewards (8 pictures,
-4 completions each of 128 tokens, as random weights do not stop) took {np.median(steps):.0f} s, the completions
+Markdown(f"""At 7B, with random weights on {rewards["machine"]}: the median of {len(steps)} steps by rewards (8
+pictures, 4 completions each of 128 tokens, as random weights do not stop) took {np.median(steps):.0f} s, completions
 {parts["generation"] / parts["a step"]:.0%} of it; {rewards["gib"]} GiB were allocated (`{rewards["command"]}`).""")
 
 # %% [markdown]
