@@ -258,8 +258,12 @@ def command(run: Run) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit, with `+` where files other than notebooks' outputs differ from it; None outside a repository."""
-    here, no_outputs = Path(__file__).parent, (":/", ":(top,exclude)*.ipynb", ":(top,exclude)*.png")
+    """The commit, with `+` where files differ from it that a run could depend on; None outside a repository.
+
+    No run depends on notebooks' outputs, nor on the results that `make table ARGS=--write` has just written.
+    """
+    made = ("*.ipynb", "*.png", "results.json", "README.md")
+    here, no_outputs = Path(__file__).parent, (":/", *(f":(top,exclude){name}" for name in made))
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=here, capture_output=True, text=True)
         dirty = subprocess.run(["git", "status", "--porcelain", "-uno", "--", *no_outputs], cwd=here,

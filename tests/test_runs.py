@@ -1,5 +1,7 @@
 """A run's steps: done with the same inputs, done again with others, never done by halves."""
 
+import subprocess
+
 import pytest
 
 from helpers import runs
@@ -44,3 +46,24 @@ def test_a_step_that_another_process_does_is_refused_or_waited_for(folder):
     with runs.exclusive(folder / "train"), pytest.raises(ParameterError, match="another process is at work on"):
         with runs.step(folder, "train", {}, wait=False):
             raise AssertionError("not while another does it")
+
+
+def test_a_commit_is_marked_where_code_differs_and_not_where_results_were_written(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+                       capture_output=True)
+
+    names = ("helpers/runs.py", "README.md", "results.json", "notebooks/a.ipynb")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "helpers" / "runs.py"))
+    clean = runs.git_revision()
+    for name in names[1:]:
+        (tmp_path / name).write_text("after")
+    assert len(clean) == 10 and runs.git_revision() == clean
+    (tmp_path / "helpers" / "runs.py").write_text("after")
+    assert runs.git_revision() == clean + "+"
