@@ -177,8 +177,8 @@ price is boxes too many, in {once["val surplus"]["value"]:.0%} of its pictures, 
 {plain["f1"]:.3f} to {best["f1"]:.3f} and {best["passes_f1"]:.3f}.
 
 Four made pictures to each real one and {more["updates"]} updates make it {more["passes"]["val-multi"]["value"]:.2f} on
-`val-multi` and {more["scores"]["val-none"]["value"]:.0%} false alarms, at {signed(more["minus_plain"]["val"])} on
-`val`.""")
+`val-multi` with further passes, and {more["scores"]["val-none"]["value"]:.0%} false alarms. With one pass `val` changes
+by {signed(more["minus_plain"]["val"])}.""")
 
 # %% [markdown]
 # ## 5 · Rewards, adapters and other settings

@@ -162,11 +162,6 @@ def draft_resize(picture: PILImage.Image, size: tuple[int, int]) -> PILImage.Ima
     return as_rgb(picture).resize(size, PILImage.Resampling.BICUBIC, box=box)
 
 
-FACTS = datasets.Features(
-    {"error": Value("string"), "stored": List(Value("int64")), "orientation": Value("int64"), "thumb": Value("binary")}
-)
-
-
 def painted_over(picture: PILImage.Image, boxes: ArrayLike) -> PILImage.Image:
     """A copy of the picture in RGB whose boxes [[x0, y0, x1, y1]] in 0-1 are filled with its mean colour."""
     picture = as_rgb(picture).copy()
@@ -174,6 +169,11 @@ def painted_over(picture: PILImage.Image, boxes: ArrayLike) -> PILImage.Image:
     for box in xyxy_unit_to_xyxy_px(boxes, *picture.size).round().astype(int).tolist():
         picture.paste(mean, tuple(box))
     return picture
+
+
+FACTS = datasets.Features(
+    {"error": Value("string"), "stored": List(Value("int64")), "orientation": Value("int64"), "thumb": Value("binary")}
+)
 
 
 def picture_facts(image: dict[str, Any] | None) -> dict[str, Any]:
