@@ -63,6 +63,17 @@ def test_special_tokens_and_digits_are_one_token_each_and_any_text_comes_back(pr
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_each_token_has_a_row_of_its_own_in_the_head(model, processor):
+    """Else fine-tuning, which leaves the head as it is, could not write the tokens that pre-training never wrote."""
+    rows = torch.nn.functional.normalize(model.lm_head.weight.detach().float(), dim=1)
+    assert (rows @ rows.T).fill_diagonal_(0).max() < 0.95
+    shared = make_model(processor.tokenizer, width=64, vision_layers=1, language_layers=1)
+    shared.lm_head.weight.data[:300] = shared.lm_head.weight.data[0] * torch.linspace(1, 1.1, 300)[:, None]
+    assert train.separate(shared, 0, length=shared.lm_head.weight[0].norm().item()) == 300
+    rows = torch.nn.functional.normalize(shared.lm_head.weight.detach()[:300], dim=1)
+    assert (rows @ rows.T).fill_diagonal_(0).max() < 0.95
+
+
 def test_nothing_it_was_trained_on_names_a_nutrition_table(pool):
     rng = random.Random(0)
     texts = corpus() + [*THINGS] + [made_up_name(rng) for _ in range(20_000)]
