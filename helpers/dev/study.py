@@ -189,7 +189,8 @@ def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
 
     scored = {name: scores(name, "jsonl") for name in folders}
     again = {name: scores(name, "passes.jsonl") for name, some in folders.items() if more_passes(name)}
-    values = {name: {seed: measures(one) for seed, one in some.items()} for name, some in scored.items()}
+    values, passed = ({name: {seed: measures(one) for seed, one in some.items()} for name, some in every.items()}
+                      for every in (scored, again))
     table = {}
     for name, some in values.items():
         plain = values.get("r4" if name.startswith("r4") else "r1", {})  # none where only others were run
@@ -205,10 +206,14 @@ def summary(folders: dict[str, dict[int, Path]], rows: dict) -> dict[str, dict]:
         if name not in ("r1", "r4") and {*some} & {*plain}:
             table[name]["minus_plain"] = difference(some, plain)
         if name in again:
-            more = {seed: measures(one) for seed, one in again[name].items()}
+            more = passed[name]
             table[name] |= {"passes": mean_of(more), "passes_f1": f1(again[name]),
-                            "passes_minus_one": difference(more, some)}
+                            "passes_minus_one": difference(more, some),
+                            "by_size": by_size([*scored[name].values()], [*again[name].values()])}
             table[name] |= {"passes_minus_plain": difference(more, plain)} if {*some} & {*plain} else {}
+        if (before := name.replace("r5", "r1")) != name and {*some} & {*values.get(before, {})}:
+            table[name]["minus_before"] = difference(some, values[before])
+            table[name]["passes_minus_before"] = difference(passed[name], passed[before])
         if name in ("r1", "r1, pasted"):
             several = {line["image_id"] for line in truth["val"] if len(line["objects"]["bbox"]) > 1}
             table[name]["decisions"] = {
@@ -231,6 +236,21 @@ def measures(scored: dict[str, dict]) -> dict[str, np.ndarray]:
             "val-none": np.array([len(record["predicted"]) > 0 for record in per["val-none"]]) * 1.0,
             "val-multi surplus": np.array([record["surplus"] > 0 for record in per["val-multi"]]) * 1.0,
             "selection": np.array([r["iou"] for r in per["selection"] if r["iou"] is not None])}  # fmt: skip
+
+
+def by_size(*ways: list[dict]) -> dict[str, list]:
+    """Mean IoU of the boxes of `val-multi` in four quarters by size, one list for each of `ways` (scores of each seed);
+    `edges` are the quarters' limits, as shares of the picture."""
+    found: dict[str, list] = {"edges": [], "iou": []}
+    for scored in ways:
+        records = [record for one in scored for record in one["val-multi"]["per_picture"]]
+        area = np.array([(x1 - x0) * (y1 - y0) for record in records for x0, y0, x1, y1 in record["true"]])
+        iou = np.array([iou for record in records for iou in record["box_ious"]])
+        edges = np.quantile(area, np.linspace(0, 1, 5))
+        quarter = np.digitize(area, edges[1:4])
+        found["edges"] = edges.round(4).tolist()
+        found["iou"].append([round(float(iou[quarter == q].mean()), 4) for q in range(4)])
+    return found
 
 
 def more_passes(name: str) -> bool:
