@@ -46,7 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> parameters of pipeline.py; "p
     "r1": R1, "r4": R4, "r1, pasted": R1 | PASTED, "r4, pasted": R4 | PASTED, "r1, more pasted": R1 | MORE,
     "r5": R5, "r5, pasted": R5 | PASTED, "r5, more pasted": R5 | MORE,
     "r1, pasted, 1 epoch": R1 | {"paste": 1, "epochs": 1}, "r1, 7.5 epochs": R1 | {"epochs": 7.5},
-    "r1, augment": R1 | {"augment": True},
+    "r1, augment": R1 | {"augment": True}, "r1, loss on all text": R1 | {"loss_scope": "all-text"},
     "r1, rank 4": R1 | {"lora_rank": 4, "lora_alpha": 8}, "r1, rank 64": R1 | {"lora_rank": 64, "lora_alpha": 128},
     "r1, dropout .05": R1 | {"lora_dropout": 0.05},
     "r1, rsLoRA": R1 | {"peft": {"use_rslora": True}}, "r1, DoRA": R1 | {"peft": {"use_dora": True}},

@@ -109,10 +109,6 @@ def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> st
     differences = {pair.partition("/")[2].replace(" - ", " minus "): value
                    for pair, value in ledger.get("comparisons", {}).items()
                    if pair.startswith(f"{scale}/") and best in pair.partition("/")[2].split(" - ")}
-    if "collators" in ledger and scale == "tiny":
-        both = ledger["collators"]
-        name = f"loss on the completion alone minus on all text ({both['recipe']}, {both['seeds']} seeds each)"
-        differences[name] = both["difference"]
     lines += ["", *(f"- {name}: {with_interval(value)}, {significance(value)}, n = {value['n']}"
                     for name, value in differences.items())]
     return "\n".join(lines).strip()
@@ -141,7 +137,7 @@ def write(runs_dir: str | Path, ledger_path: str | Path, readme: str | Path) -> 
     if not found["rows"]:
         raise FileNotFoundError(f"no scored run in {runs_dir}; make one: make run RECIPE=r4-joint")
     before = read_json(path)
-    ledger = before | {part: before.get(part, {}) | found[part] for part in ("rows", "comparisons")}
+    ledger = {part: before.get(part, {}) | rows for part, rows in found.items()}
     write_json(path, ledger)
     write_text(readme, BLOCK.sub(lambda _: results(ledger), readme.read_text(encoding="utf-8")))
     return f"{len(found['rows'])} rows of {runs_dir} written into {ledger_path}, and the results into {readme}"
