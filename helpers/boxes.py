@@ -11,6 +11,8 @@ Every function takes lists or arrays and raises `ValueError` for another shape, 
 boxes whose corners are swapped. A box without area is valid here: whether to keep it is the data's question.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -79,6 +81,21 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     from torchvision.ops import box_iou
 
     return np.nan_to_num(box_iou(torch.from_numpy(_checked(a)), torch.from_numpy(_checked(b))).numpy(), nan=0.0)
+
+
+def distinct(boxes: ArrayLike, labels: Sequence[str]) -> list[int]:
+    """Indices of the boxes, in their order, that are not drawn again: IoU above .5 with one before them.
+
+    Non-maximum suppression with the first box as the best. Boxes of two labels are one thing only where both labels
+    are kinds of nutrition table (CATEGORIES).
+    """
+    import torch  # here, as above
+    from torchvision.ops import batched_nms
+
+    names = ["" if label in CATEGORIES else label for label in labels]
+    kinds = torch.tensor([names.index(name) for name in names], dtype=torch.int64)
+    first = torch.arange(len(names), 0, -1, dtype=torch.float64)
+    return batched_nms(torch.from_numpy(_checked(boxes)), first, kinds, 0.5).tolist()
 
 
 def reading_order(xyxy: ArrayLike) -> np.ndarray:

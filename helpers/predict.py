@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from helpers.boxes import pairwise_iou
+from helpers.boxes import distinct, pairwise_iou
 from helpers.collate import image_tokens
 from helpers.data.pictures import as_rgb, painted_over
 from helpers.messages import END_OF_TURN, NO_TABLE, longest_unit, parse_text, to_messages
@@ -156,8 +156,7 @@ def look_again(model, processor, rows: Sequence[dict], lines: Sequence[dict], pr
     A model that has learned from pictures with one table names one and stops, though it finds the next where the first
     is gone. So the boxes found are painted over with the picture's mean colour and inference runs again, until nothing
     new is found (as in adversarial erasing, https://arxiv.org/abs/1703.08448). A box is new whose IoU with those of the
-    passes before is below .5; within a completion all boxes stay. `text` holds the texts of the passes that found
-    something, a line each.
+    passes before is below .5. `text` holds the texts of the passes that found something, a line each.
     """
     lines, todo = [dict(line) for line in lines], [i for i, line in enumerate(lines) if line["boxes"]]
     for _ in range(passes - 1):
@@ -309,28 +308,33 @@ def _leads_to(written: str, low: int, high: int) -> bool:
 
 
 def line(image_id: str, tokens: list[int], log_probabilities: list[float], tokenizer) -> dict:
-    """One completion (token ids and their log-probabilities, padding behind) as a line of `predictions.jsonl`."""
+    """One completion (token ids and their log-probabilities, padding behind) as a line of `predictions.jsonl`.
+
+    A box that is drawn again stays in `text` alone (`boxes.distinct`).
+    """
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     stopped = end in tokens
     tokens = tokens[: tokens.index(end)] if stopped else tokens
     pieces = [tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
     text = "".join(pieces)
     parsed = parse_text(text)
-    starts = [0, *accumulate(map(len, pieces))]
+    starts, kept = [0, *accumulate(map(len, pieces))], distinct(parsed.boxes_xyxy_unit, parsed.labels)
 
     def confidence(begin: int, end: int) -> float:
-        """The probability that a box begins here, in place of the end, times the geometric mean of its digits' (0-1).
+        """The probability that a box begins here, in place of the end, times the fourth root of its digits' geometric
+        mean: 0-1.
 
-        The first says whether there is a table, the second where it is. (`notebooks/10_better_boxes` compares.)
+        The first says whether there is a table, the second where it is. It counts less, as a last digit that might be
+        its neighbour hardly moves a box; the root was chosen on `selection` (`notebooks/10_better_boxes`).
         """
         digits = [log for piece, start, log in zip(pieces, starts, log_probabilities, strict=False)
                   if begin <= start < end and re.search(r"\d", piece)]
         first = max((i for i, piece in enumerate(pieces) if piece == BOX_BEGINS and starts[i] < begin), default=0)
-        return round(math.exp(log_probabilities[first] + sum(digits) / len(digits)), 4)
+        return round(math.exp(log_probabilities[first] + sum(digits) / len(digits) / 4), 4)
 
     return {
-        "image_id": image_id, "text": text, "labels": parsed.labels, "boxes": parsed.boxes_xyxy_unit.tolist(),
-        "confidences": [confidence(*span) for span in parsed.spans],
+        "image_id": image_id, "text": text, "labels": [parsed.labels[i] for i in kept],
+        "boxes": parsed.boxes_xyxy_unit[kept].tolist(), "confidences": [confidence(*parsed.spans[i]) for i in kept],
         "rejected": parsed.rejected, "stopped": stopped, "new_tokens": len(tokens) + stopped,
     }
 

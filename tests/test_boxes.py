@@ -63,6 +63,14 @@ def test_boxes_without_area_have_iou_zero():
     assert bx.pairwise_iou([[0.5, 0.5, 0.5, 0.5]], [[0.5, 0.5, 0.5, 0.5]])[0, 0] == 0
 
 
+def test_a_box_that_is_drawn_again_is_not_distinct():
+    box, near, far = [0.1, 0.1, 0.5, 0.5], [0.12, 0.1, 0.5, 0.52], [0.4, 0.4, 0.9, 0.9]
+    assert bx.distinct([box, far, near, far], ["table"] * 4) == [0, 1]
+    assert bx.distinct([box, near], ["nutrition-table", "nutrition-table-small"]) == [0]  # kinds of one thing
+    assert bx.distinct([box, near], ["table", "logo"]) == [0, 1]
+    assert bx.distinct([], []) == []
+
+
 def test_reading_order_goes_line_by_line():
     left, right = [0.1, 0.12, 0.4, 0.3], [0.5, 0.10, 0.9, 0.3]  # one line, though the right one begins higher
     below = [0.0, 0.5, 0.9, 0.7]

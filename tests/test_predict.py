@@ -153,11 +153,15 @@ def test_one_completion_as_a_line(processor):
     line = predict.line("a", tokens + [0, 0], half + [0.0, 0.0], processor.tokenizer)
     assert line["text"] == text and line["stopped"] and line["new_tokens"] == len(tokens)
     assert line["boxes"] == [[0.1, 0.2, 0.5, 0.6]] and line["labels"] == ["barcode"]
-    assert line["confidences"] == [0.25] and len(line["rejected"]) == 1
+    assert line["confidences"] == [round(0.5 * 0.5**0.25, 4)] and len(line["rejected"]) == 1
     assert not predict.line("a", tokens[:-1], half[:-1], processor.tokenizer)["stopped"]
     unsure = [math.log(0.25)] * len(tokens)  # of each box its own tokens count alone
-    two = predict.line("a", tokens[:-5] * 2, half[:-5] + unsure[:-5], processor.tokenizer)
-    assert two["confidences"] == [0.25, 0.0625]
+    below = processor.tokenizer.encode(text[:-4].replace("200", "700").replace("600", "900"), add_special_tokens=False)
+    again = processor.tokenizer.encode(text[:-4].replace("100", "123"), add_special_tokens=False)
+    more = predict.line("a", tokens[:-5] + again + below, half[:-5] + half[: len(again)] + unsure[: len(below)],
+                        processor.tokenizer)
+    assert more["confidences"] == [0.4204, 0.1768] and more["text"].count("<|box_end|>") == 3  # one drawn again
+    assert more["boxes"] == [[0.1, 0.2, 0.5, 0.6], [0.1, 0.7, 0.5, 0.9]] and more["labels"] == ["barcode"] * 2
 
 
 def test_constrained_completions_parse_and_batches_stay_equal(vlm, processor, rows, tmp_path):

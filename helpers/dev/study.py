@@ -25,6 +25,7 @@ import torch
 from scipy import optimize, stats
 
 from helpers import data, evaluate, predict, runs
+from helpers.boxes import distinct
 from helpers.collate import IGNORED, Collator
 from helpers.data.paste import with_pasted
 from helpers.evaluate.confidence import reliability, threshold_for_precision
@@ -125,11 +126,12 @@ class OwnWords(Collator):
 
 @torch.inference_mode()
 def decisions(vlm, processor, prompt: str, rows: list[dict], lines: list[dict]) -> dict[str, dict]:
-    """`{image_id: {"begins": [K + 1], "boxes": [K x {"digits", "start", "expected IoU"}]}}` of a model's own boxes.
+    """`{image_id: {"begins": [K + 1], "boxes": [{"digits", "start", "expected IoU"}]}}` of a model's own boxes.
 
     `begins` are the probabilities that a box begins at the first token and behind each of K boxes. Of a box, `start` is
     the one before it, `digits` the geometric mean of its digits' probabilities, and `expected IoU` the mean IoU of the
-    box with DRAWS boxes drawn from its digits' distributions. A picture without `boxes` has one that was rejected.
+    box with DRAWS boxes drawn from its digits' distributions. Boxes that are drawn again are left out. A picture
+    without `boxes` has one that was rejected.
     """
     tokenizer, found, draw = processor.tokenizer, {}, np.random.default_rng(0)
     collator = OwnWords(processor, prompt)
@@ -146,10 +148,11 @@ def decisions(vlm, processor, prompt: str, rows: list[dict], lines: list[dict]) 
             ends = [i + 1 for i, token in enumerate(tokens) if token == over and i + 1 < len(tokens)]
             begins = [float(p[i, begin]) for i in [0, *ends]]
             found[row["image_id"]] = one = {"begins": np.round(begins, 4).tolist()}
-            boxes = parse_text(collator.words[row["image_id"]]).boxes_xyxy_unit
-            if len(boxes) == len(ends):
+            read = parse_text(collator.words[row["image_id"]])
+            if len(read.labels) == len(ends):
                 one["boxes"] = []
-                for k, (since, end, box) in enumerate(zip([0, *ends], ends, boxes, strict=False)):
+                for k in distinct(read.boxes_xyxy_unit, read.labels):
+                    since, end, box = [0, *ends][k], ends[k], read.boxes_xyxy_unit[k]
                     numbers = last_four([i for i in range(since, end) if tokens[i] in digits])
                     likely = np.log([p[i, tokens[i]] for number in numbers for i in number])
                     one["boxes"].append({"start": begins[k], "digits": float(np.exp(likely.mean())),
@@ -281,7 +284,8 @@ def rounded(metric: dict) -> dict:
 
 
 KINDS = {"digits": lambda box: box["digits"], "start": lambda box: box["start"],
-         "digits x start": lambda box: box["digits"] * box["start"], "expected IoU": lambda box: box["expected IoU"],
+         "confidence": lambda box: box["start"] * box["digits"] ** 0.25,  # as in `predict`
+         "expected IoU": lambda box: box["expected IoU"],
          "expected IoU x start": lambda box: box["expected IoU"] * box["start"]}  # fmt: skip
 
 
