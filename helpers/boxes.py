@@ -84,7 +84,7 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def distinct(boxes: ArrayLike, labels: Sequence[str]) -> list[int]:
-    """Indices of the boxes, in their order, that are not drawn again: IoU above .5 with one before them.
+    """Indices of the boxes, in their order, that are not drawn again: IoU above .5 with a kept one before.
 
     Non-maximum suppression with the first box as the best. Boxes of two labels are one thing only where both labels
     are kinds of nutrition table (CATEGORIES).

@@ -28,6 +28,7 @@ from helpers.runs import progress_bar
 BOX_BEGINS = "<|object_ref_start|>"  # the first token of a box's text
 AT_ONCE = 4  # pictures that the vision tower encodes together: more gain nothing, and leave a CPU's cache
 PROMPT_TOKENS = 128  # of text, about, with the completion
+DIGITS_ROOT = 4  # of the digits' part in a confidence (`line`)
 # without cuDNN's, which plans anew for every key length: on Hopper 100-300 ms for each token of a batch
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -156,7 +157,7 @@ def look_again(model, processor, rows: Sequence[dict], lines: Sequence[dict], pr
     A model that has learned from pictures with one table names one and stops, though it finds the next where the first
     is gone. So the boxes found are painted over with the picture's mean colour and inference runs again, until nothing
     new is found (as in adversarial erasing, https://arxiv.org/abs/1703.08448). A box is new whose IoU with those of the
-    passes before is below .5. `text` holds the texts of the passes that found something, a line each.
+    passes before is at most .5. `text` holds the texts of the passes that found something, a line each.
     """
     lines, todo = [dict(line) for line in lines], [i for i, line in enumerate(lines) if line["boxes"]]
     for _ in range(passes - 1):
@@ -166,7 +167,7 @@ def look_again(model, processor, rows: Sequence[dict], lines: Sequence[dict], pr
         found, todo_before, todo = generate_lines(model, processor, erased, prompt, generation, names), todo, []
         for i, more in zip(todo_before, found, strict=True):
             line = lines[i]
-            known = pairwise_iou(more["boxes"], line["boxes"]).max(1) >= 0.5 if more["boxes"] else []
+            known = pairwise_iou(more["boxes"], line["boxes"]).max(1) > 0.5 if more["boxes"] else []
             new = [k for k, seen in enumerate(known) if not seen]
             line |= {name: line[name] + [more[name][k] for k in new] for name in ("labels", "boxes", "confidences")}
             line |= {"rejected": line["rejected"] + more["rejected"], "stopped": line["stopped"] and more["stopped"],
@@ -330,7 +331,7 @@ def line(image_id: str, tokens: list[int], log_probabilities: list[float], token
         digits = [log for piece, start, log in zip(pieces, starts, log_probabilities, strict=False)
                   if begin <= start < end and re.search(r"\d", piece)]
         first = max((i for i, piece in enumerate(pieces) if piece == BOX_BEGINS and starts[i] < begin), default=0)
-        return round(math.exp(log_probabilities[first] + sum(digits) / len(digits) / 4), 4)
+        return round(math.exp(log_probabilities[first] + sum(digits) / len(digits) / DIGITS_ROOT), 4)
 
     return {
         "image_id": image_id, "text": text, "labels": [parsed.labels[i] for i in kept],

@@ -49,6 +49,8 @@ def pictures_of(rows: datasets.Dataset, prompt: str, count: int, seed: int) -> d
 def match(row: Mapping, text: str) -> dict:
     """What `evaluate` finds when it matches a completion's boxes with those of `row`, one to one.
 
+    With all that were written: a box drawn twice, which `predict` drops, is one too many here.
+
     `text` is as it was generated, with `<|im_end|>` where it stopped. Of the record rewards need `true` and `predicted`
     (boxes), `box_ious` (one a true box, 0 where none was matched), `format_error` and `stopped`.
     """

@@ -146,7 +146,7 @@ log.iloc[[0, len(log) // 4, len(log) // 2, -1]].rename(columns={"questions": "pr
 # One thing is left to do. Most of the tokens stand in no completion of the training. The loss only ever pushes them
 # down, all in the same direction, until their rows in the head are one and the same. LoRA leaves the head as it is, so
 # a fine-tuned model could not tell them apart: it would hardly ever write `no nutrition table`, which needs two of
-# them. So each such token gets a row of its own, in a direction that changes none of the others.
+# them. So a random vector is added to each of these rows. The rows of the tokens that were written stay as they are.
 
 # %%
 print(inspect.getsource(train.separate))

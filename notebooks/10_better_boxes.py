@@ -44,9 +44,11 @@ from helpers.topics.training import rows_and_processor
 # %%
 study = json.loads(Path("study_tiny.json").read_text())
 variants = study["variants"]
-Markdown(f"""`{study["command"]}`, commit {study["commit"]}, {study["date"]}, on {", ".join({row["machine"] for row in
-    variants.values()})}, three seeds each. Pictures: {", ".join(f"{n} of {s}" for s, n in study["pictures"].items())}.
-Intervals are 95 %, over seeds and pictures; differences are taken on the same pictures and seeds.""")
+plain, best, more = (variants[name] for name in ("r1", "r1, pasted", "r1, more pasted"))
+machines = sorted({row["machine"] for row in variants.values()})
+Markdown(f"""`{study["command"]}`, commit {study["commit"]}, {study["date"]}, on {"; ".join(machines)}; {plain["seeds"]}
+seeds each. Pictures: {", ".join(f"{n} of {split}" for split, n in study["pictures"].items())}. Intervals are 95 %, over
+seeds and pictures; differences are taken on the same pictures and seeds.""")
 
 # %% [markdown]
 # ## 1 · Why the model stops after one box
@@ -120,7 +122,10 @@ plots.finish(figure)
 # %% [markdown]
 # It ends only if the model can say that there is no table (any more). The plain recipes never learned that, so for them
 # `passes` draws boxes without end, the true ones and then others. It belongs to training on pasted pictures: some show
-# what a pass gets to see, with tables painted over. The longer that lasts, the fewer boxes are too many.
+# what a pass gets to see, with tables painted over.
+#
+# A model that draws many boxes draws some of them twice. So of boxes with an IoU above .5 `predict` keeps the first, as
+# the non-maximum suppression of many detectors keeps the best.
 #
 # ## 4 · What that brings
 #
@@ -145,8 +150,7 @@ plots.finish(figure)
 # The same as numbers, one line for one pass and one for up to four. `surplus` is the share of pictures of `val` that
 # get a box too many, and `F1` counts them too; differences are to the plain recipe with one pass, with a `*` where the
 # interval does not contain 0. *Pasted* has three made pictures to two real ones, *more pasted* four to each, both for
-# three epochs. *1 epoch*, with one to each, takes as many updates as the plain recipe. Updates of r5 are those by
-# rewards (section 5), after r1's.
+# three epochs. Updates of r5 are those by rewards (section 5), after r1's.
 
 # %%
 def signed(found):
@@ -164,7 +168,6 @@ for name, row in main.items():
 pd.DataFrame(lines).T.rename_axis(["", "passes"])
 
 # %%
-plain, best, more = (variants[name] for name in ("r1", "r1, pasted", "r1, more pasted"))
 before, once, often = ({m: one["value"] for m, one in row.items()}
                        for row in (plain["scores"], best["scores"], best["passes"]))
 Markdown(f"""For r1, pasted pictures take `val-multi` from {before["val-multi"]:.2f} to **{once["val-multi"]:.2f}**, and
@@ -179,8 +182,8 @@ alarms fall from {before["val-none"]:.0%} to **{once["val-none"]:.0%}**. The pri
 
 # %%
 quarters = [f"{low:.0f}–{high:.0f}" for low, high in itertools.pairwise(144 * np.array(plain["by_size"]["edges"]))]
-sizes = {"r1": plain["by_size"]["iou"][0]} | {f"{name}, 4 passes": variants[name]["by_size"]["iou"][1] for name in (
-    "r1, pasted", "r1, more pasted", "r5, more pasted")}
+sizes = {"r1, 1 pass": plain["by_size"]["iou"][0]} | {f"{name}, 4 passes": variants[name]["by_size"]["iou"][1]
+                                                       for name in ("r1", "r1, pasted", "r1, more pasted")}
 axes = pd.DataFrame(sizes, index=quarters).plot(marker="o", figsize=(8, 3), ylim=(0, 1), color=plots.COLOURS[:4])
 axes.set(xlabel="size of the table, in image tokens", ylabel="mean IoU")
 plots.finish(axes.figure)
@@ -198,20 +201,20 @@ rewarded = {(name, passes): row[minus] for name, row in variants.items() if "min
 pd.DataFrame({line: {m: signed(row[m]) for m in (*measures, "val surplus")} for line, row in rewarded.items()}).T
 
 # %% [markdown]
-# After plain r1 there is little left to reward. After pasted pictures rewards do what the loss on tokens cannot: to it
-# a box too many is a few more tokens, to the reward it is a worse answer. They take away boxes that should not be
-# there, and with them a few of the small tables.
+# After plain r1 rewards change nothing significantly. After pasted pictures they take away boxes that should not be
+# there, and with them a few of the small tables. To the loss on tokens a box too many is a few more tokens, to the
+# reward it is a worse answer.
 #
-# GRPO learns only from completions that are *sampled*. If the model never samples `no nutrition table`, no reward can
-# teach it, and each box drawn in vain is the best there is: look at what your model samples before you reward it.
+# GRPO learns only from completions that are *sampled*. If a model never samples `no nutrition table`, no reward can
+# teach it to: look at what your model samples before you reward it.
 #
-# What else people ask for, each against plain r1. *7.5 epochs* takes as many updates as three with pasted pictures, on
-# the real ones alone. rsLoRA scales by the root of the rank,
+# What else people ask for, each against plain r1. *7.5 epochs* takes as many updates as *pasted*, on the real pictures
+# alone; *pasted, 1 epoch*, with one made picture to each, as many as plain r1. rsLoRA scales by the root of the rank,
 # [DoRA](https://arxiv.org/abs/2402.09353) learns directions and lengths apart, LoRA+ trains $B$ 16 times as fast, and
 # PiSSA starts from the weights' largest singular vectors, which it needs in bf16.
 
 # %%
-others = {name: row for name, row in variants.items() if name[:3] == "r1," and "pasted" not in name}
+others = {name: row for name, row in variants.items() if name[:3] == "r1," and "passes" not in row}
 table = {name: {m: f"{row['scores'][m]['value']:.3f}" for m in ("selection", *measures)}
          | {f"{m} − r1": signed(row["minus_plain"][m]) for m in measures} for name, row in others.items()}
 pd.DataFrame(table).T
@@ -224,16 +227,16 @@ pictures, 4 completions each of 128 tokens, as random weights do not stop) took 
 {parts["generation"] / parts["a step"]:.0%} of it; {rewards["gib"]} GiB were allocated (`{rewards["command"]}`).""")
 
 # %% [markdown]
-# No adapter, no rank and no longer training mends the second table or the false alarm: which pictures the model learns
-# from does, and what it is rewarded for.
+# No adapter, no rank and no longer training mends the second table or the false alarm. Other training pictures do, and
+# rewards after them take away more of the false alarms.
 #
 # ## 6 · How sure a box is
 #
 # Which number ranks right boxes (IoU > .5) before wrong ones? On `val`, `val-multi` and `val-none` together there are
-# enough wrong boxes to tell. *Digits* is the geometric mean of the digits' probabilities. *Start* is the probability
-# that a box begins at all. *Expected IoU* draws many boxes from the distributions of the digits and compares them with
-# the one that was written. AUROC is the share of pairs of a right and a wrong box that are ranked rightly; a dot is a
-# seed.
+# enough wrong boxes to tell. *Start* is the probability that a box begins at all, *digits* the geometric mean of the
+# digits' probabilities. *Expected IoU* draws many boxes from the distributions of the digits and compares them with the
+# one that was written. *Confidence* is what the pipeline shows: start times the fourth root of digits. AUROC is the
+# share of pairs of a right and a wrong box that are ranked rightly; a dot is a seed.
 
 # %%
 kinds = list(plain["confidence"]["auroc"])
@@ -250,26 +253,20 @@ axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 plots.finish(figure)
 
 # %% [markdown]
-# The pipeline's *confidence* is *start* times the fourth root of *digits*: both are there once the text is generated. A
-# last digit that might be its neighbour hardly moves a box, so the digits count less than the start. The root was
-# chosen on `selection`. The expected IoU ranks a little better, and needs the distributions of all digits.
+# A last digit that might be its neighbour hardly moves a box, so the digits count less than the start; the root was
+# chosen on `selection`. Start and digits are there once the text is generated, and the expected IoU is not better.
 #
-# The confidence ranks, but it is no probability. Can it be made one? A logistic regression on the logarithms of both,
-# fitted on `selection` with a made picture to each, measured on the other three; means over seeds. `ece` is the
-# expected calibration error, `precision` and `recall` are those above the limit that gives 95 % precision where it was
-# fitted.
+# Is the confidence a probability? `ece of the confidence` is its expected calibration error on the three splits. `ece`
+# is that of a logistic regression on the logarithms of both parts, fitted on `selection` with a made picture to each.
+# `precision` and `recall` are those above the limit that gives 95 % precision where it was fitted; all are means over
+# seeds.
 
 # %%
-def mean(fitted, name):
-    """Over the seeds that have a limit."""
-    values = [one[name] for one in fitted if one[name] is not None]
-    return f"{np.mean(values):.3f}" if values else "no such limit"
-
-
-fitted = {name: row["confidence"]["calibrated"].get("calibration") for name, row in main.items()}
-pd.DataFrame({name: {**{part: int(np.mean(main[name]["confidence"][part])) for part in ("boxes", "wrong")},
-                     **{part: mean(seeds, part) for part in ("ece", "precision", "recall")}}
-              for name, seeds in fitted.items() if seeds}).T
+table = pd.DataFrame({name: pd.DataFrame(row["confidence"]["calibrated"], dtype=float).mean()
+                      for name, row in main.items()}).T
+for part in ("wrong", "boxes"):
+    table.insert(0, part, [round(np.mean(row["confidence"][part])) for row in main.values()])
+table.style.format(precision=3, na_rep="no such limit")
 
 # %% [markdown]
 # Calibrated on pictures of another kind than those in use, a probability is off. A practitioner calibrates on photos of
@@ -282,13 +279,13 @@ pd.DataFrame({name: {**{part: int(np.mean(main[name]["confidence"][part])) for p
 # * **Some show several, or none, and you must know**: `r5-reward` with `paste=1.5` and three epochs. Pasted pictures
 #   need the epochs: in as many updates as the plain recipe has, they cost more boxes than they bring. Rewards then take
 #   away boxes too many. If most of your photos show none, `paste=4`.
-# * **You must find them all, and can throw away a few**: `passes=4` too. It is stored with the model, and the page and
-#   `make predict` look as often.
+# * **You must find them all, and can throw away a few**: `paste=4` and `passes=4`. The passes are stored with the
+#   model, and the page and `make predict` look as often.
 # * **You can take real photos of that kind**: do. Made pictures stand in for them, and a model that has learned from
 #   collages draws more boxes too many on photos of another kind than its own: look at some before you use it.
 #
 # All are the same parameters at 7B, where they were not measured.
 #
 # ```sh
-# papermill pipeline.ipynb out.ipynb -p recipe r5-reward -p paste 1.5 -p epochs 3 -p passes 4
+# papermill pipeline.ipynb out.ipynb -p recipe r5-reward -p paste 1.5 -p epochs 3
 # ```

@@ -36,8 +36,16 @@ def test_confidence_is_judged_by_how_it_ranks_right_boxes():
     found = study.confidence([scored], [{"splits": dict.fromkeys(scored, boxes)}])
     assert (found["boxes"], found["wrong"]) == ([120], [30])
     assert found["auroc"]["digits"] == [1.0] and found["auroc"]["start"] == [0.5]
-    (fitted,) = found["calibrated"]["selection"]
+    assert found["auroc on calibration"]["confidence"] == [1.0]
+    (fitted,) = found["calibrated"]
     assert fitted["precision"] == 1 and fitted["recall"] == 0.75 and fitted["ece"] < 0.1
+
+
+def test_boxes_are_counted_by_their_size():
+    records = [{"box_areas": [0.1, 0.2], "box_ious": [0.0, 0.5]}, {"box_areas": [0.3, 0.4], "box_ious": [1.0, 1.0]}]
+    one = {"val-multi": {"per_picture": records}}
+    found = study.by_size([one], [one, one])
+    assert found["iou"] == [[0.0, 0.5, 1.0, 1.0]] * 2 and found["edges"][0] == 0.1 and found["edges"][-1] == 0.4
 
 
 @pytest.mark.slow
@@ -52,3 +60,4 @@ def test_three_variants_are_run_and_compared(tmp_path):
     pasted = report["variants"]["r1, pasted"]
     assert pasted["passes"]["val-multi"]["value"] >= pasted["scores"]["val-multi"]["value"] and "passes" not in dora
     assert len(report["variants"]["r1"]["decisions"]["table"]["val-none"]) == 100
+    assert len(pasted["by_size"]["iou"]) == 2 and pasted["confidence"]["auroc"].keys() == study.KINDS.keys()

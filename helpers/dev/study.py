@@ -247,7 +247,7 @@ def by_size(*ways: list[dict]) -> dict[str, list]:
     found: dict[str, list] = {"edges": [], "iou": []}
     for scored in ways:
         records = [record for one in scored for record in one["val-multi"]["per_picture"]]
-        area = np.array([(x1 - x0) * (y1 - y0) for record in records for x0, y0, x1, y1 in record["true"]])
+        area = np.array([area for record in records for area in record["box_areas"]])
         iou = np.array([iou for record in records for iou in record["box_ious"]])
         edges = np.quantile(area, np.linspace(0, 1, 5))
         quarter = np.digitize(area, edges[1:4])
@@ -258,7 +258,7 @@ def by_size(*ways: list[dict]) -> dict[str, list]:
 
 def more_passes(name: str) -> bool:
     """Whether a variant is measured with PASSES too: the recipes as they are, and what has learned to find nothing."""
-    return name in ("r1", "r4", "r5") or "pasted" in name
+    return name in ("r1", "r4", "r5") or name.endswith("pasted")
 
 
 Values = dict[int, dict[str, np.ndarray]]  # seed -> measure -> a value a picture
@@ -284,57 +284,61 @@ def rounded(metric: dict) -> dict:
 
 
 KINDS = {"digits": lambda box: box["digits"], "start": lambda box: box["start"],
-         "confidence": lambda box: box["start"] * box["digits"] ** 0.25,  # as in `predict`
-         "expected IoU": lambda box: box["expected IoU"],
+         "digits x start": lambda box: box["digits"] * box["start"],
+         "confidence": lambda box: box["start"] * box["digits"] ** (1 / predict.DIGITS_ROOT),
          "expected IoU x start": lambda box: box["expected IoU"] * box["start"]}  # fmt: skip
 
 
 def confidence(scored: list[dict], made: list[dict]) -> dict:
-    """How well each kind of confidence ranks right boxes (IoU > .5) before wrong ones, on MEASURED together, by seed;
-    and what a logistic regression makes of digits and start, fitted on `calibration` or on `selection` alone."""
-    found: dict[str, Any] = {"boxes": [], "wrong": [], "auroc": {kind: [] for kind in KINDS}, "calibrated": {}}
+    """How well each of KINDS ranks right boxes (IoU > .5) before wrong ones, by seed, on MEASURED together and on
+    `calibration`, where the pipeline's was chosen; and what a logistic regression makes of digits and start."""
+    found: dict[str, Any] = {"boxes": [], "wrong": [], "auroc": {}, "auroc on calibration": {}, "calibrated": []}
     for one, own in zip(scored, made, strict=True):
-        boxes, right = confident([one[split] for split in MEASURED], [own["splits"][split] for split in MEASURED])
-        found["boxes"].append(len(right))
-        found["wrong"].append(int((~right).sum()))
-        for kind, of in KINDS.items():
-            worth = np.array([of(box) for box in boxes])
+        for name, on in (("auroc", MEASURED), ("auroc on calibration", ("calibration",) * ("calibration" in one))):
+            boxes, right = confident([one[split] for split in on], [own["splits"][split] for split in on])
             pairs = right.sum() * (~right).sum()
-            found["auroc"][kind].append(round(float(stats.mannwhitneyu(worth[right], worth[~right])[0] / pairs), 4)
-                                        if pairs else None)
-        for split in {"selection", "calibration"} & {*one}:
-            found["calibrated"].setdefault(split, []).append(calibrated(one, own, split))
+            for kind, of in KINDS.items() if pairs else ():
+                worth = np.array([of(box) for box in boxes])
+                share = float(stats.mannwhitneyu(worth[right], worth[~right])[0] / pairs)
+                found[name].setdefault(kind, []).append(round(share, 4))
+            if name == "auroc":
+                found["boxes"].append(len(right))
+                found["wrong"].append(int((~right).sum()))
+        if "calibration" in one:
+            found["calibrated"].append(calibrated(one, own))
     return found
 
 
 def confident(scored: list[dict], own: list[dict]) -> tuple[list[dict], np.ndarray]:
     """The boxes of `decisions` of several splits, and whether each is right."""
     pairs = [pair for one, decided in zip(scored, own, strict=True) for record in one["per_picture"]
-             for pair in zip(decided[record["image_id"]].get("boxes", []), record["predicted_correct"], strict=False)]
+             if (boxes := decided[record["image_id"]].get("boxes")) is not None
+             for pair in zip(boxes, record["predicted_correct"], strict=True)]
     return [box for box, _ in pairs], np.array([right for _, right in pairs], dtype=bool)
 
 
-def calibrated(scored: dict, own: dict, split: str) -> dict:
-    """Logistic regression on log(digits) and log(start), fitted on `split`; its error and the limit for 95 % precision
-    there, on MEASURED together."""
-    def inputs(boxes):
-        return np.array([[np.log(box["digits"]), np.log(max(box["start"], 1e-6)), 1] for box in boxes])
+def calibrated(scored: dict, own: dict) -> dict:
+    """Logistic regression on log(digits) and log(start), fitted on `calibration`: its expected calibration error, that
+    of the confidence as it is, and the limit for 95 % precision there, all on MEASURED together."""
+    def inputs(box):
+        return np.array([np.log(box["digits"]), np.log(max(box["start"], 1e-6)), 1])
 
-    boxes, right = confident([scored[split]], [own["splits"][split]])
-    x, sign = inputs(boxes), np.where(right, 1, -1)
+    boxes, right = confident([scored["calibration"]], [own["splits"]["calibration"]])
+    x, sign = np.array([inputs(box) for box in boxes]), np.where(right, 1, -1)
     weights = optimize.minimize(lambda w: np.logaddexp(0, -sign * (x @ w)).mean() + 1e-3 * (w[:2] ** 2).sum(),
                                 np.zeros(3)).x
 
-    def records(names):
-        return [record | {"confidences": (1 / (1 + np.exp(-inputs(box) @ weights))).tolist() if box else []}
+    def records(names, value=lambda box: float(1 / (1 + np.exp(-inputs(box) @ weights)))):
+        return [record | {"confidences": [value(box) for box in boxes]}
                 for name in names for record in scored[name]["per_picture"]
-                if (box := own["splits"][name][record["image_id"]].get("boxes")) is not None or not record["predicted"]]
+                if len(boxes := own["splits"][name][record["image_id"]].get("boxes", [])) == len(record["predicted"])]
 
-    limit, measured = threshold_for_precision(records([split])), records(MEASURED)
+    limit, measured = threshold_for_precision(records(["calibration"])), records(MEASURED)
     kept = [(value >= limit["threshold"], right) for record in measured
             for value, right in zip(record["confidences"], record["predicted_correct"], strict=True)] if limit else []
     right_kept, true = sum(keep and right for keep, right in kept), sum(len(record["true"]) for record in measured)
-    return {"ece": round(reliability(measured)["ece"], 4),
+    return {"ece of the confidence": round(reliability(records(MEASURED, KINDS["confidence"]))["ece"], 4),
+            "ece": round(reliability(measured)["ece"], 4),
             "precision": round(right_kept / max(sum(keep for keep, _ in kept), 1), 4) if limit else None,
             "recall": round(right_kept / true, 4) if limit else None}  # fmt: skip
 

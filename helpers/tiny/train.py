@@ -211,7 +211,7 @@ def separate(model: Qwen2VLForConditionalGeneration, unwritten: int, seed: int =
     Training only ever pushes them down, all in the same direction, and so their rows become one. LoRA leaves the head
     as it is, so a model fine-tuned on this base could hardly write "no nutrition table" or a capital letter: each such
     token was as likely as hundreds of others. A random vector of `length` at right angles to the shared row (that of
-    the token `unwritten`) is added to each. No other token's logit changes.
+    the token `unwritten`) is added to each. All other rows stay as they are.
     """
     head = model.lm_head.weight.data.float()
     shared = F.normalize(head[unwritten], dim=0)
