@@ -108,7 +108,7 @@ def number(value: float | None, percent: bool = False) -> str:
     """A metric as text: `.712`, `71 %`, or `–` for None."""
     if value is None:
         return "–"
-    return f"{100 * value:.0f} %" if percent else f"{value:.3f}".replace("0.", ".", 1)
+    return f"{100 * value:.0f} %" if percent else f"{value:z.3f}".replace("0.", ".", 1)  # z: no minus before .000
 
 
 def with_interval(metric: dict) -> str:
