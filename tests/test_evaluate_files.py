@@ -167,6 +167,7 @@ def test_readme_and_ledger_hold_what_the_runs_gave(results, tmp_path, capsys):
     entry = json.loads((tmp_path / "results.json").read_text())["rows"]["tiny/r4-joint"]
     assert entry["run"] == ["r4-joint", "r4-joint-s1"] and entry["commit"] == ["abc123"] * 2
     assert entry["command"] == ["papermill -p recipe r4-joint"] * 2 and entry["mean_iou"]["seeds"] == 2
+    assert ledger.with_interval({"value": -0.0001, "low": -0.02, "high": 0.01}) == ".000 (-.020 to .010)"
     assert f"| r4-joint, 2 seeds | 30 | {ledger.with_interval(entry['mean_iou'])} |" in text
     assert "- r4-joint minus r1-llm-only: " in text and "significant at 95 %, n = 30" in text
 
