@@ -155,7 +155,7 @@ plots.finish(figure)
 # %%
 def signed(found):
     """A difference with its interval, and a star where that does not contain 0."""
-    text = f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+    text = f"{found['value']:+z.3f} ({found['low']:+z.3f} to {found['high']:+z.3f})"
     return text + " *" if found["low"] > 0 or found["high"] < 0 else text
 
 
@@ -254,7 +254,8 @@ plots.finish(figure)
 
 # %% [markdown]
 # A last digit that might be its neighbour hardly moves a box, so the digits count less than the start; the root was
-# chosen on `selection`. Start and digits are there once the text is generated, and the expected IoU is not better.
+# chosen on `selection` with a made picture to each. Start and digits are there once the text is generated; the expected
+# IoU needs the distributions of all digits, and ranks little better.
 #
 # Is the confidence a probability? `ece of the confidence` is its expected calibration error on the three splits. `ece`
 # is that of a logistic regression on the logarithms of both parts, fitted on `selection` with a made picture to each.
@@ -275,7 +276,7 @@ table.style.format(precision=3, na_rep="no such limit")
 # ## 7 · What to switch on
 #
 # * **Your photos show one table each**: nothing. The default stays `paste=0` and `passes=1`, as in the published
-#   protocol: it draws the fewest boxes too many, and trains in about a quarter of the updates.
+#   protocol: it draws few boxes too many, and trains in about a quarter of the updates.
 # * **Some show several, or none, and you must know**: `r5-reward` with `paste=1.5` and three epochs. Pasted pictures
 #   need the epochs: in as many updates as the plain recipe has, they cost more boxes than they bring. Rewards then take
 #   away boxes too many. If most of your photos show none, `paste=4`.
