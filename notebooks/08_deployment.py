@@ -103,7 +103,8 @@ stock = servers.enter_context(served(cli, "serve", folder.name, folder=folder.pa
 
 # %% [markdown]
 # The client sends a picture as a data URL. The completion is text with boxes in thousandths of the picture's width and
-# height, and the client turns them into pixels of the picture as it is *shown*, after its EXIF rotation.
+# height, and the client turns them into pixels of the picture as it is *shown*, after its EXIF rotation. (`make serve`
+# also sends `message.boxes` in 0-1, without those drawn twice, and `message.confidences`; vLLM sends the text alone.)
 
 # %%
 def boxes_of(address, photo):

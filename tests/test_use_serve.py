@@ -52,8 +52,12 @@ def client(address) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
-def text_of(address, messages, model="x-merged", **options) -> str:
-    return client(address).chat.completions.create(model=model, messages=messages, **options).choices[0].message.content
+def message_of(address, messages, model="x-merged", **options):
+    return client(address).chat.completions.create(model=model, messages=messages, **options).choices[0].message
+
+
+def text_of(address, messages, **options) -> str:
+    return message_of(address, messages, **options).content
 
 
 def test_the_text_is_that_of_predict_with_and_without_prompt_and_other_options(address, model):
@@ -65,7 +69,9 @@ def test_the_text_is_that_of_predict_with_and_without_prompt_and_other_options(a
         boxes += len(line["boxes"])
         for text, options in ((None, {}), (prompt, {"temperature": 0.9, "seed": 3, "max_tokens": 128, "n": 1,
                                                     "extra_body": {"skip_special_tokens": False, "stop": None}})):
-            assert text_of(address, request_for(data_url(content), text), **options) == line["text"]
+            message = message_of(address, request_for(data_url(content), text), **options)
+            assert message.content == line["text"] and message.boxes == line["boxes"]
+            assert message.labels == line["labels"] and message.confidences == line["confidences"]
         in_lines = base64.encodebytes(content).decode().replace("\n", "\r\n")  # as MIME has it
         assert text_of(address, request_for("DATA:image/jpeg;BASE64,\r\n" + in_lines)) == line["text"]
         pieces = client(address).chat.completions.create(model="x-merged", messages=request_for(data_url(content)),

@@ -3,8 +3,9 @@
     python -m helpers.use.serve runs/qwen2vl-nutrition-detection-r4-joint-merged --port 8000
 
 A request is one picture as a data URL, with the model's own prompt or none; the completion is the text that `predict`
-generates for it, greedy whatever the request says about sampling (`SAMPLING`). Anything else gets a 4xx with one
-sentence, and the server goes on. Files and addresses that a request names are not opened. What has come while a batch
+generates for it, greedy whatever the request says about sampling (`SAMPLING`), and its message has the `labels`,
+`boxes` ([x0, y0, x1, y1] in 0-1) and `confidences` too. Anything else gets a 4xx with one sentence, and the server goes
+on. Files and addresses that a request names are not opened. What has come while a batch
 was generated is the next batch. After a SIGTERM no new request is taken, and those in work are completed.
 """
 
@@ -127,8 +128,9 @@ def read_picture(url: str) -> Image:
 
 
 def completion(line: dict, name: str, stream: bool) -> Response:
-    """A line of `predict` as OpenAI's clients read it; streamed, it comes in one piece."""
-    message = {"role": "assistant", "content": line["text"]}
+    """A line of `predict` as OpenAI's clients read it, boxes beside the text; streamed, it comes in one piece."""
+    message = {"role": "assistant", "content": line["text"],
+               **{name: line[name] for name in ("labels", "boxes", "confidences")}}
     choice = {"index": 0, "finish_reason": "stop" if line["stopped"] else "length",
               "delta" if stream else "message": message}
     body = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": f"chat.completion{'.chunk' if stream else ''}",
