@@ -300,9 +300,9 @@ pd.DataFrame(model.parameters_by_tower(base)).T.assign(dtype=model.dtypes_by_tow
 # With `passes` above 1 the boxes found are painted over, and inference runs again for what they hid
 # (`notebooks/10_better_boxes`).
 #
-# Predictions are files: one JSON line a picture, with the whole text. Of boxes that lie on each other (IoU above .5)
-# only the first is kept (non-maximum suppression). `runs.step` skips a step whose inputs have not changed, by a hash
-# over all of them, and a run that was killed goes on at the line where it stopped.
+# Predictions are files: one JSON line a picture, with the whole text. Of boxes of a class that lie on each other (IoU
+# above .5) only the first is kept (non-maximum suppression). `runs.step` skips a step whose inputs have not changed, by
+# a hash over all of them, and a run that was killed goes on at the line where it stopped.
 
 # %%
 names = data.names_in(*rows.values()) if run.constrained else None

@@ -84,10 +84,11 @@ def pairwise_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def distinct(boxes: ArrayLike, labels: Sequence[str]) -> list[int]:
-    """Indices of the boxes, in their order, that are not drawn again: IoU above .5 with a kept one before.
+    """Which of N corner boxes [N, 4] are not drawn again, that is have no IoU above .5 with a kept one before: indices,
+    ascending.
 
-    Non-maximum suppression with the first box as the best. Boxes of two labels are one thing only where both labels
-    are kinds of nutrition table (CATEGORIES).
+    Non-maximum suppression with the first box as the best. Boxes with two of the N `labels` are one thing only where
+    both labels are kinds of nutrition table (CATEGORIES).
     """
     import torch  # here, as above
     from torchvision.ops import batched_nms

@@ -109,8 +109,8 @@ def results(ledger: dict, scale: str = "tiny", rows: Iterable[str] = ROWS) -> st
     differences = {pair.partition("/")[2].replace(" - ", " minus "): value
                    for pair, value in ledger.get("comparisons", {}).items()
                    if pair.startswith(f"{scale}/") and best in pair.partition("/")[2].split(" - ")}
-    lines += ["", *(f"- {name}: {with_interval(value)}, {significance(value)}, n = {value['n']}"
-                    for name, value in differences.items())]
+    lines += ["", *(f"- {name}: {with_interval(one)}, {significance(one)}, n = {one['n']}, seeds: {one['seeds']}"
+                    for name, one in differences.items())]
     return "\n".join(lines).strip()
 
 
